@@ -1,0 +1,310 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is written beside its place, flushed to the disk, described by a manifest and then renamed, which the file
+system does in one step; old ones go only after the new one stands. So a run that is killed at any instant leaves
+nothing that could be taken for a checkpoint and is not. The manifest (manifest.json) holds the state of the run, the
+settings that shape the result, library versions, and the size and SHA-256 of every file.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .data import Position
+from .reporting import UserError, say, warn
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+NAME = re.compile(r"checkpoint-(\d+)")
+LEFT_OVER = re.compile(r"\.checkpoint-\d+\.(partial|old)")
+
+
+@dataclass
+class RunState:
+    """Where a run stands: all that a checkpoint must hold beside weights and optimizer state.
+
+    `step` counts optimizer updates, `micro_step` forward passes, `position` the place in the data.
+    """
+
+    seed: int
+    step: int = 0
+    micro_step: int = 0
+    position: Position = field(default_factory=Position)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save(root, state, write, about, limit=None, main=True, barrier=lambda: None):
+    """Write checkpoint-<step> under `root`; then remove the oldest ones beyond `limit`. Every process must call it.
+
+    `write(folder)` writes weights and optimizer state; `about` is a dict for the manifest (JSON values); `main` says
+    whether this process is the one that renames; `barrier` waits for all processes. A failure to write is reported and
+    leaves the earlier checkpoints as they are. Returns the new folder, or None where it could not be written.
+    """
+    root = Path(root)
+    final, partial, old = (root / name for name in _names(state.step))
+    failure = None
+    try:
+        if main:
+            clear_left_overs(root)
+            partial.mkdir(parents=True)
+    except OSError as error:
+        failure = error
+    barrier()
+    try:
+        if failure is None:
+            write(partial)
+    except Exception as error:  # a full disk reaches us as OSError, RuntimeError or SafetensorError
+        failure = error
+    barrier()
+    try:
+        if main and failure is None:
+            _seal(partial, state, about)
+            if final.exists():
+                os.rename(final, old)
+            os.rename(partial, final)
+            _flush(root)
+    except OSError as error:
+        failure = error
+    if failure is not None:
+        warn(f"{final} could not be written ({failure}); earlier checkpoints stand, training goes on")
+        shutil.rmtree(partial, ignore_errors=True)
+        return None
+    if main:
+        shutil.rmtree(old, ignore_errors=True)
+        _prune(root, limit)
+    return final
+
+
+def _names(step):
+    return f"checkpoint-{step}", f".checkpoint-{step}.partial", f".checkpoint-{step}.old"
+
+
+def _seal(folder, state, about):
+    """Flush every file of `folder` to the disk and write the manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "format": FORMAT,
+        "state": asdict(state),
+        **about,
+        "libraries": _versions(),
+        "files": dict(zip((path.relative_to(folder).as_posix() for path in files), _digests(files), strict=True)),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _flush(path)
+
+
+def _flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digests(paths):
+    def digest(path):
+        with open(path, "rb") as file:
+            return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
+        return list(pool.map(digest, paths))
+
+
+def _versions():
+    names = ["torch", "diffusers", "transformers", "accelerate", "peft", "jax", "flax", "optax", "numpy"]
+    found = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+    return {name: found[name] for name in names if name in found}
+
+
+def _prune(root, limit):
+    """Remove the oldest whole checkpoints beyond `limit`. Each is renamed first, so that none is ever half there."""
+    whole = [folder for folder in listed(root) if damage(folder, contents=False) is None]
+    for folder in whole[limit:] if limit else []:
+        doomed = root / _names(step_of(folder))[2]
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_left_overs(root):
+    """Remove what a killed run left of a checkpoint that it was writing or deleting."""
+    for path in Path(root).iterdir() if Path(root).is_dir() else []:
+        if LEFT_OVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def step_of(folder):
+    """The step in a checkpoint's name, or None for a folder that is not named like one."""
+    match = NAME.fullmatch(Path(folder).name)
+    return int(match[1]) if match else None
+
+
+def listed(root):
+    """The checkpoint folders under `root`, newest first. Others, such as checkpoint_backup, are not among them."""
+    folders = [path for path in Path(root).glob("checkpoint-*") if path.is_dir() and step_of(path) is not None]
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def damage(folder, contents=True):
+    """What is wrong with a checkpoint, as a phrase, or None. `contents=False` compares sizes and not hashes.
+
+    A checkpoint without a manifest, made by another program, is looked at as far as its files describe themselves.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return _damage_of_foreign(folder)
+    if manifest.get("format") != FORMAT or "files" not in manifest or "state" not in manifest:
+        return f"{MANIFEST} is damaged or of another version"
+    for name, fact in manifest["files"].items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != fact["size"]:
+            return f"{name} has {(folder / name).stat().st_size} bytes instead of {fact['size']}"
+    if contents:
+        names = list(manifest["files"])
+        for name, found in zip(names, _digests([folder / name for name in names]), strict=True):
+            if found != manifest["files"][name]:
+                return f"{name} does not have the content that was written"
+    return None
+
+
+def _damage_of_foreign(folder):
+    weights = list(folder.rglob("*.safetensors"))
+    if not weights:
+        return f"it has neither {MANIFEST} nor weights in safetensors"
+    for path in weights:
+        if not _safetensors_whole(path):
+            return f"{path.relative_to(folder)} is incomplete"
+    for path in folder.glob("*.bin"):
+        if not zipfile.is_zipfile(path):  # torch.save writes a zip, whose directory comes last
+            return f"{path.name} is incomplete"
+    return None
+
+
+def _safetensors_whole(path):
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        return path.stat().st_size == 8 + length + end
+    except (OSError, ValueError, MemoryError, KeyError, TypeError):
+        return False
+
+
+def read_manifest(folder):
+    """The manifest of a checkpoint as a dict; None where there is none, {} where it cannot be read."""
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def find(root, wanted):
+    """The checkpoint to resume from: a Path, or None to start anew.
+
+    `wanted` is None, "latest" (the newest under `root` that checks out; a damaged one is named and skipped), a
+    checkpoint's name under `root`, or a path. Raises UserError where a named one is missing or damaged.
+    """
+    root = Path(root)
+    if wanted is None:
+        stand = listed(root)
+        if stand:
+            warn(
+                f"{root} holds {stand[0].name} of an earlier run; this one starts anew and replaces what it reaches. "
+                "To continue the earlier one, stop and add --resume_from_checkpoint latest"
+            )
+        return None
+    if wanted == "latest":
+        for folder in listed(root):
+            problem = damage(folder)
+            if problem is None:
+                return folder
+            warn(f"{folder} is damaged and is skipped: {problem}")
+        warn(f"{root} holds no whole checkpoint; this run starts from the beginning")
+        return None
+    places = [Path(wanted), root / Path(wanted).name] if os.sep in wanted else [root / wanted, Path(wanted)]
+    for folder in places:
+        if folder.is_dir() and step_of(folder.resolve()) is not None:
+            problem = damage(folder)
+            if problem:
+                raise UserError(f"--resume_from_checkpoint {wanted} is damaged: {problem}")
+            return folder
+    have = ", ".join(folder.name for folder in listed(root)) or "none"
+    raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {root} holds {have}")
+
+
+def start(root, wanted, seed):
+    """Where a run begins: (checkpoint folder or None, RunState). `wanted` as in `find`; `seed` None takes the
+    checkpoint's, or draws one, which is printed."""
+    folder = find(root, wanted)
+    manifest = read_manifest(folder) if folder else None
+    if manifest is not None:
+        saved = manifest["state"]
+        if seed is not None and seed != saved["seed"]:
+            warn(f"{folder} was made with --seed {saved['seed']}; from here on the draws are those of --seed {seed}")
+        state = RunState(**saved | {"position": Position(**saved["position"])})
+        state.seed = saved["seed"] if seed is None else seed
+        say(f"resuming from {folder}, after update {state.step}")
+        return folder, state
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
+        say(f"no --seed was given; drew --seed {seed}")
+    state = RunState(seed)
+    if folder:
+        state.step = step_of(folder.resolve())
+        warn(
+            f"{folder} was not made by this suite: the position of its run in the data is unknown, so after update "
+            f"{state.step} the data start over in a new order"
+        )
+    return folder, state
+
+
+def due(state, every, last):
+    """Whether a checkpoint is due after this update: each `every` updates (0: never) and at the `last` one."""
+    return every and (state.step % every == 0 or state.step == last)
+
+
+def warn_of_differences(folder, about):
+    """Name every setting in which this run differs from the one that wrote the checkpoint.
+
+    `about` is what this run would write: script, flags and data. Raises UserError where it cannot be resumed.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    if manifest["script"] != about["script"]:
+        raise UserError(f"{folder} was made by {manifest['script']}, not by {about['script']}")
+    if manifest["flags"].get("optimizer") != about["flags"].get("optimizer"):
+        raise UserError(f"{folder} holds the state of --optimizer {manifest['flags'].get('optimizer')}; give the same")
+    saved = manifest["flags"] | {"number of processes": manifest["world_size"]}
+    now = about["flags"] | {"number of processes": about["world_size"]}
+    changed = [f"{name} {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
+    if changed:
+        warn(f"this run differs from the one that wrote {folder}: {'; '.join(changed)}")
+    if manifest["data"] != about["data"]:
+        warn(
+            f"the data set has changed since {folder} was written ({manifest['data']['samples']} pictures then, "
+            f"{about['data']['samples']} now); the run continues at the same place in another order"
+        )

@@ -1,0 +1,299 @@
+"""What the eight torch scripts set up alike: the accelerator, models' folders, optimizer, batches, saved state."""
+
+import datetime
+import inspect
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+
+from . import checkpoints
+from .data import UpdateSampler, collate
+from .reporting import UserError, warn
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accelerator and processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(output_dir, logging_dir, accumulation, mixed_precision, report_to, timeout, allow_tf32=False):
+    """The Accelerator of a run. `timeout` in seconds. Raises UserError where the device cannot do the precision."""
+    project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=accumulation,
+            mixed_precision=mixed_precision,
+            cpu=not torch.accelerator.is_available(),  # else two processes without a GPU would not see each other
+            log_with=None if report_to == "none" else report_to,
+            project_config=project,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout))],
+        )
+    except ValueError as error:
+        if "mixed precision" in str(error):
+            raise UserError(f"--mixed_precision {mixed_precision} does not run on this device: {error}") from None
+        raise
+    if allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def frozen_type(accelerator):
+    """The torch.dtype of the networks that are not trained."""
+    return PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+
+
+def from_main(accelerator, make):
+    """`make()` as the main process evaluates it, on every process. A UserError in it is raised on all of them."""
+    result = None
+    if accelerator.is_main_process:
+        try:
+            result = make()
+        except UserError as error:
+            result = error
+    if accelerator.num_processes > 1:
+        result = broadcast_object_list([result])[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def largest_of_processes(accelerator, timeout):
+    """A function from an int to the largest that any process passed; a collective call among the hosts alone.
+
+    It has a process group of its own, on the CPU, so that asking never waits for a GPU.
+    """
+    if accelerator.num_processes == 1:
+        return lambda number: number
+    import torch.distributed as dist
+
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+
+    def largest(number):
+        value = torch.tensor([number])
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+        return int(value)
+
+    return largest
+
+
+def fetch_mean(accelerator, scalars):
+    """A list of scalar tensors as floats, averaged over the processes: one wait for the device for all of them."""
+    return accelerator.reduce(torch.stack([scalar.detach().float() for scalar in scalars]), "mean").tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=None):
+    """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError."""
+    if os.path.isdir(name):
+        folder = Path(name)
+    else:
+        try:
+            folder = Path(pipeline_class.download(name, revision=revision, variant=variant, cache_dir=cache_dir))
+        except Exception as error:  # the hub client raises a dozen kinds, its transport more
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
+    index = folder / "model_index.json"
+    if index.is_file():
+        family = json.loads(index.read_text()).get("_class_name", "")
+        if ("XL" in family) != ("XL" in pipeline_class.__name__) or ("Kandinsky" in family) != (
+            "Kandinsky" in pipeline_class.__name__
+        ):
+            raise UserError(f"base model {name} is for {family}; this script trains {pipeline_class.__name__} models")
+    return folder
+
+
+def load_part(cls, folder, subfolder, **options):
+    """`cls.from_pretrained` of one part of a base model. Raises UserError that names the part when it cannot."""
+    if not (Path(folder) / subfolder).is_dir():
+        raise UserError(f"base model {folder} has no part '{subfolder}'; there must be a folder of that name")
+    try:
+        return cls.from_pretrained(folder, subfolder=subfolder, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"part '{subfolder}' of base model {folder} cannot be loaded: {reason}") from None
+
+
+def stored_type(folder):
+    """The torch.dtype of the weights in a model folder; float32 where they are not safetensors."""
+    from safetensors import safe_open
+
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                dtype = file.get_tensor(name).dtype
+                if dtype.is_floating_point:
+                    return dtype
+    return torch.float32
+
+
+def sampling_scheduler(folder, changes):
+    """The base model's own sampler with `changes` to its configuration, so that it samples what was trained.
+
+    A sampler that cannot end in pure noise (zero terminal SNR) is replaced by DDIM.
+    """
+    import diffusers
+
+    config = dict(diffusers.DDPMScheduler.load_config(folder, subfolder="scheduler"))
+    cls = getattr(diffusers, config.get("_class_name", "DDPMScheduler"))
+    if changes.get("rescale_betas_zero_snr"):
+        if "rescale_betas_zero_snr" not in inspect.signature(cls.__init__).parameters:
+            cls = diffusers.DDIMScheduler
+        changes = changes | {"timestep_spacing": "trailing"}  # sampling must begin at the noisy end (2305.08891, 3.3)
+    return cls.from_config(config, **changes)
+
+
+def enable_xformers(model):
+    """Switch a diffusers model to xFormers attention. Raises UserError where the device cannot run it."""
+    if not torch.cuda.is_available():
+        raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU; leave it out on this device")
+    try:
+        model.enable_xformers_memory_efficient_attention()
+    except Exception as error:
+        raise UserError(f"xFormers does not work here ({str(error).splitlines()[0]}); leave its flag out") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(name, parameters, learning_rate, betas, weight_decay, epsilon, loss_scaling=False):
+    """An optimizer by its name in `--optimizer`. `loss_scaling` says that fp16 gradients will be scaled."""
+    if name == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay)
+    options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
+    if name == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    # Under loss scaling the fused kernel skips an overflow inside itself, and accelerate could not tell that it did.
+    return torch.optim.AdamW(parameters, **options, fused=not loss_scaling)
+
+
+def restart_schedule(optimizer, lr_scheduler, step):
+    """Put a LambdaLR at `step` updates: the rate is a function of the step and of this run's flags alone."""
+    lr_scheduler.last_epoch, lr_scheduler._step_count = step, step + 1
+    rates = [base * curve(step) for base, curve in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    lr_scheduler._last_lr = rates
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _as_worker(_):
+    # Ctrl-C reaches a worker too, and the handler that the training process set would be its own: leave both to it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def batches(samples, batch_sampler, device, workers=0):
+    """Batches on the device, as dicts of tensors. Raises UserError for a picture that cannot be read."""
+    loader = torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_as_worker,
+        persistent_workers=False,  # an UpdateSampler has no end, so its workers live as long as the run
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield {key: torch.as_tensor(value).to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def training_batches(samples, state, batch_size, accumulation, accelerator, workers):
+    """The endless batches of this process from a RunState's position on."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    sampler = UpdateSampler(len(samples), state.seed, state.position, batch_size, accumulation, rank, world)
+    return batches(samples, sampler, accelerator.device, workers)
+
+
+def gather_in_order(accelerator, mine):
+    """Lists that each process made of its share [rank::world_size], put together again in order on every process."""
+    if accelerator.num_processes == 1:
+        return mine
+    pairs = [(at * accelerator.num_processes + accelerator.process_index, item) for at, item in enumerate(mine)]
+    return [item for _, item in sorted(gather_object(pairs), key=lambda pair: pair[0])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saved state
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TrainingState:
+    """Writes and reads a checkpoint's weights, optimizer, schedule and loss scale through accelerate's engines.
+
+    `models` maps a folder name to (unwrapped model, EMAWeights or None); the folders are diffusers model folders, an
+    average lies beside its model as <name>_ema.
+    """
+
+    def __init__(self, accelerator, optimizer, lr_scheduler, models):
+        self.accelerator, self.optimizer, self.lr_scheduler, self.models = accelerator, optimizer, lr_scheduler, models
+        self.options = [
+            {k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups
+        ]
+        accelerator.register_save_state_pre_hook(self._save_models)
+        accelerator.register_load_state_pre_hook(self._load_models)
+
+    def _save_models(self, _, weights, folder):
+        weights.clear()  # else accelerate would write them once more in its own layout
+        if self.accelerator.is_main_process:
+            for name, (model, ema) in self.models.items():
+                model.save_pretrained(Path(folder) / name)
+                if ema is not None:
+                    ema.save(Path(folder) / f"{name}_ema", model)
+
+    def _load_models(self, models, folder):
+        models.clear()
+        for name, (model, ema) in self.models.items():
+            model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
+            average = Path(folder) / f"{name}_ema"
+            if ema is not None and average.is_dir():
+                ema.load(average, model)
+            elif ema is not None:
+                warn(f"{folder} holds no EMA weights; the average starts from its weights")
+                ema.reset(model)
+
+    def write(self, folder):
+        """Write into `folder`; every process must call it."""
+        self.accelerator.save_state(str(folder))
+        for path in Path(folder).glob(f"random_states_{self.accelerator.process_index}.pkl"):
+            path.unlink()  # nothing that is drawn depends on a random state
+        if self.accelerator.is_main_process:
+            torch.save(self.lr_scheduler.state_dict(), Path(folder) / "scheduler.bin")
+
+    def read(self, folder, step):
+        """Read what `write`, or an original script, wrote; learning rate and Adam's settings stay this run's."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and not (Path(folder) / "scaler.pt").exists():
+            raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
+        self.accelerator.load_state(str(folder))
+        self.accelerator.step = 0  # accelerate counts micro-steps; a checkpoint always stands after a whole update
+        for group, options in zip(self.optimizer.param_groups, self.options, strict=True):
+            group.update(options)
+        restart_schedule(self.optimizer, self.lr_scheduler, step)
+
+    def save_checkpoint(self, root, state, about, limit):
+        """One whole checkpoint of a RunState under `root`, or a warning; see checkpoints.save."""
+        accelerator = self.accelerator
+        return checkpoints.save(
+            root, state, self.write, about, limit, accelerator.is_main_process, accelerator.wait_for_everyone
+        )

@@ -1,0 +1,283 @@
+"""The command line: one line a flag, in groups that `--help` shows.
+
+This module imports the standard library alone, so that `--help` and a wrong flag are answered at once. Each script
+passes the groups it wants to `parse`; a flag that only one script has is added in that script.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import os
+import sys
+from typing import Any, NamedTuple
+
+
+class Flag(NamedTuple):
+    """One command-line option. `kind` turns the text into a value and raises ArgumentTypeError with a sentence."""
+
+    name: str
+    kind: Any = str
+    default: Any = None
+    help: str = ""
+    choices: tuple | None = None
+    nargs: str | None = None
+    required: bool = False
+
+
+def _bounded(convert, low, high, what):
+    def parse(text):
+        try:
+            value = convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        if not low <= value <= high:  # also refuses nan
+            bounds = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {what} {bounds}, not {text}")
+        return value
+
+    parse.kind = convert
+    return parse
+
+
+def whole(low=0, high=float("inf")):
+    """A parser for an integer from `low` to `high`."""
+    return _bounded(int, low, high, "a whole number")
+
+
+def number(low=0.0, high=float("inf")):
+    """A parser for a float from `low` to `high`."""
+    return _bounded(float, low, high, "a number")
+
+
+def above_zero(text):
+    """A float above 0."""
+    value = number()(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+above_zero.kind = float
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
+INTERPOLATIONS = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
+
+# fmt: off
+MODEL = ("Base model", [
+    Flag("pretrained_model_name_or_path", help="folder or hub id of the model to start from", required=True),
+    Flag("revision", help="branch, tag or commit of a hub model; pin one so that no later upload changes the run"),
+    Flag("variant", help="which stored copy of the weights to read, for example fp16"),
+    Flag("cache_dir", help="where downloads are kept; set it when the home folder is small"),
+])
+DATA = ("Data", [
+    Flag("dataset_name", help="hub id or local path that the datasets library can load"),
+    Flag("dataset_config_name", help="configuration of that data set, where it has several"),
+    Flag("train_data_dir", help="folder of pictures with metadata.jsonl, metadata.csv or a .txt caption beside each; "
+         "with --dataset_name it is passed on as data_dir"),
+    Flag("image_column", str, "image", "column that holds the pictures"),
+    Flag("caption_column", str, "text", "column that holds the captions: a string, or a list to draw one from"),
+    Flag("max_train_samples", whole(1), None, "train on this many pictures only, for a quick trial"),
+    Flag("resolution", whole(8), 512, "side of the square training picture in pixels, a multiple of 8"),
+    Flag("center_crop", bool, False, "always take the middle of the picture instead of a random crop"),
+    Flag("random_flip", bool, False, "mirror every second picture; not for text or faces with a parting"),
+    Flag("image_interpolation_mode", str, "lanczos", "filter that resizes the pictures", INTERPOLATIONS),
+    Flag("caption_dropout", number(0, 1), 0.0, "share of samples whose caption is left empty, drawn anew each epoch; "
+         "0.1 keeps classifier-free guidance working in long runs"),
+    Flag("dataloader_num_workers", whole(0), 0, "processes that read pictures ahead; 0 reads in the training process"),
+])
+TRAINING = ("Training", [
+    Flag("output_dir", str, None, "folder for the result, the checkpoints, the logs and the validation pictures"),
+    Flag("seed", whole(0, 2**63 - 1), None, "every draw of the run comes from it; left out, one is drawn and printed"),
+    Flag("train_batch_size", whole(1), 16, "pictures per process and micro-step; lower it when memory runs out"),
+    Flag("gradient_accumulation_steps", whole(1), 1, "micro-steps per update: a larger batch without more memory"),
+    Flag("num_train_epochs", whole(1), 100, "passes over the data"),
+    Flag("max_train_steps", whole(1), None, "optimizer updates to make; overrides --num_train_epochs"),
+])
+OPTIMIZATION = ("Optimization", [
+    Flag("learning_rate", number(), 1e-4, "peak learning rate, before --scale_lr"),
+    Flag("scale_lr", bool, False, "multiply the learning rate by accumulation steps x batch size x processes"),
+    Flag("lr_scheduler", str, "constant", "shape of the learning rate over the run", SCHEDULES),
+    Flag("lr_warmup_steps", whole(0), 500, "updates until the peak is reached; `constant` has no warm-up"),
+    Flag("lr_num_cycles", whole(1), 1, "hard restarts of cosine_with_restarts"),
+    Flag("lr_power", number(), 1.0, "exponent of the polynomial schedule"),
+    Flag("optimizer", str, "adamw", "adamw8bit and adafactor keep less state in memory",
+         ("adamw", "adamw8bit", "adafactor")),
+    Flag("use_8bit_adam", bool, False, "the same as --optimizer adamw8bit"),
+    Flag("adam_beta1", number(0, 1), 0.9, "decay of Adam's mean of the gradient"),
+    Flag("adam_beta2", number(0, 1), 0.999, "decay of Adam's mean of the squared gradient"),
+    Flag("adam_weight_decay", number(), 1e-2, "decoupled weight decay"),
+    Flag("adam_epsilon", number(), 1e-8, "added to Adam's denominator"),
+    Flag("max_grad_norm", number(), 1.0, "clip the gradient to this norm; 0 means no clipping"),
+])
+OBJECTIVE = ("Objective", [
+    Flag("prediction_type", str, None, "what the network predicts; left out, what the model's own scheduler says",
+         ("epsilon", "v_prediction")),
+    Flag("snr_gamma", above_zero, None, "min-SNR loss weighting (arXiv 2303.09556); 5.0 is the paper's value"),
+    Flag("noise_offset", number(), 0.0, "shift of each channel's noise; 0.1 lets pictures be darker or brighter"),
+    Flag("input_perturbation", number(), 0.0, "noise in the input but not in the target (arXiv 2301.11706); try 0.1"),
+    Flag("rescale_betas_zero_snr", bool, False, "train on a schedule that ends in pure noise (arXiv 2305.08891); "
+         "goes with --prediction_type v_prediction"),
+    Flag("dream_training", bool, False, "DREAM (arXiv 2312.00210): one more forward pass a step, sharper detail"),
+    Flag("dream_detail_preservation", number(), 1.0, "DREAM's exponent p; larger keeps more detail"),
+])
+EMA = ("EMA weights", [
+    Flag("use_ema", bool, False, "keep an exponential moving average of the weights, and save that"),
+    Flag("ema_decay", number(0, 1), 0.9999, "upper bound of the EMA decay; lower it for runs below 10,000 updates"),
+    Flag("offload_ema", bool, False, "keep the EMA weights in host memory; saves a model's size, costs a copy a step"),
+    Flag("foreach_ema", bool, False, "accepted for old command lines: multi-tensor EMA updates are always on"),
+])
+VALIDATION = ("Validation", [
+    Flag("validation_epochs", whole(0), 5, "validate every so many epochs; 0 means never"),
+    Flag("validation_steps", whole(0), None, "validate every so many updates instead"),
+    Flag("validation_num_inference_steps", whole(1), 20, "sampler steps of a validation picture"),
+    Flag("validation_guidance_scale", number(), 7.5, "guidance scale of the validation pictures; 1 or less means off"),
+    Flag("validation_split", number(0, 0.9), 0.0, "share of the pictures held out for val_loss"),
+])
+VALIDATION_PROMPTS = Flag("validation_prompts", str, None, "draw one picture for each of these prompts", nargs="+")
+CHECKPOINTS = ("Checkpoints", [
+    Flag("checkpointing_steps", whole(0), 500, "updates between checkpoints; one is written at the end too; 0: never"),
+    Flag("checkpoints_total_limit", whole(1), None, "keep this many checkpoints; the oldest go once a new one stands"),
+    Flag("resume_from_checkpoint", help="`latest`, a checkpoint's name in --output_dir, or a path"),
+])
+HARDWARE = ("Speed and memory", [
+    Flag("mixed_precision", str, None, "precision of the computation; left out, what accelerate is configured for",
+         ("no", "fp16", "bf16")),
+    Flag("gradient_checkpointing", bool, False, "recompute activations: much less memory, about a third slower"),
+    Flag("allow_tf32", bool, False, "TF32 matrix products on Ampere and later GPUs: faster, slightly less exact"),
+    Flag("enable_xformers_memory_efficient_attention", bool, False, "attention by xFormers; for GPUs without a fast "
+         "built-in attention"),
+    Flag("process_group_timeout", whole(1), 1800, "seconds that processes wait for each other before they give up"),
+    Flag("local_rank", int, -1, "set by old launchers; leave it alone"),
+])
+REPORTING = ("Logs and the hub", [
+    Flag("report_to", str, "tensorboard", "where the curves go; `all`: every tracker that is installed", TRACKERS),
+    Flag("logging_dir", str, "logs", "folder for the trackers' files, inside --output_dir"),
+    Flag("logging_steps", whole(1), 10, "updates between two looks at the losses; every update is still logged"),
+    Flag("tracker_project_name", str, "text2image-fine-tune", "the project's name in the tracker"),
+    Flag("push_to_hub", bool, False, "upload the result when it stands"),
+    Flag("hub_token", help="token for the upload; `hf auth login` keeps it out of the shell history"),
+    Flag("hub_model_id", help="repository to upload to; left out, the name of --output_dir"),
+])
+# fmt: on
+
+# The flags that decide what the weights become; a checkpoint remembers them and a resumed run compares.
+MATHEMATICS = frozenset(
+    """
+    pretrained_model_name_or_path revision variant non_ema_revision dataset_name dataset_config_name max_train_samples
+    resolution center_crop random_flip image_interpolation_mode caption_dropout train_batch_size
+    gradient_accumulation_steps num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps
+    lr_num_cycles lr_power optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
+    prediction_type snr_gamma noise_offset input_perturbation rescale_betas_zero_snr dream_training
+    dream_detail_preservation use_ema ema_decay validation_split mixed_precision
+    """.split()
+)
+SECRETS = frozenset(["hub_token"])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One sentence and exit code 2, instead of a screen of usage."""
+        if message.startswith("unrecognized arguments: --"):
+            wrong = message.split(": ", 1)[1].split()[0].split("=")[0]
+            close = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
+            message = f"there is no flag {wrong}" + (f"; did you mean {close[0]}?" if close else "")
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=36, width=119)
+
+
+def build(description, groups, defaults=None):
+    """The parser for `groups`, a list of (title, [Flag]). A value the user did not give is absent from its result."""
+    parser = _Parser(
+        usage="%(prog)s [flags]", description=description, formatter_class=_Help, argument_default=argparse.SUPPRESS
+    )
+    defaults = defaults or {}
+    for title, flags in groups:
+        section = parser.add_argument_group(title)
+        for flag in flags:
+            default = defaults.get(flag.name, flag.default)
+            text = flag.help + (f" (default: {default})" if default is not None and flag.kind is not bool else "")
+            kind = {"action": "store_true"} if flag.kind is bool else {"type": flag.kind, "nargs": flag.nargs}
+            if flag.choices:
+                kind["choices"] = flag.choices
+            elif flag.kind is not bool:
+                kind["metavar"] = {int: "N", float: "X"}.get(getattr(flag.kind, "kind", flag.kind), "TEXT")
+            section.add_argument(f"--{flag.name}", help=text.replace("%", "%%"), required=flag.required, **kind)
+    return parser
+
+
+def parse(argv, description, groups, defaults=None):
+    """Parse and check a command line. Returns a Namespace whose `given` is the set of flags that the user wrote.
+
+    Exits with 2 and one sentence for a wrong flag, a wrong value or flags that contradict each other.
+    """
+    parser = build(description, groups, defaults)
+    given = vars(parser.parse_args(argv))
+    values = {flag.name: flag.default for _, flags in groups for flag in flags} | (defaults or {}) | given
+    args = argparse.Namespace(**values, given=frozenset(given))
+    if "LOCAL_RANK" in os.environ:
+        args.local_rank = int(os.environ["LOCAL_RANK"])
+    if getattr(args, "use_8bit_adam", False):
+        args.optimizer = "adamw8bit"
+    problem = _contradiction(args)
+    if problem:
+        parser.error(problem)
+    return args
+
+
+def _missing(package):
+    return importlib.util.find_spec(package) is None
+
+
+def _contradiction(args):
+    """The first thing that is wrong with flags which are each right by themselves, as a sentence, or None."""
+    get = vars(args).get
+    if get("dataset_name") is None and get("train_data_dir") is None:
+        return "give --train_data_dir (a folder of pictures) or --dataset_name"
+    if get("dataset_name") is None and not os.path.isdir(args.train_data_dir):
+        return f"--train_data_dir {args.train_data_dir} is not a folder"
+    if get("resolution") and args.resolution % 8:
+        near = max(8, round(args.resolution / 8) * 8)
+        return f"--resolution {args.resolution} is not a multiple of 8; the nearest is {near}"
+    if get("dream_training") and get("input_perturbation"):
+        return "--dream_training and --input_perturbation both shift the input against the target; use one of them"
+    if get("dream_training") and get("prediction_type") == "v_prediction":
+        return "--dream_training is defined for epsilon prediction only"
+    if get("use_8bit_adam") and "optimizer" in args.given and get("optimizer") != "adamw8bit":
+        return "--use_8bit_adam contradicts --optimizer"
+    if get("optimizer") == "adamw8bit" and _missing("bitsandbytes"):
+        return "8-bit Adam needs bitsandbytes: pip install bitsandbytes"
+    if get("enable_xformers_memory_efficient_attention") and _missing("xformers"):
+        return "--enable_xformers_memory_efficient_attention needs xFormers: pip install xformers==0.0.35"
+    report_to = get("report_to")
+    if report_to not in (None, "all", "none") and _missing(report_to):
+        return f"--report_to {report_to} needs {report_to}: pip install {report_to}, or give --report_to none"
+    if get("output_dir") and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        return f"--output_dir {args.output_dir} is a file"
+    return None
+
+
+def public(args):
+    """The settings as a plain dict, without the secrets: what trackers, manifests and model cards may see."""
+    return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given"}}
+
+
+def mathematics(args):
+    """The settings that decide what the weights become, as a dict that JSON can hold."""
+    return {name: value for name, value in vars(args).items() if name in MATHEMATICS}
+
+
+def without_secrets(argv=None):
+    """The command line as a list, the values of secret flags left out."""
+    kept, skip = [], False
+    for word in sys.argv[1:] if argv is None else argv:
+        name = word.lstrip("-").split("=")[0]
+        secret = word.startswith("--") and name in SECRETS
+        if not secret and not skip:
+            kept.append(word)
+        skip = secret and "=" not in word
+    return kept

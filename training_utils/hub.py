@@ -1,0 +1,95 @@
+"""The model card and the upload to the hub."""
+
+import html
+import os
+from pathlib import Path
+
+from .reporting import UserError, say
+
+
+def plain(text, most=300):
+    """Text from a prompt or a data set as one line that Markdown shows as it is, whatever it holds."""
+    text = html.escape(" ".join(str(text).split()))[:most]
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+-!|~" else letter for letter in text)
+
+
+def open_repository(name, output_dir, token):
+    """Create the repository, or find it there; returns its id. Raises UserError: better now than after training."""
+    from huggingface_hub import create_repo
+
+    name = name or Path(output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True, token=token).repo_id
+    except Exception as error:  # refused, unauthorised, unreachable: the client raises a dozen kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--push_to_hub cannot open repository {name} ({reason}); see `hf auth login`") from None
+
+
+def base_licence(base_model, token):
+    """The licence that the hub states for the base model, or None: a fine-tuned model is under its base's licence."""
+    if os.path.isdir(base_model):
+        return None
+    from huggingface_hub import model_info
+
+    try:
+        return model_info(base_model, token=token).card_data.license
+    except Exception:
+        return None
+
+
+def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=(), licence=None):
+    """Write README.md into `folder`.
+
+    `data` is the data set's hub id or None; `facts` a dict of settings worth reading; `usage` the Python lines that
+    use the model; `pictures` a list of (path inside the folder, prompts).
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    known = ModelCardData(
+        base_model=None if os.path.isdir(base_model) else base_model,
+        datasets=[data] if data and not os.path.exists(data) else None,
+        license=licence,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "diffusers-training", *tags],
+    )
+    lines = [
+        f"# {plain(title)}",
+        "",
+        f"Fine-tuned from {plain(os.path.basename(base_model.rstrip('/')) or base_model)}",
+    ]
+    lines[-1] += f" on {plain(data)}." if data else "."
+    for path, prompts in pictures:
+        lines += ["", f"![validation pictures]({path})", ""]
+        lines += [f"- {plain(prompt)}" for prompt in prompts]
+    lines += ["", "## Use it", "", "```python", usage.strip(), "```", "", "## How it was trained", ""]
+    lines += ["| setting | value |", "|---|---|"]
+    facts = facts | {
+        "pretrained_model_name_or_path": os.path.basename(base_model) or base_model
+    }  # no path of this machine
+    lines += [f"| {plain(k)} | {plain(v)} |" for k, v in facts.items() if v is not None and v is not False]
+    ModelCard(f"---\n{known.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(Path(folder) / "README.md")
+
+
+def upload(folder, repository, token, allowed):
+    """Upload the files of `folder` that match the patterns `allowed`, and no others, so that neither checkpoints nor
+    logs are published. Raises UserError, with the command that tries again, when it fails: the result is safe."""
+    from huggingface_hub import upload_folder
+
+    try:
+        upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=allowed,
+            token=token,
+            commit_message="End of training",
+        )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        patterns = " ".join(f"--include '{pattern}'" for pattern in allowed)
+        raise UserError(
+            f"the model stands in {folder}, but the upload failed ({reason}); push it later with: "
+            f"hf upload {repository} {folder} . {patterns}",
+            exit_code=1,
+        ) from None
+    say(f"pushed to {repository}")

@@ -1,0 +1,24 @@
+"""Settings that must be made before diffusers and transformers are imported."""
+
+import logging
+
+
+def prepare():
+    """Leave out what training never uses, and keep the terminal for what concerns the user.
+
+    diffusers imports scipy.stats, where there is one, for the beta sigmas of some samplers: 0.8 s of start-up, and
+    random draws that a reproducible start should not make. transformers reports at each import that torchvision,
+    which nothing here needs, is not installed. Call it before anything else of the two is imported.
+    """
+    import diffusers.utils.import_utils
+
+    diffusers.utils.import_utils._scipy_available = False
+    logging.getLogger("transformers.utils.import_utils").addFilter(
+        lambda record: "torchvision" not in record.getMessage()
+    )
+
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()  # a bar for every file read or written
+    transformers.utils.logging.disable_progress_bar()

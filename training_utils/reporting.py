@@ -1,0 +1,211 @@
+"""What a person sees of a run: messages, the progress bar, the curves, the picture grids."""
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+class UserError(Exception):
+    """Something a user can mend, in one sentence. `exit_code` is 2 for a wrong command or data set, else 1."""
+
+    def __init__(self, message, exit_code=2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _first_process():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message):
+    """Print a line once, whatever the number of processes, without breaking a progress bar."""
+    if _first_process():
+        from tqdm import tqdm
+
+        tqdm.write(str(message), file=sys.stderr)
+        sys.stderr.flush()
+
+
+def warn(message):
+    """Print a warning once, whatever the number of processes."""
+    say(f"warning: {message}")
+
+
+def run(main):
+    """Call `main()` and leave with its exit code; a UserError becomes one sentence, never a stack trace."""
+    try:
+        code = main()
+    except UserError as error:
+        if _first_process():
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, since torch may not be installed
+            raise
+        print(
+            f"{Path(sys.argv[0]).name}: error: out of device memory ({str(error).splitlines()[0]}); lower "
+            "--train_batch_size, or try --gradient_checkpointing, --mixed_precision or --use_8bit_adam",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = 1
+    except KeyboardInterrupt:  # before the loop, where there is nothing to save yet
+        code = 130
+    sys.exit(code)
+
+
+def resume_command(argv):
+    """The command line that continues this run, ready to paste; `argv` without the script, without secrets."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and not word.startswith("--resume_from_checkpoint"):
+            kept.append(word)
+        skip = word == "--resume_from_checkpoint"
+    start = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
+    return shlex.join([*start, sys.argv[0], *kept, "--resume_from_checkpoint", "latest"])
+
+
+def announce(model, pictures, total, window, state):
+    """The lines before the progress bar: what is about to be trained."""
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"training {size / 1e6:,.1f} M parameters on {pictures:,} pictures")
+    epochs = total / -(-pictures // window)
+    say(f"{total:,} updates of {window} pictures are {epochs:,.1f} epochs; update {state.step:,}, seed {state.seed}")
+
+
+def conclude(output_dir, progress, usage):
+    """The lines after it: how long it took, where everything lies, the lines that use it."""
+    minutes, seconds = divmod(int(time.perf_counter() - progress.began), 60)
+    loss = "" if progress.last_loss is None else f", last loss {progress.last_loss:.4f}"
+    say(f"trained to update {progress.step:,} in {minutes} min {seconds} s{loss}; the result is in {output_dir}")
+    say("use it:\n" + "\n".join(f"    {line}" for line in usage.strip().splitlines()))
+
+
+def tracker_config(settings):
+    """A dict of settings as trackers take it: numbers, strings and booleans."""
+    simple = (bool, int, float, str, type(None))
+    return {name: value if isinstance(value, simple) else str(value) for name, value in settings.items()}
+
+
+class Progress:
+    """The progress bar over updates and the log of their losses.
+
+    Losses stay where they were computed until `logging_steps` of them are there, or until `flush`: fetching one is a
+    wait for the device. `fetch(stack)` turns the list of scalars into numbers averaged over the processes; it is a
+    collective call, so every process must flush at the same updates. `log(values, step)` hands one update's values to
+    the trackers.
+    """
+
+    def __init__(self, step, total, logging_steps, samples_per_update, fetch, log):
+        from tqdm import tqdm
+
+        self.step, self.logging_steps, self.samples = step, logging_steps, samples_per_update
+        self.fetch, self.log = fetch, log
+        self.waiting, self.clock, self.last_loss = [], time.perf_counter(), None
+        self.began = self.clock
+        self.bar = tqdm(
+            total=total, initial=step, desc="updates", dynamic_ncols=True, smoothing=0.05, disable=not _first_process()
+        )
+
+    def update(self, step, loss, grad_norm, learning_rate):
+        """Count one update; `loss` and `grad_norm` may be tensors on a device (grad_norm may be None)."""
+        self.waiting.append((step, loss, grad_norm, learning_rate))
+        self.bar.update(step - self.step)
+        self.step = step
+        if len(self.waiting) >= self.logging_steps:
+            self.flush()
+
+    def pause(self):
+        """Leave the time since the last flush out of the throughput: a validation or a checkpoint comes between."""
+        self.clock = time.perf_counter()
+
+    def flush(self):
+        """Fetch and log what is waiting."""
+        if not self.waiting:
+            return
+        losses = self.fetch([loss for _, loss, _, _ in self.waiting])
+        norms = [norm for _, _, norm, _ in self.waiting]
+        norms = self.fetch(norms) if norms[0] is not None else [None] * len(norms)
+        speed = len(self.waiting) * self.samples / (time.perf_counter() - self.clock)
+        for (step, _, _, rate), loss, norm in zip(self.waiting, losses, norms, strict=True):
+            values = {"train_loss": loss, "lr": rate, "samples_per_second": speed}
+            self.log(values if norm is None else values | {"grad_norm": norm}, step)
+        self.last_loss = losses[-1]
+        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {self.waiting[-1][3]:.2e}, {speed:.3g} pictures/s")
+        self.waiting, self.clock = [], time.perf_counter()
+
+    def close(self):
+        self.flush()
+        self.bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _font(size):
+    return ImageFont.load_default(size)
+
+
+def _fit(draw, text, font, width):
+    """`text` broken into at most three lines of `width` pixels, the last one shortened if there is more."""
+    lines, words = [""], text.split()
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    short = lines[:3]
+    if len(lines) > 3:
+        short[-1] += " …"
+    for at, line in enumerate(short):
+        while draw.textlength(line, font=font) > width and len(line) > 2:
+            line = line[:-2].rstrip() + "…"
+        short[at] = line
+    return "\n".join(short)
+
+
+def grid(pictures, captions, title, columns=4, side=256):
+    """One captioned contact sheet of square PIL pictures: (pictures, captions, title line) to a PIL picture.
+
+    `side` is the size in pixels that each picture is shown at; small ones are enlarged without smoothing.
+    """
+    columns = min(columns, len(pictures))
+    gap, caption_height, title_height = 12, 62, 40
+    rows = -(-len(pictures) // columns)
+    width = columns * (side + gap) + gap
+    sheet = Image.new("RGB", (width, title_height + rows * (side + caption_height + gap) + gap), (250, 250, 248))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 11), _fit(draw, title, _font(18), width - 2 * gap), fill=(30, 30, 30), font=_font(18))
+    for at, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left = gap + (at % columns) * (side + gap)
+        top = title_height + gap // 2 + (at // columns) * (side + caption_height + gap)
+        smooth = Image.Resampling.NEAREST if max(picture.size) < side else Image.Resampling.LANCZOS
+        sheet.paste(picture.resize((side, side), smooth), (left, top))
+        draw.multiline_text(
+            (left, top + side + 4), _fit(draw, caption, _font(14), side), fill=(70, 70, 70), font=_font(14), spacing=3
+        )
+    return sheet
+
+
+def log_pictures(trackers, pictures, captions, step, name="validation"):
+    """Hand pictures (a list of PIL) to every tracker that shows pictures, each at this update."""
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            array = np.stack([np.asarray(picture) for picture in pictures])
+            tracker.writer.add_images(name, array, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            shown = [wandb.Image(picture, caption=caption) for picture, caption in zip(pictures, captions)]
+            tracker.log({name: shown}, step=step)
+        elif tracker.name == "comet_ml":
+            for at, picture in enumerate(pictures):
+                tracker.writer.log_image(picture, name=f"{name} {captions[at]}", step=step)

@@ -1,0 +1,74 @@
+"""Looking at a run: pictures for the same prompts from the same noise, and the loss on held-out pictures."""
+
+from pathlib import Path
+
+import torch
+
+from . import data, engine, reporting
+
+
+def due(state, steps, epochs, last):
+    """Whether to validate after this update: each `steps` updates, or without it each `epochs` epochs; and at the end.
+
+    0 means never.
+    """
+    if not (epochs if steps is None else steps):
+        return False
+    if state.step == last:
+        return True
+    if steps is not None:
+        return state.step % steps == 0
+    return state.position.sample == 0 and state.position.epoch % epochs == 0
+
+
+@torch.no_grad()
+def draw_pictures(accelerator, pipeline, prompts, seed, **options):
+    """One picture a prompt, shared out over the processes; every process gets all of them, in order.
+
+    The noise of a prompt depends on the seed and its place alone and is drawn on the CPU, so that pictures of two
+    updates, or of two machines, differ by the weights alone. `options` go to the pipeline's call.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    mine = []
+    for at in range(accelerator.process_index, len(prompts), accelerator.num_processes):
+        noise = torch.Generator("cpu").manual_seed(seed + at)
+        with accelerator.autocast():
+            mine.append(pipeline(prompts[at], generator=noise, **options).images[0])
+    return engine.gather_in_order(accelerator, mine)
+
+
+@torch.no_grad()
+def held_out_loss(accelerator, samples, batch_size, loss_of):
+    """Mean of `loss_of(batch)`, losses of shape (B,), over all held-out samples of all processes."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    total = torch.zeros((), device=accelerator.device)
+    for batch in engine.batches(
+        samples, data.held_out_samples(len(samples), batch_size, rank, world), accelerator.device
+    ):
+        total += loss_of(batch).sum()
+    return accelerator.reduce(total, "sum").item() / len(samples)
+
+
+def log_held_out_loss(accelerator, samples, batch_size, loss_of, step):
+    """Compute the held-out loss, print it and hand it to the trackers as val_loss."""
+    loss = held_out_loss(accelerator, samples, batch_size, loss_of)
+    accelerator.log({"val_loss": loss}, step)
+    reporting.say(f"update {step}: val_loss {loss:.4f}")
+
+
+def show_pictures(accelerator, pipeline, prompts, state, output_dir, **options):
+    """Draw a picture a prompt, write them as one captioned grid under `output_dir`/validation, hand them to the
+    trackers. The grid's name carries the update."""
+    pictures = draw_pictures(accelerator, pipeline, prompts, state.seed, **options)
+    if accelerator.is_main_process:
+        path = Path(output_dir) / "validation" / f"step-{state.step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reporting.grid(pictures, prompts, f"after {state.step:,} updates").save(path)
+        reporting.log_pictures(accelerator.trackers, pictures, prompts, state.step)
+        reporting.say(f"update {state.step}: pictures in {path}")
+
+
+def newest_grid(output_dir, prompts):
+    """The last grid as [(path inside output_dir, prompts)] for the model card; empty where there is none."""
+    grids = sorted((Path(output_dir) / "validation").glob("step-*.png"))
+    return [(grids[-1].relative_to(output_dir).as_posix(), prompts)] if grids and prompts else []
