@@ -100,9 +100,16 @@ def _seal(folder, state, about):
         "libraries": _versions(),
         "files": dict(zip((path.relative_to(folder).as_posix() for path in files), _digests(files), strict=True)),
     }
+    manifest["sha256"] = _digest_of(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         _flush(path)
+
+
+def _digest_of(manifest):
+    """SHA-256 over a manifest's values, its own digest left out: the manifest too may be damaged."""
+    values = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path):
@@ -170,7 +177,7 @@ def damage(folder, contents=True):
     manifest = read_manifest(folder)
     if manifest is None:
         return _damage_of_foreign(folder)
-    if manifest.get("format") != FORMAT or "files" not in manifest or "state" not in manifest:
+    if manifest.get("format") != FORMAT or manifest.get("sha256") != _digest_of(manifest):
         return f"{MANIFEST} is damaged or of another version"
     for name, fact in manifest["files"].items():
         if not (folder / name).is_file():

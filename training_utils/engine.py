@@ -39,6 +39,8 @@ def make_accelerator(output_dir, logging_dir, accumulation, mixed_precision, rep
         if "mixed precision" in str(error):
             raise UserError(f"--mixed_precision {mixed_precision} does not run on this device: {error}") from None
         raise
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
     if allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

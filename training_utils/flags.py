@@ -221,11 +221,11 @@ def parse(argv, description, groups, defaults=None):
     args = argparse.Namespace(**values, given=frozenset(given))
     if "LOCAL_RANK" in os.environ:
         args.local_rank = int(os.environ["LOCAL_RANK"])
-    if getattr(args, "use_8bit_adam", False):
-        args.optimizer = "adamw8bit"
     problem = _contradiction(args)
     if problem:
         parser.error(problem)
+    if getattr(args, "use_8bit_adam", False):
+        args.optimizer = "adamw8bit"
     return args
 
 
@@ -247,9 +247,9 @@ def _contradiction(args):
         return "--dream_training and --input_perturbation both shift the input against the target; use one of them"
     if get("dream_training") and get("prediction_type") == "v_prediction":
         return "--dream_training is defined for epsilon prediction only"
-    if get("use_8bit_adam") and "optimizer" in args.given and get("optimizer") != "adamw8bit":
-        return "--use_8bit_adam contradicts --optimizer"
-    if get("optimizer") == "adamw8bit" and _missing("bitsandbytes"):
+    if get("use_8bit_adam") and "optimizer" in args.given and args.optimizer != "adamw8bit":
+        return f"--use_8bit_adam contradicts --optimizer {args.optimizer}"
+    if (get("use_8bit_adam") or get("optimizer") == "adamw8bit") and _missing("bitsandbytes"):
         return "8-bit Adam needs bitsandbytes: pip install bitsandbytes"
     if get("enable_xformers_memory_efficient_attention") and _missing("xformers"):
         return "--enable_xformers_memory_efficient_attention needs xFormers: pip install xformers==0.0.35"

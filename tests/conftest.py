@@ -1,0 +1,112 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "quickstart"), str(ROOT / "tests")]
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started: sums over threads round by their number
+
+from tiny import build_sd, write_pictures  # noqa: E402
+
+import train_text_to_image  # noqa: E402  (before anything imports diffusers: it prepares the libraries)
+from training_utils.reporting import UserError  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory):
+    """A tiny Stable Diffusion folder that predicts epsilon."""
+    return build_sd(tmp_path_factory.mktemp("sd") / "model")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of ten captioned pictures."""
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "train")
+
+
+def reset_accelerate():
+    """Let one process hold one run after the other: accelerate keeps its state for the life of a process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Runner:
+    """Runs train_text_to_image.py on the tiny model: `run(out, "--flag", ...)` returns main's exit code."""
+
+    def __init__(self, sd, pictures):
+        self.sd, self.pictures = sd, pictures
+
+    def argv(self, out, *more):
+        """The command line; a flag in `more` comes last and so replaces the one here."""
+        plain = f"--pretrained_model_name_or_path {self.sd} --train_data_dir {self.pictures} --output_dir {out}"
+        plain += " --resolution 16 --train_batch_size 4 --max_train_steps 6 --learning_rate 1e-3 --seed 7"
+        return [*plain.split(), *"--report_to none --checkpointing_steps 0".split(), *map(str, more)]
+
+    def __call__(self, out, *more):
+        reset_accelerate()
+        return train_text_to_image.main(self.argv(out, *more))
+
+    def fails(self, out, *more):
+        """Run, expecting an error that a user can mend; returns (sentence, exit code)."""
+        with pytest.raises(UserError) as caught:
+            self(out, *more)
+        return str(caught.value), caught.value.exit_code
+
+    def start(self, out, *more, launcher=(sys.executable,), **environment):
+        """Start it as a process of its own, as a user does; returns the Popen."""
+        return subprocess.Popen(
+            [*launcher, str(ROOT / "train_text_to_image.py"), *self.argv(out, *more)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | environment,
+            cwd=ROOT,
+        )
+
+
+@pytest.fixture(scope="session")
+def run(sd, pictures):
+    return Runner(sd, pictures)
+
+
+def two_processes():
+    """The launcher of two processes on this machine's CPU."""
+    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--quiet"]
+
+
+def unet_bytes(out):
+    """The trained weights as they were written, to compare to the bit."""
+    return (Path(out) / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def unet_weights(out):
+    """The trained weights, name to tensor."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(out) / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def relative_difference(out, other):
+    """Distance of two runs' weights over their norm."""
+    one, two = unet_weights(out), unet_weights(other)
+    distance = sum((one[name].double() - two[name].double()).square().sum() for name in one)
+    return float((distance / sum(weight.double().square().sum() for weight in one.values())).sqrt())
+
+
+def logged(out, name="train_loss"):
+    """What the run wrote to TensorBoard under a name: {update: value}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = {}
+    for events in sorted(Path(out).glob("logs/**/events*")):
+        log = EventAccumulator(str(events))
+        log.Reload()
+        if name in log.Tags()["scalars"]:
+            values |= {entry.step: entry.value for entry in log.Scalars(name)}
+    return values

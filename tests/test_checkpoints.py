@@ -1,0 +1,286 @@
+"""A checkpoint is whole or absent, `latest` is the newest that checks out, and nothing is deleted that should stay."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, unet_bytes
+
+from training_utils import checkpoints
+from training_utils.data import Position
+from training_utils.reporting import UserError
+
+ABOUT = {"script": "s.py", "world_size": 1, "flags": {"optimizer": "adamw"}, "data": {"samples": 3, "sha256": "x"}}
+
+
+def write_two_files(folder):
+    (folder / "unet").mkdir()
+    (folder / "unet" / "weights.safetensors").write_bytes(b"w" * 1000)
+    (folder / "optimizer.bin").write_bytes(b"o" * 500)
+
+
+def state(step):
+    return checkpoints.RunState(seed=1, step=step, micro_step=2 * step, position=Position(1, 3))
+
+
+def save(root, step, limit=None, write=write_two_files):
+    return checkpoints.save(root, state(step), write, ABOUT, limit)
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_round_trip(tmp_path):
+    folder = save(tmp_path, 5)
+    assert checkpoints.damage(folder) is None
+    assert checkpoints.start(tmp_path, "latest", None) == (folder, state(5))
+
+
+def test_oldest_go_once_the_new_one_stands(tmp_path):
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step, limit=2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-3"]
+
+
+def test_folders_that_only_look_alike_are_left_alone(tmp_path):
+    for name in ("checkpoint_backup", "checkpoint-best", "checkpoint-", "checkpoints"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    for step in (1, 2, 3):
+        save(tmp_path, step, limit=1)
+    expected = ["checkpoint-", "checkpoint-3", "checkpoint-7", "checkpoint-best", "checkpoint_backup", "checkpoints"]
+    assert names(tmp_path) == expected
+
+
+def test_a_failed_write_leaves_the_old_ones_and_the_run(tmp_path, capsys):
+    save(tmp_path, 1, limit=1)
+
+    def full_disk(folder):
+        write_two_files(folder)
+        raise OSError(28, "No space left on device")
+
+    assert save(tmp_path, 2, limit=1, write=full_disk) is None
+    assert names(tmp_path) == ["checkpoint-1"]
+    assert "No space left on device" in capsys.readouterr().err
+    assert save(tmp_path, 3, limit=1) is not None
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_checkpoints as t
+from training_utils import checkpoints
+root = Path({folder!r})
+t.save(root, 1, limit=1)
+calls = 0
+def counted(name, real):
+    def call(*args, **kw):
+        global calls
+        calls += 1
+        if calls > {at}:
+            os.kill(os.getpid(), 9)
+        return real(*args, **kw)
+    return call
+for name in ("rename", "fsync", "open", "mkdir", "rmdir", "unlink"):
+    setattr(os, name, counted(name, getattr(os, name)))
+t.save(root, 2, limit=1)
+print("done", calls)
+"""
+
+
+def test_killed_before_any_single_operation(tmp_path):
+    """SIGKILL before each file-system operation of a save with rotation, one after the other."""
+    at, finished = 0, False
+    while not finished:
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), at=at)
+        # In a fork, since a fresh interpreter would import torch each time.
+        child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                exec(code, {})
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        finished = os.waitpid(child, 0)[1] == 0
+        whole = [path for path in checkpoints.listed(folder) if checkpoints.damage(path) is None]
+        assert whole == checkpoints.listed(folder), f"operation {at}: one that is not whole"
+        assert whole, f"operation {at}: none left"
+        newest = checkpoints.find(folder, "latest")
+        assert save(folder, 3, limit=1), f"operation {at}: the next save"
+        assert newest is not None and names(folder) == ["checkpoint-3"], f"operation {at}: left-overs"
+        at += 1
+    assert at > 15
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[90] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "flipped": flip,
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("file", ["unet/weights.safetensors", "optimizer.bin", "manifest.json"])
+def test_a_damaged_one_is_named_skipped_and_kept(tmp_path, how, file, capsys):
+    save(tmp_path, 1)
+    damaged = save(tmp_path, 2)
+    if (how, file) == ("missing", "manifest.json"):
+        (damaged / "unet/weights.safetensors").unlink()  # without either it is nobody's checkpoint
+    DAMAGE[how](damaged / file)
+    assert checkpoints.find(tmp_path, "latest").name == "checkpoint-1"
+    assert "checkpoint-2 is damaged and is skipped" in capsys.readouterr().err
+    assert damaged.is_dir()
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoints.find(tmp_path, "checkpoint-2")
+    save(tmp_path, 3, limit=1)
+    assert damaged.is_dir() or how == "flipped"  # rotation looks at sizes, not at contents
+
+
+def test_every_way_to_name_one(tmp_path, monkeypatch):
+    folder = save(tmp_path / "out", 5)
+    monkeypatch.chdir(tmp_path)
+    for wanted in ("latest", "checkpoint-5", "checkpoint-5/", "out/checkpoint-5", str(folder), f"{folder}/"):
+        assert checkpoints.find(Path("out"), wanted).resolve() == folder.resolve(), wanted
+    assert checkpoints.find(tmp_path / "elsewhere", str(folder)) == folder
+
+
+def test_one_that_is_not_there(tmp_path):
+    save(tmp_path, 5)
+    with pytest.raises(UserError, match=r"no such checkpoint; .* holds checkpoint-5"):
+        checkpoints.find(tmp_path, "checkpoint-6")
+
+
+def test_a_new_run_over_an_old_one_says_so(run, tmp_path, capsys):
+    run(tmp_path, "--checkpointing_steps", "3")
+    run(tmp_path, "--checkpointing_steps", "3", "--seed", "8")
+    assert "holds checkpoint-6 of an earlier run" in capsys.readouterr().err
+    assert json.loads((tmp_path / "checkpoint-3" / "manifest.json").read_text())["state"]["seed"] == 8
+
+
+def test_what_differs_is_named(run, tmp_path, capsys):
+    run(tmp_path, "--checkpointing_steps", "3")
+    run(tmp_path, "--resume_from_checkpoint", "checkpoint-3", "--snr_gamma", "5", "--train_batch_size", "2")
+    said = capsys.readouterr().err
+    assert "train_batch_size 4 -> 2" in said and "snr_gamma None -> 5.0" in said
+
+
+def test_another_optimizer_cannot_continue(run, tmp_path):
+    run(tmp_path, "--checkpointing_steps", "3")
+    sentence, code = run.fails(tmp_path, "--resume_from_checkpoint", "latest", "--optimizer", "adafactor")
+    assert "holds the state of --optimizer adamw" in sentence and code == 2
+
+
+def test_changed_data_are_named(run, tmp_path, capsys):
+    run(tmp_path, "--checkpointing_steps", "3")
+    run(tmp_path, "--resume_from_checkpoint", "checkpoint-3", "--max_train_samples", "8")
+    assert "the data set has changed" in capsys.readouterr().err
+
+
+def test_layout_is_the_familiar_one(run, tmp_path):
+    run(tmp_path, "--checkpointing_steps", "6", "--use_ema")
+    folder = tmp_path / "checkpoint-6"
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert files == [
+        "manifest.json",
+        "optimizer.bin",
+        "scheduler.bin",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet_ema/config.json",
+        "unet_ema/diffusion_pytorch_model.safetensors",
+    ]
+    for name in ("optimizer.bin", "scheduler.bin"):
+        torch.load(folder / name, weights_only=True)  # loads without running any code
+
+
+def foreign(run, tmp_path):
+    """A checkpoint as the original script leaves it: accelerate's save_state and diffusers' folders, no manifest."""
+    run(tmp_path, "--checkpointing_steps", "3", "--use_ema", "--max_train_steps", "3")
+    folder = tmp_path / "checkpoint-3"
+    (folder / "manifest.json").unlink()
+    torch.save({"step": 2}, folder / "random_states_0.pkl")
+    return folder
+
+
+def test_a_checkpoint_of_the_original_script_continues(run, tmp_path, capsys):
+    foreign(run, tmp_path)
+    flags = ["--use_ema", "--gradient_accumulation_steps", "3", "--resume_from_checkpoint", "latest"]
+    assert run(tmp_path, *flags, "--checkpointing_steps", "1") == 0
+    said = capsys.readouterr().err
+    assert "was not made by this suite" in said and "position of its run in the data is unknown" in said
+    assert (tmp_path / "checkpoint-6" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "optimizer.bin"])
+def test_a_half_written_checkpoint_of_the_original_script_is_skipped(run, tmp_path, name):
+    folder = foreign(run, tmp_path)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    assert checkpoints.find(tmp_path, "latest") is None
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/a-checkpoint-ran-code",))
+
+
+def test_a_checkpoint_cannot_run_code(run, tmp_path):
+    folder = foreign(run, tmp_path)
+    shutil.rmtree("/tmp/a-checkpoint-ran-code", ignore_errors=True)
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        torch.save(Bomb(), folder / name)
+    with pytest.raises(Exception, match="weights_only|cannot be read"):
+        run(tmp_path, "--resume_from_checkpoint", "latest")
+    assert not os.path.exists("/tmp/a-checkpoint-ran-code")
+
+
+def test_left_overs_of_a_killed_run_go(run, tmp_path):
+    for name in (".checkpoint-3.partial", ".checkpoint-1.old"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+    (tmp_path / ".checkpoint-notes").mkdir()
+    run(tmp_path, "--checkpointing_steps", "6")
+    assert [name for name in names(tmp_path) if name.startswith(".")] == [".checkpoint-notes"]
+
+
+def test_a_full_disk_does_not_end_the_run(run, tmp_path):
+    """A real full disk, in a process of its own: files may not grow beyond 200 kB while a checkpoint is written."""
+    code = f"""
+import resource, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "quickstart")!r}]
+import train_text_to_image
+from training_utils import engine
+real = engine.TrainingState.write
+def limited(self, folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    try:
+        real(self, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+engine.TrainingState.write = limited
+sys.exit(train_text_to_image.main({run.argv(tmp_path / "full", "--checkpointing_steps", "3")!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("could not be written") == 2
+    assert checkpoints.listed(tmp_path / "full") == []
+    run(tmp_path / "whole")
+    assert unet_bytes(tmp_path / "full") == unet_bytes(tmp_path / "whole")

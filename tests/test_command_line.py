@@ -1,0 +1,155 @@
+"""The command line that users know is the one they get, and a wrong one is answered at once in one sentence."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import train_text_to_image
+from training_utils import flags
+
+# What each script's users know (name, type, default, choices), and what this suite adds, each in every script alike.
+KNOWN = json.loads((ROOT / "tests" / "known_flags.json").read_text())
+OURS = {
+    "caption_dropout": (float, 0.0),
+    "ema_decay": (float, 0.9999),
+    "rescale_betas_zero_snr": (bool, False),
+    "lr_num_cycles": (int, 1),
+    "lr_power": (float, 1.0),
+    "optimizer": (str, "adamw"),
+    "validation_steps": (int, None),
+    "validation_num_inference_steps": (int, 20),
+    "validation_guidance_scale": (float, 7.5),
+    "validation_split": (float, 0.0),
+    "process_group_timeout": (int, 1800),
+    "logging_steps": (int, 10),
+}
+CHOICES_ADDED = {"lr_scheduler", "prediction_type", "report_to", "optimizer"}  # the originals find a typo much later
+SCRIPTS = [name for name in KNOWN if (ROOT / name).exists()]
+MINIMUM = ["--pretrained_model_name_or_path", "model", "--train_data_dir", str(ROOT)]
+
+
+def table(script, monkeypatch):
+    """A script's flags as {name: (type, default, choices, nargs, required)}."""
+    seen = {}
+
+    def capture(argv, description, groups, defaults=None):
+        for _, group in groups:
+            for flag in group:
+                kind = getattr(flag.kind, "kind", flag.kind)
+                default = (defaults or {}).get(flag.name, flag.default)
+                assert flag.name not in seen, f"{flag.name} twice"
+                seen[flag.name] = (kind, default, flag.choices, flag.nargs, flag.required)
+        raise SystemExit
+
+    monkeypatch.setattr(flags, "parse", capture)
+    with pytest.raises(SystemExit):
+        __import__(script.removesuffix(".py")).parse_args([])
+    return seen
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_command_line_is_frozen(script, monkeypatch):
+    have = table(script, monkeypatch)
+    for name, fact in KNOWN[script].items():
+        kind, default, choices, nargs, required = have.pop(name)
+        assert kind is {"int": int, "float": float, "str": str, None: bool}[fact.get("type")], name
+        assert default == fact.get("default"), name
+        assert nargs == fact.get("nargs"), name
+        assert required == fact.get("required", False), name
+        if "choices" in fact or name not in CHOICES_ADDED:
+            assert sorted(choices or []) == sorted(fact.get("choices", [])), name
+    assert {name: (kind, default) for name, (kind, default, *_) in have.items()} == OURS
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("words", [["--help"], [*MINIMUM, "--learning_rat", "1e-4", "--max_train_step", "x"]])
+def test_help_and_a_wrong_flag_answer_within_a_second(script, words):
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 1
+    assert done.returncode == (0 if words == ["--help"] else 2)
+    if words == ["--help"]:
+        for heading in ("Base model:", "Data:", "Optimization:", "Checkpoints:", "Logs and the hub:"):
+            assert heading in done.stdout
+        for name in KNOWN[script]:
+            assert f"--{name}" in done.stdout
+    else:
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_shared_modules_import_no_torch():
+    names = "flags data draws losses checkpoints interruption reporting hub".split()
+    code = f"import sys, {', '.join(f'training_utils.{name}' for name in names)}; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
+
+
+def refusal(capsys, *words):
+    """The one sentence with which a command line is refused."""
+    with pytest.raises(SystemExit) as left:
+        train_text_to_image.parse_args([*MINIMUM, *words])
+    assert left.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    return said
+
+
+REFUSED = {
+    "--resolution 65": "not a multiple of 8; the nearest is 64",
+    "--train_batch_size 0": "at least 1",
+    "--train_batch_size two": "'two' is not a whole number",
+    "--learning_rate nan": "must be a number",
+    "--learning_rate -1": "at least 0",
+    "--snr_gamma 0": "above 0",
+    "--caption_dropout 1.5": "from 0 to 1",
+    "--validation_split 1": "from 0 to 0.9",
+    "--checkpointing_steps -1": "at least 0",
+    "--lr_scheduler cosin": "invalid choice",
+    "--prediction_type v": "invalid choice",
+    "--report_to tensorbord": "invalid choice",
+    "--report_to dvclive": "pip install dvclive, or give --report_to none",
+    "--max_train_step_count 3": "there is no flag --max_train_step_count; did you mean --max_train_steps",
+    "--dream_training --input_perturbation 0.1": "use one of them",
+    "--dream_training --prediction_type v_prediction": "epsilon prediction only",
+    "--use_8bit_adam": "pip install bitsandbytes",
+    "--use_8bit_adam --optimizer adafactor": "contradicts",
+    "--enable_xformers_memory_efficient_attention": "pip install xformers",
+    "--train_data_dir nowhere": "nowhere is not a folder",
+    f"--output_dir {ROOT / 'README.md'}": "is a file",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_wrong_command_line_gets_its_sentence(words, capsys, monkeypatch):
+    missing = {"bitsandbytes", "xformers", "dvclive"}
+    monkeypatch.setattr(flags, "_missing", lambda package: package in missing)
+    assert REFUSED[words] in refusal(capsys, *words.split())
+
+
+def test_no_data_at_all(capsys):
+    with pytest.raises(SystemExit) as left:
+        train_text_to_image.parse_args(["--pretrained_model_name_or_path", "model"])
+    assert left.value.code == 2
+    assert "give --train_data_dir" in capsys.readouterr().err
+
+
+def test_secrets_leave_the_command_line():
+    words = ["--seed", "1", "--hub_token", "hf_x", "--use_ema", "--hub_token=hf_y", "--push_to_hub"]
+    assert flags.without_secrets(words) == ["--seed", "1", "--use_ema", "--push_to_hub"]
+
+
+def test_xformers_without_a_gpu(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(flags, "_missing", lambda package: False)
+    sentence, code = run.fails(tmp_path, "--enable_xformers_memory_efficient_attention")
+    assert "needs a CUDA GPU" in sentence and code == 2
+
+
+def test_fp16_without_a_gpu(run, tmp_path):
+    sentence, code = run.fails(tmp_path, "--mixed_precision", "fp16")
+    assert "--mixed_precision fp16 does not run on this device" in sentence and code == 2

@@ -1,0 +1,185 @@
+"""A run that is cut anywhere and continued ends in the same weights, to the bit."""
+
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import logged, relative_difference, two_processes, unet_bytes
+
+SETTINGS = {
+    "plain": [],
+    "average": ["--use_ema"],
+    "offloaded average": ["--use_ema", "--offload_ema", "--ema_decay", "0.9"],
+    "accumulation": ["--train_batch_size", "2", "--gradient_accumulation_steps", "3"],
+    "workers": ["--dataloader_num_workers", "2"],
+    "every draw": [
+        *("--random_flip", "--caption_dropout", "0.5", "--noise_offset", "0.1", "--input_perturbation", "0.1"),
+        *("--snr_gamma", "5", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2", "--validation_split", "0.2"),
+    ],
+    "adafactor": ["--optimizer", "adafactor"],
+    "checkpointed activations": ["--gradient_checkpointing"],
+    "bf16": ["--mixed_precision", "bf16"],
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_resumed_equals_uninterrupted(run, tmp_path, setting):
+    """Ten pictures and batches of four make updates of 4, 4, 2: the cuts after 1 and 2 lie inside the epoch."""
+    flags = [*SETTINGS[setting], "--checkpointing_steps", "1"]
+    whole = tmp_path / "whole"
+    run(whole, *flags)
+    for cut in (2, 3, 5):
+        cut_run = tmp_path / f"cut{cut}"
+        shutil.copytree(whole / f"checkpoint-{cut}", cut_run / f"checkpoint-{cut}")
+        run(cut_run, *flags, "--resume_from_checkpoint", "latest")
+        assert unet_bytes(cut_run) == unet_bytes(whole), f"cut after update {cut}"
+
+
+def test_number_of_workers_changes_nothing(run, tmp_path):
+    for workers in (0, 1, 3):
+        run(tmp_path / str(workers), "--random_flip", "--dataloader_num_workers", workers)
+    assert unet_bytes(tmp_path / "0") == unet_bytes(tmp_path / "1") == unet_bytes(tmp_path / "3")
+
+
+def test_validation_in_between_changes_nothing(run, tmp_path):
+    run(tmp_path / "without", "--validation_split", "0.2")
+    looks = ["--validation_prompts", "a handwritten one", "--validation_steps", "2"]
+    run(tmp_path / "with", "--validation_split", "0.2", *looks, "--validation_num_inference_steps", "2")
+    assert unet_bytes(tmp_path / "with") == unet_bytes(tmp_path / "without")
+
+
+def test_seed_is_drawn_once_and_kept(run, tmp_path):
+    argv = run.argv(tmp_path / "whole", "--checkpointing_steps", "3")
+    at = argv.index("--seed")
+    no_seed = argv[:at] + argv[at + 2 :]
+    from conftest import reset_accelerate
+
+    import train_text_to_image
+
+    reset_accelerate()
+    train_text_to_image.main(no_seed)
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
+    no_seed[no_seed.index("--output_dir") + 1] = str(tmp_path / "cut")
+    reset_accelerate()
+    train_text_to_image.main([*no_seed, "--resume_from_checkpoint", "latest"])
+    assert unet_bytes(tmp_path / "cut") == unet_bytes(tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
+    run(tmp_path, "--checkpointing_steps", "4")
+    before = unet_bytes(tmp_path)
+    run(tmp_path, "--checkpointing_steps", "4", "--resume_from_checkpoint", "latest")
+    assert unet_bytes(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_losses_of_a_resumed_run_continue_the_curve(run, tmp_path):
+    flags = ["--report_to", "tensorboard", "--checkpointing_steps", "2", "--validation_split", "0.2"]
+    flags += ["--validation_steps", "2"]
+    run(tmp_path / "whole", *flags)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
+    for name in ("train_loss", "val_loss", "lr"):
+        whole = logged(tmp_path / "whole", name)
+        assert logged(tmp_path / "cut", name) == {step: value for step, value in whole.items() if step > 2}
+    assert list(logged(tmp_path / "whole")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_ema_can_be_turned_on_later(run, tmp_path, capsys):
+    run(tmp_path, "--checkpointing_steps", "3", "--max_train_steps", "3")
+    run(tmp_path, "--checkpointing_steps", "3", "--use_ema", "--resume_from_checkpoint", "checkpoint-3")
+    said = capsys.readouterr().err
+    assert "holds no EMA weights" in said
+    assert "use_ema False -> True" in said
+
+
+def test_a_new_learning_rate_takes_effect_on_resume(run, tmp_path):
+    flags = ["--checkpointing_steps", "3", "--report_to", "tensorboard"]
+    run(tmp_path, *flags)
+    run(tmp_path, *flags, "--resume_from_checkpoint", "checkpoint-3", "--learning_rate", "5e-4")
+    assert logged(tmp_path, "lr")[6] == pytest.approx(5e-4)
+
+
+def kill_when(process, folder, pattern, number):
+    """Send a signal to a process as soon as something matching `pattern` exists in `folder`."""
+    for _ in range(6000):
+        if any(folder.glob(pattern)):
+            break
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.wait(120), process.stdout.read()
+
+
+def test_sigkill_then_resume(run, tmp_path):
+    flags = ["--checkpointing_steps", "5", "--max_train_steps", "60", "--checkpoints_total_limit", "2"]
+    run(tmp_path / "whole", *flags)
+    out = tmp_path / "killed"
+    code, _ = kill_when(run.start(out, *flags), out, "checkpoint-1*", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not (out / "model_index.json").exists()
+    process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert "resuming from" in said
+    assert unet_bytes(out) == unet_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(run, tmp_path, number):
+    flags = ["--max_train_steps", "900", "--dataloader_num_workers", "1", "--report_to", "tensorboard"]
+    flags += ["--checkpointing_steps", "20", "--hub_token", "hf_secret"]
+    out = tmp_path / "stopped"
+    code, said = kill_when(run.start(out, *flags), out, "checkpoint-20", number)
+    assert code == 128 + number, said
+    stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
+    assert 20 <= stopped_after < 900
+    assert (out / f"checkpoint-{stopped_after}").is_dir()
+    command = said.strip().splitlines()[-1].strip()
+    assert command.startswith("python ") and command.endswith("--resume_from_checkpoint latest")
+    assert "hf_secret" not in said
+
+
+def test_one_process_two_and_accumulation_agree(run, tmp_path):
+    """Also where the last window of an epoch has an odd number of samples: eleven pictures in windows of four."""
+    from tiny import write_pictures
+
+    eleven = ["--train_data_dir", write_pictures(tmp_path / "eleven", 11), "--random_flip", "--caption_dropout", "0.3"]
+    run(tmp_path / "one", *eleven)
+    run(tmp_path / "accumulated", *eleven, "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
+    assert relative_difference(tmp_path / "accumulated", tmp_path / "one") < 1e-6
+
+    two = [*eleven, "--train_batch_size", "2", "--checkpointing_steps", "4"]
+    process = run.start(tmp_path / "two", *two, "--validation_split", "0", launcher=two_processes())
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-6
+
+    shutil.copytree(tmp_path / "two" / "checkpoint-4", tmp_path / "continued" / "checkpoint-4")
+    run(tmp_path / "continued", *eleven, "--resume_from_checkpoint", "latest")
+    assert relative_difference(tmp_path / "continued", tmp_path / "one") < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(10))
+def test_sigkill_at_a_random_moment(run, tmp_path, moment):
+    """Whatever the instant: start-up, a step, the write of a checkpoint, its rename, the rotation, the final save."""
+    flags = ["--checkpointing_steps", "1", "--max_train_steps", "40", "--checkpoints_total_limit", "2", "--use_ema"]
+    run(tmp_path / "whole", *flags)
+    out, after = tmp_path / "killed", random.Random(moment)
+    for _ in range(3):
+        process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
+        try:
+            process.wait(after.uniform(4, 16))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert unet_bytes(out) == unet_bytes(tmp_path / "whole")

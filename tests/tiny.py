@@ -1,0 +1,82 @@
+"""A Stable Diffusion folder of a few hundred kilobytes and a handful of pictures, for tests."""
+
+import json
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from make_base import MAX_TOKENS, build_tokenizer
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+WORDS = "zero one two three four five six seven eight nine".split()
+
+
+def build_sd(folder, prediction_type="epsilon", **unet_changes):
+    """Write a tiny Stable Diffusion folder with random weights and return its path as a string."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS,
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = dict(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = dict(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+    )
+    StableDiffusionPipeline(
+        unet=UNet2DConditionModel(**(unet | unet_changes)),
+        vae=AutoencoderKL(**vae),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        scheduler=PNDMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            skip_prk_steps=True,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def picture(index, size=(20, 16)):
+    """A picture that differs from every other index in each pixel."""
+    values = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def write_pictures(folder, count=10):
+    """An image folder of `count` pictures, larger than the tests' resolution so that crops differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in range(count):
+        picture(index).save(folder / f"{index}.png")
+        lines.append({"file_name": f"{index}.png", "text": f"a handwritten {WORDS[index % 10]}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
