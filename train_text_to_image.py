@@ -195,6 +195,8 @@ def main(argv=None):
         args.allow_tf32,
     )
     args.mixed_precision = accelerator.mixed_precision
+    for notice in args.notices:
+        warn(notice)
     resume_from, state = engine.from_main(
         accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
     )

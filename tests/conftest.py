@@ -44,9 +44,11 @@ class Runner:
 
     def argv(self, out, *more):
         """The command line; a flag in `more` comes last and so replaces the one here."""
-        plain = f"--pretrained_model_name_or_path {self.sd} --train_data_dir {self.pictures} --output_dir {out}"
-        plain += " --resolution 16 --train_batch_size 4 --max_train_steps 6 --learning_rate 1e-3 --seed 7"
-        return [*plain.split(), *"--report_to none --checkpointing_steps 0".split(), *map(str, more)]
+        folder = [] if "--dataset_name" in more else ["--train_data_dir", self.pictures]
+        plain = "--resolution 16 --train_batch_size 4 --max_train_steps 6 --learning_rate 1e-3 --seed 7"
+        plain += " --report_to none --checkpointing_steps 0"
+        start = ["--pretrained_model_name_or_path", self.sd, "--output_dir", out, *folder, *plain.split()]
+        return [*map(str, start), *map(str, more)]
 
     def __call__(self, out, *more):
         reset_accelerate()

@@ -247,8 +247,8 @@ def test_a_checkpoint_cannot_run_code(run, tmp_path):
     shutil.rmtree("/tmp/a-checkpoint-ran-code", ignore_errors=True)
     for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
         torch.save(Bomb(), folder / name)
-    with pytest.raises(Exception, match="weights_only|cannot be read"):
-        run(tmp_path, "--resume_from_checkpoint", "latest")
+    sentence, _ = run.fails(tmp_path, "--resume_from_checkpoint", "latest")
+    assert "cannot be read" in sentence
     assert not os.path.exists("/tmp/a-checkpoint-ran-code")
 
 

@@ -150,7 +150,10 @@ def sampling_scheduler(folder, changes):
     cls = getattr(diffusers, config.get("_class_name", "DDPMScheduler"))
     if changes.get("rescale_betas_zero_snr"):
         if "rescale_betas_zero_snr" not in inspect.signature(cls.__init__).parameters:
-            cls = diffusers.DDIMScheduler
+            cls, changes = (
+                diffusers.DDIMScheduler,
+                changes | {"clip_sample": False},
+            )  # DDIM would clip latents to [-1, 1]
         changes = changes | {"timestep_spacing": "trailing"}  # sampling must begin at the noisy end (2305.08891, 3.3)
     return cls.from_config(config, **changes)
 
@@ -287,7 +290,11 @@ class TrainingState:
         scaler = self.accelerator.scaler
         if scaler is not None and not (Path(folder) / "scaler.pt").exists():
             raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
-        self.accelerator.load_state(str(folder))
+        try:
+            self.accelerator.load_state(str(folder))
+        except Exception as error:  # another model's shapes, or files that are not what they should be
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{folder} cannot be read: {reason}") from None
         self.accelerator.step = 0  # accelerate counts micro-steps; a checkpoint always stands after a whole update
         for group, options in zip(self.optimizer.param_groups, self.options, strict=True):
             group.update(options)

@@ -211,7 +211,8 @@ def build(description, groups, defaults=None):
 
 
 def parse(argv, description, groups, defaults=None):
-    """Parse and check a command line. Returns a Namespace whose `given` is the set of flags that the user wrote.
+    """Parse and check a command line. Returns a Namespace; its `given` is the set of flags that the user wrote, its
+    `notices` a list of sentences that the user should see.
 
     Exits with 2 and one sentence for a wrong flag, a wrong value or flags that contradict each other.
     """
@@ -226,7 +227,16 @@ def parse(argv, description, groups, defaults=None):
         parser.error(problem)
     if getattr(args, "use_8bit_adam", False):
         args.optimizer = "adamw8bit"
+    args.notices = _notices(args)
     return args
+
+
+def _notices(args):
+    """What is not wrong but surely not meant, as a list of sentences."""
+    notices = []
+    if args.lr_scheduler == "constant" and "lr_warmup_steps" in args.given and args.lr_warmup_steps:
+        notices.append("--lr_scheduler constant has no warm-up; use constant_with_warmup for --lr_warmup_steps")
+    return notices
 
 
 def _missing(package):
@@ -263,7 +273,7 @@ def _contradiction(args):
 
 def public(args):
     """The settings as a plain dict, without the secrets: what trackers, manifests and model cards may see."""
-    return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given"}}
+    return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given", "notices"}}
 
 
 def mathematics(args):

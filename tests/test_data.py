@@ -1,0 +1,267 @@
+"""Every data set that can be read is read right; every one that cannot gets a sentence that names what to mend."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import unet_bytes
+from PIL import Image
+from tiny import picture, write_pictures
+
+from training_utils import data
+from training_utils.draws import SampleDraws
+from training_utils.reporting import UserError
+
+
+def folder_with(tmp_path, lines, count=3):
+    """Pictures 0.png, 1.png, ... and a metadata.jsonl of these lines (dicts or raw text)."""
+    write_pictures(tmp_path, count)
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (tmp_path / "metadata.jsonl").write_text(text)
+    return tmp_path
+
+
+def rows_of(folder, **options):
+    rows = data.load_rows(folder=folder, **options)
+    data.check(rows)
+    return rows
+
+
+def entry(index, text="a caption"):
+    return {"file_name": f"{index}.png", "text": text}
+
+
+BAD_METADATA = {
+    "null caption": ([entry(0), entry(1, None), entry(2)], ["1.png (None)", "give each picture a caption"]),
+    "number": ([entry(0, 3)], ["0.png (3)"]),
+    "empty list": ([entry(0, [])], ["0.png (an empty list)"]),
+    "list with null": ([entry(0, ["a", None])], ["0.png (['a', None])"]),
+    "not JSON": ([entry(0), '{"file_name": '], ["metadata.jsonl line 2 is not JSON"]),
+    "no file_name": ([entry(0), {"text": "x"}], ['metadata.jsonl line 2 has no "file_name"']),
+    "no caption": ([{"file_name": "0.png", "title": "x"}], ["line 1 has no caption column 'text'", "it has title"]),
+    "absent pictures": ([entry(0), entry(7), entry(8)], ["2 pictures named", "7.png", "8.png"]),
+}
+
+
+@pytest.mark.parametrize("what", BAD_METADATA)
+def test_bad_metadata(tmp_path, what):
+    lines, expected = BAD_METADATA[what]
+    with pytest.raises(UserError) as caught:
+        rows_of(folder_with(tmp_path, lines))
+    assert caught.value.exit_code == 2
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_no_pictures(tmp_path):
+    with pytest.raises(UserError, match="holds no pictures"):
+        rows_of(tmp_path)
+
+
+def test_no_metadata(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match="has no captions: write a metadata.jsonl with lines like"):
+        rows_of(tmp_path)
+
+
+def test_metadata_that_is_not_utf8(tmp_path):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "é"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="metadata.jsonl is not UTF-8 text"):
+        rows_of(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
+def test_files_that_are_no_pictures_are_all_named_before_training(tmp_path, content):
+    write_pictures(tmp_path, 4)
+    for index in (1, 3):
+        (tmp_path / f"{index}.png").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        rows_of(tmp_path)
+    assert "2 files cannot be read as pictures" in str(caught.value)
+    assert "1.png" in str(caught.value) and "3.png" in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_picture_is_named_without_a_stack_trace(run, tmp_path, workers):
+    folder = tmp_path / "pictures"
+    write_pictures(folder, 6)
+    content = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(content[: len(content) // 2])
+    sentence, code = run.fails(tmp_path / "out", "--train_data_dir", folder, "--dataloader_num_workers", workers)
+    assert "2.png cannot be read as a picture" in sentence and "Traceback" not in sentence and code == 2
+
+
+def test_pictures_without_a_caption_are_counted(tmp_path, capsys):
+    rows = rows_of(folder_with(tmp_path, [entry(0)], count=3))
+    assert len(rows) == 1
+    assert "2 of 3 pictures" in capsys.readouterr().err
+
+
+def test_csv_and_text_files_and_nested_folders(tmp_path):
+    write_pictures(tmp_path / "jsonl" / "train", 2)
+    write_pictures(tmp_path / "csv", 2)
+    (tmp_path / "csv" / "metadata.jsonl").unlink()
+    (tmp_path / "csv" / "metadata.csv").write_text('file_name,text\n0.png,"one, two"\n1.png,three\n')
+    write_pictures(tmp_path / "txt", 2)
+    (tmp_path / "txt" / "metadata.jsonl").unlink()
+    for index in range(2):
+        (tmp_path / "txt" / f"{index}.txt").write_text(f"text {index}\n")
+    captions = lambda rows: [rows.captions(index) for index in range(len(rows))]  # noqa: E731
+    assert captions(rows_of(tmp_path / "jsonl")) == [["a handwritten zero"], ["a handwritten one"]]
+    assert captions(rows_of(tmp_path / "csv")) == [["one, two"], ["three"]]
+    assert captions(rows_of(tmp_path / "txt")) == [["text 0"], ["text 1"]]
+
+
+def test_caption_lists_are_drawn_from(tmp_path):
+    rows = rows_of(folder_with(tmp_path, [entry(0, ["a", "b"]), entry(1, "c")]))
+    drawn = [data.choose_caption(rows.captions(0), SampleDraws(0, epoch, 0)) for epoch in range(40)]
+    assert set(drawn) == {"a", "b"}
+    assert rows.captions(1) == ["c"]
+
+
+def test_caption_dropout_is_drawn_anew_each_epoch():
+    dropped = np.array(
+        [[data.choose_caption(["x"], SampleDraws(0, e, i), 0.3) == "" for i in range(300)] for e in (0, 1)]
+    )
+    assert abs(dropped.mean() - 0.3) < 0.05
+    assert (dropped[0] != dropped[1]).any()
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A parquet data set with pictures inside, and columns of unusual names."""
+    import datasets
+
+    features = datasets.Features(
+        {"photo": datasets.Image(), "legend": datasets.Value("string"), "score": datasets.Value("float32")}
+    )
+    rows = {
+        "photo": [picture(i) for i in range(6)],
+        "legend": [f"a handwritten {w}" for w in "abcdef"],
+        "score": [1.0] * 6,
+    }
+    (tmp_path / "table").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table" / "train.parquet")
+    return str(tmp_path / "table")
+
+
+def test_parquet_with_custom_and_extra_columns(run, tmp_path, table, capsys):
+    flags = ["--dataset_name", table, "--max_train_steps", "2", "--cache_dir", tmp_path / "cache"]
+    run(tmp_path / "named", *flags, "--image_column", "photo", "--caption_column", "legend")
+    run(tmp_path / "guessed", *flags)
+    assert "--image_column is taken to be 'photo'" in capsys.readouterr().err
+    assert unet_bytes(tmp_path / "named") == unet_bytes(tmp_path / "guessed")
+    sentence, _ = run.fails(tmp_path / "wrong", *flags, "--caption_column", "title")
+    assert "--caption_column title: there is no such column, only photo, legend, score" in sentence
+    sentence, _ = run.fails(tmp_path / "wrong", *flags, "--image_column", "score")
+    assert "not pictures" in sentence
+
+
+def test_no_train_split(run, tmp_path, table):
+    Path(table, "train.parquet").rename(Path(table, "test.parquet"))
+    sentence, code = run.fails(tmp_path / "out", "--dataset_name", table)
+    assert "has no split 'train', only test" in sentence and code == 2
+
+
+def test_a_data_set_that_is_nowhere(run, tmp_path):
+    sentence, code = run.fails(tmp_path / "out", "--dataset_name", "nobody/nothing")
+    assert "--dataset_name nobody/nothing cannot be loaded" in sentence and code == 2
+
+
+def test_max_train_samples(pictures, capsys):
+    rows = rows_of(pictures)
+    assert len(data.take(rows, 4, seed=1)) == 4
+    names = lambda seed: [rows.name(i) for i in range(4) for rows in [data.take(rows_of(pictures), 4, seed)]]  # noqa: E731
+    assert names(1) == names(1) != names(2)
+    assert len(data.take(rows, 50, seed=1)) == 10
+    assert "more than the 10 pictures" in capsys.readouterr().err
+
+
+def test_long_captions_are_counted(tmp_path, sd, capsys):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(sd, subfolder="tokenizer")
+    data.warn_of_long_captions(rows_of(folder_with(tmp_path, [entry(0, "a word " * 30), entry(1)])), tokenizer)
+    assert "1 of 2 captions are longer than 16 tokens" in capsys.readouterr().err
+
+
+def test_hold_out(pictures):
+    rows = rows_of(pictures)
+    train, held = data.hold_out(rows, 0.3, seed=1)
+    names = [{part.name(index) for index in range(len(part))} for part in (train, held)]
+    assert (len(train), len(held)) == (7, 3) and not names[0] & names[1]
+    with pytest.raises(UserError, match="leaves none to train on"):
+        data.hold_out(rows.select([0]), 0.5, seed=1)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+
+def read(tmp_path, image, name="0.png", **options):
+    """What a sample sees of a picture saved with these options: RGB values, shape (H, W, 3)."""
+    folder_with(tmp_path, [{"file_name": name, "text": "x"}], count=1)
+    image.save(tmp_path / name, **options)
+    return np.asarray(rows_of(tmp_path).picture(0))
+
+
+def test_transparency_lies_on_white(tmp_path):
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((1, 1), (0, 0, 200, 255))
+    got = read(tmp_path, image)
+    assert got[0, 0].tolist() == [255, 255, 255] and got[1, 1].tolist() == [0, 0, 200]
+
+
+def test_palette_with_transparency(tmp_path):
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 1), 1)
+    got = read(tmp_path, image, transparency=0)
+    assert got[0, 0].tolist() == [255, 255, 255] and got[1, 1].tolist() == [200, 100, 50]
+
+
+def test_sixteen_bit_grey_is_scaled(tmp_path):
+    values = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    got = read(tmp_path, Image.fromarray(values))
+    assert got[..., 0].tolist() == (values >> 8).tolist()
+
+
+def test_cmyk_grey_and_one_bit(tmp_path):
+    assert read(tmp_path, Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "0.jpg", quality=100)[0, 0, 0] > 200
+    assert read(tmp_path, Image.new("L", (4, 4), 77))[0, 0].tolist() == [77] * 3
+    assert read(tmp_path, Image.new("1", (4, 4), 1))[0, 0].tolist() == [255] * 3
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    upright = np.asarray(picture(3).rotate(-90, expand=True))
+    assert read(tmp_path, picture(3), exif=exif).tolist() == upright.tolist()
+
+
+@pytest.mark.parametrize("size", [(20, 16), (16, 20), (64, 30), (17, 100), (8, 8)])
+def test_shorter_side_then_crop(size):
+    resized = data.resize(picture(0, size), 16, "lanczos")
+    assert min(resized.size) == 16
+    assert max(resized.size) == int(16 * max(size) / min(size))
+    for draw in (None, SampleDraws(0, 0, 0)):
+        cut, (top, left) = data.crop(resized, 16, draw)
+        assert cut.size == (16, 16)
+        assert np.array_equal(np.asarray(cut), np.asarray(resized)[top : top + 16, left : left + 16])
+
+
+def test_random_crops_reach_every_place():
+    places = {data.crop(picture(0, (20, 16)), 16, SampleDraws(0, epoch, 0))[1] for epoch in range(60)}
+    assert places == {(0, left) for left in range(5)}
+
+
+def test_values_run_from_minus_one_to_one():
+    array = data.to_array(Image.fromarray(np.array([[[0, 127, 255]]], dtype=np.uint8)))
+    assert array.shape == (3, 1, 1) and array.dtype == np.float32
+    np.testing.assert_allclose(array.flatten(), [-1, 127 / 127.5 - 1, 1], atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", data.FILTERS)
+def test_every_interpolation_trains(run, tmp_path, mode):
+    assert run(tmp_path, "--image_interpolation_mode", mode, "--max_train_steps", "1") == 0

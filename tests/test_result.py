@@ -1,0 +1,227 @@
+"""What a run leaves behind: a pipeline that draws, grids to look at, curves, a card, an upload without secrets."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import logged, unet_bytes
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+PROMPTS = [
+    "--validation_prompts",
+    "a handwritten one",
+    "a [link](x) | `code` <b>",
+    "--validation_num_inference_steps",
+    "2",
+]
+
+
+def drawn(folder, **options):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(0)
+    return pipeline("a handwritten one", num_inference_steps=2, generator=noise, output_type="np").images[0]
+
+
+def test_result_loads_and_draws_something_else_than_the_base(run, tmp_path, sd):
+    run(tmp_path)
+    picture = drawn(tmp_path)
+    assert picture.shape == (16, 16, 3) and np.isfinite(picture).all()
+    assert np.abs(picture - drawn(sd)).max() > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_frozen_parts_keep_their_precision(run, tmp_path, sd, precision):
+    """A base whose VAE is float16 and text encoder float32 comes out with just that, whatever it was computed in."""
+    base = tmp_path / "base"
+    pipeline = StableDiffusionPipeline.from_pretrained(sd)
+    pipeline.vae.half()
+    pipeline.save_pretrained(base)
+    run(tmp_path / "out", "--pretrained_model_name_or_path", base, "--mixed_precision", precision)
+    for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        before, after = (load_file(folder / part / f"{name}.safetensors") for folder in (base, tmp_path / "out"))
+        assert {k: v.dtype for k, v in before.items()} == {k: v.dtype for k, v in after.items()}
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    assert (
+        load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float32
+    )
+
+
+def test_a_variant_is_read(run, tmp_path, sd):
+    StableDiffusionPipeline.from_pretrained(sd).save_pretrained(tmp_path / "base", variant="fp16")
+    run(tmp_path / "variant", "--pretrained_model_name_or_path", tmp_path / "base", "--variant", "fp16")
+    run(tmp_path / "plain")
+    assert unet_bytes(tmp_path / "variant") == unet_bytes(tmp_path / "plain")
+    assert drawn(tmp_path / "variant").shape == (16, 16, 3)
+
+
+def test_grids(run, tmp_path):
+    run(tmp_path, *PROMPTS, "--validation_steps", "2", "--report_to", "tensorboard")
+    grids = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert grids == ["step-000002.png", "step-000004.png", "step-000006.png"]
+    sheets = [np.asarray(Image.open(tmp_path / "validation" / name)) for name in grids]
+    assert sheets[0].shape[1] > 2 * 256 and sheets[0].std() > 10
+    assert (sheets[0] != sheets[2]).any()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = 0
+    for events in (tmp_path / "logs").rglob("events*"):
+        log = EventAccumulator(str(events)).Reload()
+        shown += sum(len(log.Images(tag)) for tag in log.Tags()["images"])
+    assert shown == 3  # TensorBoard lays the pictures of one update side by side
+
+
+def test_grids_of_the_same_weights_are_equal(run, tmp_path):
+    """The noise of a prompt is the same each time, so what changes between two grids is what was learned."""
+    flags = [*PROMPTS, "--learning_rate", "0", "--adam_weight_decay", "0", "--validation_steps", "3"]
+    run(tmp_path, *flags)
+    one, two = (np.asarray(Image.open(tmp_path / "validation" / f"step-00000{step}.png")) for step in (3, 6))
+    assert np.array_equal(one[50:], two[50:])  # below the title, which names the update
+
+
+def test_validation_by_epochs_and_never(run, tmp_path):
+    run(tmp_path / "epochs", *PROMPTS, "--validation_epochs", "1", "--max_train_steps", "7")
+    names = sorted(path.name for path in (tmp_path / "epochs" / "validation").iterdir())
+    assert names == ["step-000003.png", "step-000006.png", "step-000007.png"]
+    run(tmp_path / "never", *PROMPTS, "--validation_epochs", "0")
+    assert not (tmp_path / "never" / "validation").exists()
+
+
+def test_held_out_loss_is_the_same_for_the_same_weights(run, tmp_path):
+    flags = ["--validation_split", "0.3", "--validation_steps", "1", "--report_to", "tensorboard"]
+    frozen = ["--learning_rate", "0", "--adam_weight_decay", "0", "--random_flip", "--caption_dropout", "0.5"]
+    run(tmp_path / "still", *flags, *frozen)
+    values = set(logged(tmp_path / "still", "val_loss").values())
+    assert len(values) == 1
+    run(tmp_path / "other batch", *flags, *frozen, "--train_batch_size", "1")
+    assert logged(tmp_path / "other batch", "val_loss")[1] == pytest.approx(values.pop(), rel=1e-5)
+    run(tmp_path / "learning", *flags, "--max_train_steps", "40")
+    learned = logged(tmp_path / "learning", "val_loss")
+    assert learned[40] < learned[1]
+
+
+def test_every_update_is_logged(run, tmp_path):
+    run(tmp_path, "--report_to", "tensorboard", "--max_train_steps", "23", "--logging_steps", "10")
+    for name in ("train_loss", "lr", "grad_norm", "samples_per_second"):
+        assert list(logged(tmp_path, name)) == list(range(1, 24)), name
+
+
+SECRET = "hf_do_not_leak_me"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the hub's client at its own interface; keeps what it was asked."""
+    import huggingface_hub
+
+    asked = {}
+
+    class Url(str):
+        repo_id = "somebody/digits"
+
+    monkeypatch.setattr(
+        huggingface_hub, "create_repo", lambda name, **options: asked.update(name=name, create=options) or Url()
+    )
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: asked.update(upload=options))
+    return asked
+
+
+def test_upload_takes_the_result_and_nothing_else(run, tmp_path, hub):
+    from huggingface_hub.utils import filter_repo_objects
+
+    flags = ["--push_to_hub", "--hub_token", SECRET, "--hub_model_id", "digits", "--report_to", "tensorboard"]
+    run(tmp_path, *flags, *PROMPTS, "--validation_steps", "6", "--checkpointing_steps", "3", "--use_ema")
+    assert hub["name"] == "digits" and hub["create"]["token"] == SECRET
+    assert hub["upload"]["repo_id"] == "somebody/digits" and hub["upload"]["token"] == SECRET
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    sent = set(filter_repo_objects(files, allow_patterns=hub["upload"]["allow_patterns"]))
+    assert {"README.md", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= sent
+    assert "validation/step-000006.png" in sent
+    assert not [name for name in sent if "checkpoint" in name or "logs" in name or "events" in name]
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), f"the token is in {path}"
+
+
+def test_a_failed_upload_keeps_the_result_and_says_how_to_repeat_it(run, tmp_path, hub, monkeypatch):
+    import huggingface_hub
+
+    def refuse(**_):
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(huggingface_hub, "upload_folder", refuse)
+    sentence, code = run.fails(tmp_path, "--push_to_hub", "--hub_token", SECRET)
+    assert code == 1 and "connection reset" in sentence and "hf upload somebody/digits" in sentence
+    assert SECRET not in sentence
+    assert drawn(tmp_path).shape == (16, 16, 3)
+
+
+def test_a_wrong_token_is_found_before_training(run, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", refuse)
+    sentence, code = run.fails(tmp_path, "--push_to_hub")
+    assert code == 2 and "401 Unauthorized" in sentence
+    assert not (tmp_path / "model_index.json").exists()
+
+
+def test_model_card(run, tmp_path):
+    from huggingface_hub import ModelCard
+
+    run(tmp_path / "my model", *PROMPTS, "--validation_steps", "6", "--snr_gamma", "5")
+    card = ModelCard.load(tmp_path / "my model" / "README.md")
+    assert card.data.library_name == "diffusers" and "stable-diffusion" in card.data.tags
+    assert card.data.license is None, "the licence is the base model's, which a local folder does not state"
+    assert "validation/step-000006.png" in card.text
+    assert "a \\[link\\]\\(x\\) \\| \\`code\\` &lt;b&gt;" in card.text, "a prompt must not break out of the card"
+    assert "| snr\\_gamma | 5.0 |" in card.text
+    assert str(tmp_path) not in card.text.replace(f'from_pretrained("{tmp_path / "my model"}"', "")
+
+
+BAD_BASES = {
+    "nowhere": "neither a folder nor found on the hub",
+    "no unet": "has no part 'unet'",
+    "sdxl": "is for StableDiffusionXLPipeline",
+    "broken": "part 'unet' of base model",
+}
+
+
+@pytest.mark.parametrize("what", BAD_BASES)
+def test_a_base_model_that_cannot_be_used(run, tmp_path, sd, what):
+    import shutil
+
+    base = tmp_path / "base"
+    if what != "nowhere":
+        shutil.copytree(sd, base)
+    if what == "no unet":
+        shutil.rmtree(base / "unet")
+    if what == "broken":
+        (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+    if what == "sdxl":
+        index = json.loads((base / "model_index.json").read_text())
+        (base / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
+    sentence, code = run.fails(tmp_path / "out", "--pretrained_model_name_or_path", base)
+    assert BAD_BASES[what] in sentence and code == 2
+
+
+def test_preview_leaves_the_training_copies_alone(run, tmp_path):
+    """Previews use the parts that train, not second copies from the disk; the VAE stays where and what it was."""
+    loads = []
+    real = AutoencoderKL.from_pretrained.__func__
+
+    def counted(cls, *args, **options):
+        loads.append(args)
+        return real(cls, *args, **options)
+
+    original = AutoencoderKL.from_pretrained
+    AutoencoderKL.from_pretrained = classmethod(counted)
+    try:
+        run(tmp_path, *PROMPTS, "--validation_steps", "2")
+    finally:
+        AutoencoderKL.from_pretrained = original
+    assert len(loads) == 2  # once to train, once to be saved as it was
