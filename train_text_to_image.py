@@ -119,7 +119,7 @@ def training_loss(unet, vae, text_encoder, schedule, batch, snr_gamma=None, drea
     prediction = unet(noisy, timesteps, text_states).sample
     loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
-        snr = losses.signal_to_noise(schedule.alphas_cumprod.to(loss.device)[timesteps])
+        snr = losses.signal_to_noise(schedule.alphas_cumprod[timesteps])
         loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
     return loss
 
@@ -264,8 +264,7 @@ def main(argv=None):
     if resume_from:
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
-    if accelerator.is_main_process:
-        accelerator.init_trackers(args.tracker_project_name, reporting.tracker_config(flags.public(args)))
+    accelerator.init_trackers(args.tracker_project_name, reporting.tracker_config(flags.public(args)))
     reporting.announce(unet, len(samples), args.max_train_steps, window, state)
     progress = reporting.Progress(
         state.step,
@@ -320,7 +319,8 @@ def main(argv=None):
         args.dataloader_num_workers,
     )
     dream_p = args.dream_detail_preservation if args.dream_training else None
-    validates = bool(args.validation_prompts) or held_out_rows is not None
+    looks = args.validation_prompts or held_out_rows is not None
+    cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     update_loss, grad_norm, stopped_by = 0.0, None, 0
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
         while state.step < args.max_train_steps and not stopped_by:
@@ -350,11 +350,7 @@ def main(argv=None):
             stopped_by = interruption.signal()
             if stopped_by or checkpoints.due(state, args.checkpointing_steps, args.max_train_steps):
                 checkpoint()
-            if (
-                validates
-                and not stopped_by
-                and validation.due(state, args.validation_steps, args.validation_epochs, args.max_train_steps)
-            ):
+            if not stopped_by and validation.due(state, *cadence, args.max_train_steps):
                 validate()
     progress.close()
     if stopped_by:

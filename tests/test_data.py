@@ -99,6 +99,12 @@ def test_pictures_without_a_caption_are_counted(tmp_path, capsys):
     assert "2 of 3 pictures" in capsys.readouterr().err
 
 
+def test_a_picture_named_twice_is_two_samples(tmp_path, capsys):
+    rows = rows_of(folder_with(tmp_path, [entry(0, "one"), entry(0, "two")], count=1))
+    assert [rows.captions(index) for index in range(2)] == [["one"], ["two"]]
+    assert "1 lines of the metadata name a picture again" in capsys.readouterr().err
+
+
 def test_csv_and_text_files_and_nested_folders(tmp_path):
     write_pictures(tmp_path / "jsonl" / "train", 2)
     write_pictures(tmp_path / "csv", 2)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import logged, unet_bytes
+from conftest import logged, unet_bytes, unet_weights
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -107,6 +107,17 @@ def test_every_update_is_logged(run, tmp_path):
     run(tmp_path, "--report_to", "tensorboard", "--max_train_steps", "23", "--logging_steps", "10")
     for name in ("train_loss", "lr", "grad_norm", "samples_per_second"):
         assert list(logged(tmp_path, name)) == list(range(1, 24)), name
+
+
+def test_a_variant_of_the_unet_alone(run, tmp_path, sd):
+    """Stable Diffusion 1.5 keeps the weights before averaging as variant `non_ema` of its UNet and of nothing else."""
+    base = tmp_path / "base"
+    pipeline = StableDiffusionPipeline.from_pretrained(sd)
+    pipeline.save_pretrained(base)
+    torch.nn.init.zeros_(pipeline.unet.conv_out.weight)
+    pipeline.unet.save_pretrained(base / "unet", variant="non_ema")
+    run(tmp_path / "out", "--pretrained_model_name_or_path", base, "--variant", "non_ema", "--learning_rate", "0")
+    assert not unet_weights(tmp_path / "out")["conv_out.weight"].any()
 
 
 SECRET = "hf_do_not_leak_me"

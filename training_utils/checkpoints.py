@@ -249,7 +249,7 @@ def find(root, wanted):
             if problem is None:
                 return folder
             warn(f"{folder} is damaged and is skipped: {problem}")
-        warn(f"{root} holds no whole checkpoint; this run starts from the beginning")
+        say(f"{root} holds no whole checkpoint; this run starts from the beginning")
         return None
     places = [Path(wanted), root / Path(wanted).name] if os.sep in wanted else [root / wanted, Path(wanted)]
     for folder in places:

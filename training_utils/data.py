@@ -37,6 +37,7 @@ class Rows:
 
     def __init__(self, dataset, image_column, caption_column, root=None):
         self.dataset, self.image_column, self.caption_column, self.root = dataset, image_column, caption_column, root
+        self._pictures, self._captions = dataset[image_column], dataset[caption_column]  # read when they are indexed
 
     def __len__(self):
         return len(self.dataset)
@@ -47,18 +48,18 @@ class Rows:
 
     def name(self, index):
         """What to call a row in a message: its file where it has one."""
-        cell = self.dataset[index][self.image_column]
+        cell = self._pictures[index]
         path = cell.get("path") if isinstance(cell, dict) else None
         return str(path) if path else f"row {index}"
 
     def captions(self, index):
         """The captions of a row, a list of at least one string."""
-        value = self.dataset[index][self.caption_column]
+        value = self._captions[index]
         return [value] if isinstance(value, str) else list(value)
 
     def picture(self, index):
         """The picture of a row, upright, in RGB. Raises UserError that names it when it cannot be read."""
-        cell = self.dataset[index][self.image_column]
+        cell = self._pictures[index]
         try:
             with Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]) as picture:
                 return to_rgb(ImageOps.exif_transpose(picture))
@@ -66,13 +67,11 @@ class Rows:
             raise UserError(f"{self.name(index)} cannot be read as a picture ({error}); mend or remove it") from None
 
     def fingerprint(self):
-        """SHA-256 over captions and file names in order: a resumed run compares it. Pictures are not read for it."""
+        """SHA-256 over the captions, and over the file names of a folder: a resumed run compares it."""
         digest = hashlib.sha256()
-        root = str(self.root or "")
-        cells = self.dataset.select_columns([c for c in (self.image_column, self.caption_column) if c])
-        for row in cells:
-            path = (row[self.image_column] or {}).get("path") or ""
-            digest.update(json.dumps([path.removeprefix(root), row.get(self.caption_column)]).encode())
+        for index, caption in enumerate(self._captions):
+            name = self.name(index).removeprefix(str(self.root)) if self.root else ""
+            digest.update(json.dumps([name, caption]).encode())
         return digest.hexdigest()
 
 
@@ -149,7 +148,7 @@ def _read_folder(folder, image_column, caption_column):
     if not found:
         raise UserError(f"--train_data_dir {folder} holds no pictures ({', '.join(sorted(PICTURE_ENDINGS))})")
     tables = sorted(folder.rglob("metadata.jsonl")) + sorted(folder.rglob("metadata.csv"))
-    captions = {}
+    named = []  # (path, caption), a picture once for each line that names it
     for table in tables:
         for line, entry in _read_table(table):
             where = f"{table} line {line}"
@@ -158,26 +157,29 @@ def _read_folder(folder, image_column, caption_column):
             if caption_column not in entry:
                 have = ", ".join(key for key in entry if key != "file_name") or "none beside file_name"
                 raise UserError(f"{where} has no caption column '{caption_column}' (--caption_column); it has {have}")
-            captions[(table.parent / entry["file_name"]).resolve()] = entry[caption_column]
+            named.append(((table.parent / entry["file_name"]).resolve(), entry[caption_column]))
     if not tables:
         for path in found:
             text = path.with_suffix(".txt")
             if text.is_file():
-                captions[path.resolve()] = _read_text(text).strip()
-        if not captions:
+                named.append((path.resolve(), _read_text(text).strip()))
+        if not named:
             raise UserError(
                 f"{folder} has no captions: write a metadata.jsonl with lines like "
                 f'{{"file_name": "{found[0].name}", "{caption_column}": "what it shows"}}, '
                 f"or a {found[0].stem}.txt beside each picture"
             )
-    absent = [str(path) for path in captions if not path.is_file()]
+    paths = [path for path, _ in named]
+    absent = [str(path) for path in paths if not path.is_file()]
     if absent:
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
         raise UserError(f"{len(absent)} pictures named in the metadata do not exist: {', '.join(absent[:10])}{more}")
-    unnamed = len({path.resolve() for path in found} - set(captions))
+    unnamed = len({path.resolve() for path in found} - set(paths))
     if unnamed:
         warn(f"{unnamed} of {len(found)} pictures in {folder} have no caption and are left out")
-    rows = {image_column: [str(path) for path in captions], caption_column: list(captions.values())}
+    if len(set(paths)) < len(paths):
+        warn(f"{len(paths) - len(set(paths))} lines of the metadata name a picture again; each line is a sample")
+    rows = {image_column: [str(path) for path in paths], caption_column: [caption for _, caption in named]}
     _check_captions(rows[caption_column], lambda index: rows[image_column][index])
     if any(isinstance(value, list) for value in rows[caption_column]):
         rows[caption_column] = [[v] if isinstance(v, str) else v for v in rows[caption_column]]
@@ -221,18 +223,19 @@ def _check_captions(values, name):
 
 
 def check(rows):
-    """Look at every caption and open every picture file's header. Raises UserError that lists what is wrong."""
+    """Look at every caption, and open the header of every picture in a folder. Raises UserError that lists what is
+    wrong. Pictures that lie inside a table are opened in training only: reading all of them would take as long."""
     _check_captions(rows.dataset[rows.caption_column], rows.name)
+    absent = rows.dataset.data.column(rows.image_column).null_count
+    if absent:
+        raise UserError(f"column '{rows.image_column}' has {absent} rows without a picture")
     bad = []
-    for cell in rows.dataset[rows.image_column]:
-        if cell is None:
-            raise UserError(f"column '{rows.image_column}' has rows without a picture")
-        if cell.get("bytes") is None:
-            try:
-                with Image.open(cell["path"]):
-                    pass
-            except Exception as error:
-                bad.append(f"{cell['path']} ({str(error).splitlines()[0]})")
+    for cell in rows.dataset[rows.image_column] if rows.root else []:
+        try:
+            with Image.open(cell["path"]):
+                pass
+        except Exception as error:
+            bad.append(f"{cell['path']} ({str(error).splitlines()[0]})")
     if bad:
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise UserError(f"{len(bad)} files cannot be read as pictures: {', '.join(bad[:10])}{more}")

@@ -115,10 +115,16 @@ def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=No
     return folder
 
 
-def load_part(cls, folder, subfolder, **options):
-    """`cls.from_pretrained` of one part of a base model. Raises UserError that names the part when it cannot."""
-    if not (Path(folder) / subfolder).is_dir():
+def load_part(cls, folder, subfolder, variant=None, **options):
+    """`cls.from_pretrained` of one part of a base model. Raises UserError that names the part when it cannot.
+
+    A part that is not stored in this variant (`non_ema` exists for UNets alone) is read without it, as pipelines do.
+    """
+    part = Path(folder) / subfolder
+    if not part.is_dir():
         raise UserError(f"base model {folder} has no part '{subfolder}'; there must be a folder of that name")
+    if variant is not None and any(part.glob(f"*.{variant}*")):
+        options["variant"] = variant
     try:
         return cls.from_pretrained(folder, subfolder=subfolder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
