@@ -15,6 +15,7 @@ setup: .venv/ready
 
 # Real handwritten digits, a tiny base model, the first script as a user starts it, and a look at the result.
 # Stopped half-way it continues when it is called again; `make clean` makes it start over.
+quickstart: export TRANSFORMERS_VERBOSITY = error
 quickstart: setup
 	$(BIN)/python quickstart/make_data.py --output_dir $(OUT)/digits
 	$(BIN)/python quickstart/make_base.py --output_dir $(OUT)/base

@@ -1,0 +1,66 @@
+"""The embedded default works from the data to the score."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+
+def script(name, *words):
+    """Run a script, or a module, and return what it prints."""
+    start = [sys.executable, name] if name.endswith(".py") else [sys.executable, "-m", name]
+    done = subprocess.run([*start, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_from_data_to_score(tmp_path):
+    """As `make quickstart`, with four updates in place of its hundreds: the score is then a guess."""
+    script("quickstart/make_data.py", "--output_dir", tmp_path / "digits")
+    entries = [json.loads(line) for line in (tmp_path / "digits" / "metadata.jsonl").read_text().splitlines()]
+    assert len(entries) == 1797
+    assert {entry["text"].split()[-1] for entry in entries} == set(
+        "zero one two three four five six seven eight nine".split()
+    )
+    picture = np.asarray(Image.open(tmp_path / "digits" / entries[0]["file_name"]))
+    assert picture.shape == (32, 32, 3) and picture.std() > 30
+
+    script("quickstart/make_base.py", "--output_dir", tmp_path / "base")
+    launch = "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no".split()
+    flags = f"--pretrained_model_name_or_path {tmp_path}/base --train_data_dir {tmp_path}/digits --output_dir"
+    flags += f" {tmp_path}/model --resolution 32 --train_batch_size 16 --max_train_steps 4 --report_to none"
+    script(*launch, "--dynamo_backend", "no", "train_text_to_image.py", *flags.split())
+    said = script("quickstart/score.py", "--model_dir", tmp_path / "model", "--grid", tmp_path / "grid.png")
+    score = re.fullmatch(r"digit accuracy: ([01]\.\d\d)", said.strip().splitlines()[-1])
+    assert score and float(score[1]) < 0.5
+    assert min(Image.open(tmp_path / "grid.png").size) > 500
+
+
+def test_the_vae_that_is_committed_is_small_and_good(tmp_path):
+    import torch
+    from diffusers import AutoencoderKL
+    from make_data import draw_scan
+    from sklearn.datasets import load_digits
+
+    size = sum(path.stat().st_size for path in (ROOT / "quickstart" / "vae").iterdir())
+    assert size < 1_000_000
+    vae = AutoencoderKL.from_pretrained(ROOT / "quickstart" / "vae")
+    pictures = np.stack([np.asarray(draw_scan(scan).convert("RGB")) for scan in load_digits().images[:64]])
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean
+        error = (vae.decode(latents).sample - pixels).square().mean()
+    assert error < 0.002
+    assert 0.7 < latents.std() * vae.config.scaling_factor < 1.3
+
+
+@pytest.mark.slow
+def test_make_quickstart_reaches_its_accuracy():
+    subprocess.run(["make", "clean"], cwd=ROOT, check=True)
+    done = subprocess.run(["make", "quickstart"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert float(done.stdout.strip().splitlines()[-1].removeprefix("digit accuracy: ")) >= 0.9
