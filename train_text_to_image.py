@@ -233,9 +233,10 @@ def main(argv=None):
     window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+    parameters = list(unet.parameters())
     optimizer = engine.make_optimizer(
         args.optimizer,
-        unet.parameters(),
+        parameters,
         args.learning_rate * (window if args.scale_lr else 1),
         (args.adam_beta1, args.adam_beta2),
         args.adam_weight_decay,
@@ -250,11 +251,17 @@ def main(argv=None):
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    ema = EMAWeights(unet, args.ema_decay, args.offload_ema) if args.use_ema else None
+    ema = EMAWeights([unet], args.ema_decay, args.offload_ema) if args.use_ema else None
     network, optimizer = accelerator.prepare(unet, optimizer)  # what the loop calls; `unet` stays the bare model
 
     # --- resume ------------------------------------------------------------------------------------------------------
-    saved = engine.TrainingState(accelerator, optimizer, lr_scheduler, {"unet": (unet, ema)})
+    saved = engine.TrainingState(
+        accelerator,
+        optimizer,
+        lr_scheduler,
+        lambda folder: engine.save_model(folder, "unet", unet, ema),
+        lambda folder: engine.load_model(folder, "unet", unet, ema),
+    )
     about = {
         "script": Path(__file__).name,
         "world_size": accelerator.num_processes,
@@ -265,7 +272,7 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     accelerator.init_trackers(args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    reporting.announce(unet, len(samples), args.max_train_steps, window, state)
+    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
     progress = reporting.Progress(
         state.step,
         args.max_train_steps,
@@ -275,11 +282,13 @@ def main(argv=None):
         accelerator.log,
     )
 
+    prompts = args.validation_prompts or []
+
     def validate():
         """Held-out loss and pictures with the weights that would be saved now."""
         progress.flush()
         unet.eval()
-        with averaged(ema, unet):
+        with averaged(ema):
             if held_out_rows is not None:
                 validation.log_held_out_loss(
                     accelerator,
@@ -288,12 +297,12 @@ def main(argv=None):
                     lambda batch: training_loss(unet, vae, text_encoder, schedule, batch),
                     state.step,
                 )
-            if args.validation_prompts:
+            if prompts:
                 parts = (vae, text_encoder, tokenizer, unet, sampler, None, None)
                 validation.show_pictures(
                     accelerator,
                     StableDiffusionPipeline(*parts, requires_safety_checker=False),
-                    args.validation_prompts,
+                    prompts,
                     state,
                     args.output_dir,
                     height=args.resolution,
@@ -319,7 +328,7 @@ def main(argv=None):
         args.dataloader_num_workers,
     )
     dream_p = args.dream_detail_preservation if args.dream_training else None
-    looks = args.validation_prompts or held_out_rows is not None
+    looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     update_loss, grad_norm, stopped_by = 0.0, None, 0
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
@@ -333,7 +342,7 @@ def main(argv=None):
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients and args.max_grad_norm:
-                    grad_norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
@@ -344,7 +353,7 @@ def main(argv=None):
                 continue
             lr_scheduler.step()
             if ema is not None:
-                ema.step(unet.parameters())
+                ema.step()
             state.step += 1
             progress.update(state.step, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
             stopped_by = interruption.signal()
@@ -360,7 +369,7 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        with averaged(ema, unet):
+        with averaged(ema):
             save_result(args, base, unet, sampler)
         hub.write_card(
             args.output_dir,
@@ -370,7 +379,7 @@ def main(argv=None):
             tags=["stable-diffusion", "stable-diffusion-diffusers"],
             facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
             usage=USAGE.format(model=repository or args.output_dir),
-            pictures=validation.newest_grid(args.output_dir, args.validation_prompts),
+            pictures=validation.newest_grid(args.output_dir, prompts),
             licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
         )
         reporting.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))

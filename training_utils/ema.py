@@ -9,15 +9,16 @@ from diffusers.training_utils import EMAModel
 
 
 class EMAWeights(EMAModel):
-    """The moving average of a model's parameters, in their own precision.
+    """The moving average of the parameters that are trained in some models, in their own precision.
 
     The decay after n updates is min(decay, (1 + n) / (10 + n)), diffusers' rule. With `offload` the average lies in
     host memory (pinned where there is a GPU) and visits the device for each update.
     """
 
-    def __init__(self, model, decay, offload=False):
-        super().__init__(model.parameters(), decay=decay, foreach=True)
-        self.names = [name for name, _ in model.named_parameters()]
+    def __init__(self, models, decay, offload=False):
+        named = [(name, p) for model in models for name, p in model.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        super().__init__(self.parameters, decay=decay, foreach=True)
         self.offload = offload
         if offload:
             self.to("cpu")
@@ -25,11 +26,11 @@ class EMAWeights(EMAModel):
                 self.pin_memory()
 
     @torch.no_grad()
-    def step(self, parameters):
+    def step(self):
         """Move the average towards the parameters, once per optimizer update."""
         self.optimization_step += 1
         weight = 1 - self.get_decay(self.optimization_step)
-        parameters = [parameter.detach() for parameter in parameters]
+        parameters = [parameter.detach() for parameter in self.parameters]
         if not self.offload:
             torch._foreach_lerp_(self.shadow_params, parameters, weight)
             return
@@ -43,20 +44,19 @@ class EMAWeights(EMAModel):
             torch.cuda.synchronize()
 
     @contextmanager
-    def in_place_of(self, model):
-        """Within this context `model` holds the averaged weights."""
+    def in_place(self):
+        """Within this context the models hold the averaged weights."""
         self._settle()
-        parameters = list(model.parameters())
-        self.store(parameters)
-        self.copy_to(parameters)
+        self.store(self.parameters)
+        self.copy_to(self.parameters)
         try:
             yield
         finally:
-            self.restore(parameters)
+            self.restore(self.parameters)
 
-    def reset(self, model):
-        """Begin the average anew at the model's weights, which a checkpoint without an average was loaded into."""
-        for shadow, parameter in zip(self.shadow_params, model.parameters(), strict=True):
+    def reset(self):
+        """Begin the average anew at the models' weights, which a checkpoint without an average was loaded into."""
+        for shadow, parameter in zip(self.shadow_params, self.parameters, strict=True):
             shadow.copy_(parameter.detach())
 
     def save(self, folder, model):
@@ -78,7 +78,19 @@ class EMAWeights(EMAModel):
         config = json.loads((Path(folder) / "config.json").read_text())
         self.optimization_step = config["optimization_step"]
 
+    def write(self, path):
+        """Write the average alone as one file; for models of which only a part is trained."""
+        self._settle()
+        torch.save(self.state_dict(), path)
 
-def averaged(ema, model):
-    """The context in which `model` holds its averaged weights; `ema` may be None, then it keeps its own."""
-    return nullcontext() if ema is None else ema.in_place_of(model)
+    def read(self, path):
+        """Read what `write` wrote."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for shadow, saved in zip(self.shadow_params, state["shadow_params"], strict=True):
+            shadow.copy_(saved)
+        self.optimization_step = state["optimization_step"]
+
+
+def averaged(ema):
+    """The context in which the models hold their averaged weights; with None they keep their own."""
+    return nullcontext() if ema is None else ema.in_place()

@@ -249,15 +249,32 @@ def gather_in_order(accelerator, mine):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def save_model(folder, name, model, ema=None):
+    """Write a model as the diffusers folder `name`, and its average, where there is one, beside it as <name>_ema."""
+    model.save_pretrained(folder / name)
+    if ema is not None:
+        ema.save(folder / f"{name}_ema", model)
+
+
+def load_model(folder, name, model, ema=None):
+    """Read what `save_model`, or an original script, wrote. Without an average it begins at the model's weights."""
+    model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
+    if ema is not None and (folder / f"{name}_ema").is_dir():
+        ema.load(folder / f"{name}_ema", model)
+    elif ema is not None:
+        warn(f"{folder} holds no EMA weights; the average starts from its weights")
+        ema.reset()
+
+
 class TrainingState:
     """Writes and reads a checkpoint's weights, optimizer, schedule and loss scale through accelerate's engines.
 
-    `models` maps a folder name to (unwrapped model, EMAWeights or None); the folders are diffusers model folders, an
-    average lies beside its model as <name>_ema.
+    `save_weights(folder)`, called in the main process, and `load_weights(folder)`, in every one, see to the models.
     """
 
-    def __init__(self, accelerator, optimizer, lr_scheduler, models):
-        self.accelerator, self.optimizer, self.lr_scheduler, self.models = accelerator, optimizer, lr_scheduler, models
+    def __init__(self, accelerator, optimizer, lr_scheduler, save_weights, load_weights):
+        self.accelerator, self.optimizer, self.lr_scheduler = accelerator, optimizer, lr_scheduler
+        self.save_weights, self.load_weights = save_weights, load_weights
         self.options = [
             {k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups
         ]
@@ -267,21 +284,11 @@ class TrainingState:
     def _save_models(self, _, weights, folder):
         weights.clear()  # else accelerate would write them once more in its own layout
         if self.accelerator.is_main_process:
-            for name, (model, ema) in self.models.items():
-                model.save_pretrained(Path(folder) / name)
-                if ema is not None:
-                    ema.save(Path(folder) / f"{name}_ema", model)
+            self.save_weights(Path(folder))
 
     def _load_models(self, models, folder):
         models.clear()
-        for name, (model, ema) in self.models.items():
-            model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
-            average = Path(folder) / f"{name}_ema"
-            if ema is not None and average.is_dir():
-                ema.load(average, model)
-            elif ema is not None:
-                warn(f"{folder} holds no EMA weights; the average starts from its weights")
-                ema.reset(model)
+        self.load_weights(Path(folder))
 
     def write(self, folder):
         """Write into `folder`; every process must call it."""

@@ -134,6 +134,18 @@ VALIDATION = ("Validation", [
     Flag("validation_guidance_scale", number(), 7.5, "guidance scale of the validation pictures; 1 or less means off"),
     Flag("validation_split", number(0, 0.9), 0.0, "share of the pictures held out for val_loss"),
 ])
+LORA = ("Adapters", [
+    Flag("rank", whole(1), 4, "rank of the adapters: their size, and how much they can learn"),
+    Flag("lora_alpha", above_zero, None, "scale of the adapters' term; left out, the rank"),
+    Flag("lora_dropout", number(0, 1), 0.0, "dropout on the adapters' input"),
+    Flag("use_dora", bool, False, "learn the norms of the weights' columns too (DoRA, arXiv 2402.09353)"),
+    Flag("train_text_encoder", bool, False, "adapters in the text encoder as well, for words that it does not know"),
+    Flag("save_kohya_format", bool, False, "also write the file that WebUI and ComfyUI read"),
+])
+VALIDATION_PROMPT = [
+    Flag("validation_prompt", str, None, "draw pictures for this prompt"),
+    Flag("num_validation_images", whole(0), 4, "how many; 0 means none"),
+]
 VALIDATION_PROMPTS = Flag("validation_prompts", str, None, "draw one picture for each of these prompts", nargs="+")
 CHECKPOINTS = ("Checkpoints", [
     Flag("checkpointing_steps", whole(0), 500, "updates between checkpoints; one is written at the end too; 0: never"),
@@ -169,7 +181,9 @@ MATHEMATICS = frozenset(
     gradient_accumulation_steps num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps
     lr_num_cycles lr_power optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
     prediction_type snr_gamma noise_offset input_perturbation rescale_betas_zero_snr dream_training
-    dream_detail_preservation use_ema ema_decay validation_split mixed_precision
+    dream_detail_preservation use_ema ema_decay validation_split mixed_precision rank lora_alpha lora_dropout use_dora
+    train_text_encoder pretrained_vae_model_name_or_path proportion_empty_prompts timestep_bias_strategy
+    timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion
     """.split()
 )
 SECRETS = frozenset(["hub_token"])

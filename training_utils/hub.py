@@ -25,6 +25,11 @@ def open_repository(name, output_dir, token):
         raise UserError(f"--push_to_hub cannot open repository {name} ({reason}); see `hf auth login`") from None
 
 
+def public_name(base_model):
+    """What to call a base model in public: its hub id, or the name of its folder without the path."""
+    return os.path.basename(os.path.abspath(base_model)) if os.path.isdir(base_model) else base_model
+
+
 def base_licence(base_model, token):
     """The licence that the hub states for the base model, or None: a fine-tuned model is under its base's licence."""
     if os.path.isdir(base_model):
@@ -56,7 +61,7 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
     lines = [
         f"# {plain(title)}",
         "",
-        f"Fine-tuned from {plain(os.path.basename(base_model.rstrip('/')) or base_model)}",
+        f"Fine-tuned from {plain(public_name(base_model))}",
     ]
     lines[-1] += f" on {plain(data)}." if data else "."
     for path, prompts in pictures:
@@ -64,9 +69,7 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
         lines += [f"- {plain(prompt)}" for prompt in prompts]
     lines += ["", "## Use it", "", "```python", usage.strip(), "```", "", "## How it was trained", ""]
     lines += ["| setting | value |", "|---|---|"]
-    facts = facts | {
-        "pretrained_model_name_or_path": os.path.basename(base_model) or base_model
-    }  # no path of this machine
+    facts = facts | {"pretrained_model_name_or_path": public_name(base_model)}
     lines += [f"| {plain(k)} | {plain(v)} |" for k, v in facts.items() if v is not None and v is not False]
     ModelCard(f"---\n{known.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(Path(folder) / "README.md")
 

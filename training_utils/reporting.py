@@ -70,10 +70,10 @@ def resume_command(argv):
     return shlex.join([*start, sys.argv[0], *kept, "--resume_from_checkpoint", "latest"])
 
 
-def announce(model, pictures, total, window, state):
+def announce(parameters, pictures, total, window, state):
     """The lines before the progress bar: what is about to be trained."""
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"training {size / 1e6:,.1f} M parameters on {pictures:,} pictures")
+    size = sum(parameter.numel() for parameter in parameters)
+    say(f"training {size / 1e6:,.3g} M parameters on {pictures:,} pictures")
     epochs = total / -(-pictures // window)
     say(f"{total:,} updates of {window} pictures are {epochs:,.1f} epochs; update {state.step:,}, seed {state.seed}")
 

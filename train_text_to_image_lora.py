@@ -1,0 +1,404 @@
+#!/usr/bin/env python
+"""Fine-tune a Stable Diffusion 1.x or 2.x model on captioned pictures through low-rank adapters (LoRA).
+
+accelerate launch train_text_to_image_lora.py --pretrained_model_name_or_path MODEL --train_data_dir PICTURES
+"""
+
+from training_utils import flags
+
+
+def parse_args(argv=None):
+    groups = [
+        flags.MODEL,
+        flags.DATA,
+        flags.TRAINING,
+        flags.OPTIMIZATION,
+        flags.OBJECTIVE,
+        flags.LORA,
+        (flags.EMA[0], flags.EMA[1][:2]),
+        (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
+        flags.CHECKPOINTS,
+        flags.HARDWARE,
+        flags.REPORTING,
+    ]
+    return flags.parse(
+        argv,
+        __doc__.splitlines()[0],
+        groups,
+        defaults={"output_dir": "sd-model-finetuned-lora", "validation_epochs": 1},
+    )
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take ten seconds
+
+from training_utils import libraries  # noqa: E402
+
+libraries.prepare()
+
+import math  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers.optimization import get_scheduler  # noqa: E402
+from diffusers.training_utils import compute_dream_and_update_latents  # noqa: E402
+from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+from training_utils import checkpoints, data, draws, engine, hub, lora, losses, reporting, validation  # noqa: E402
+from training_utils.ema import EMAWeights, averaged  # noqa: E402
+from training_utils.interruption import Interruption  # noqa: E402
+from training_utils.reporting import UserError, say, warn  # noqa: E402
+
+UPLOADED = ["README.md", "pytorch_lora_weights*.safetensors", "validation/*.png"]
+USAGE = """
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("{model}")
+pipeline("what to draw").images[0].save("picture.png")
+"""
+
+
+class Prepare:
+    """Makes a sample: the picture, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
+
+    def __init__(self, args, tokenizer, latent_shape, timesteps, held_out=0):
+        self.args, self.tokenizer, self.latent_shape, self.timesteps = args, tokenizer, latent_shape, timesteps
+        self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+
+    def __call__(self, rows, index, draw):
+        args, train = self.args, not self.held_out
+        picture = data.resize(rows.picture(index), args.resolution, args.image_interpolation_mode)
+        picture, _ = data.crop(picture, args.resolution, draw if train and not args.center_crop else None)
+        pixels = data.to_array(picture)
+        if train and args.random_flip and draw("flip").random() < 0.5:
+            pixels = pixels[:, :, ::-1]
+        caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        tokens = self.tokenizer(
+            caption, max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True
+        )
+        if train:
+            timestep = int(draw("timestep").integers(0, self.timesteps))
+        else:  # spread over the whole schedule, so that few pictures make a steady loss
+            timestep = int((index + 0.5) / self.held_out * self.timesteps)
+        sample = {
+            "pixels": np.ascontiguousarray(pixels),
+            "tokens": np.array(tokens.input_ids, dtype=np.int64),
+            "timestep": np.int64(timestep),
+            "latent_noise": draw("latent").standard_normal(self.latent_shape, dtype=np.float32),
+            "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
+        }
+        if train and args.noise_offset:
+            shape = (self.latent_shape[0], 1, 1)
+            sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
+        if train and args.input_perturbation:
+            extra = draw("input_perturbation").standard_normal(self.latent_shape, dtype=np.float32)
+            sample["input_noise"] = sample["noise"] + np.float32(args.input_perturbation) * extra
+        return sample
+
+
+def training_loss(unet, vae, text_encoder, schedule, batch, snr_gamma=None, dream_p=None):
+    """The diffusion loss of each sample of a batch, shape (B,).
+
+    Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
+    float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `snr_gamma`
+    weights by min-SNR; `dream_p` is DREAM's exponent, None for plain training.
+    """
+    timesteps, noise = batch["timestep"], batch["noise"]
+    with torch.no_grad():
+        moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
+        latents = moments.mean.float() + moments.std.float() * batch["latent_noise"]
+        latents = latents * vae.config.scaling_factor
+    text_states = text_encoder(batch["tokens"]).last_hidden_state  # its adapters, where it has some, learn too
+    noisy = schedule.add_noise(latents, batch.get("input_noise", noise), timesteps)
+    kind = schedule.config.prediction_type
+    target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+    if dream_p is not None:
+        noisy, target = compute_dream_and_update_latents(
+            unet, schedule, timesteps, noise, noisy, target, text_states, dream_p
+        )
+    prediction = unet(noisy, timesteps, text_states).sample
+    loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        snr = losses.signal_to_noise(schedule.alphas_cumprod[timesteps])
+        loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
+    return loss
+
+
+def load_models(args, accelerator, seed):
+    """The parts of the base model, placed, frozen, adapted: (tokenizer, text_encoder, vae, unet, schedule, sampler).
+
+    `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
+    """
+    name, variant = args.pretrained_model_name_or_path, args.variant
+    base = engine.model_folder(name, StableDiffusionPipeline, args.revision, variant, args.cache_dir)
+    changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
+    if args.rescale_betas_zero_snr:
+        changes["rescale_betas_zero_snr"] = True
+    schedule = engine.load_part(DDPMScheduler, base, "scheduler", **changes)
+    check_prediction_type(args, schedule.config)
+    sampler = engine.sampling_scheduler(base, changes)
+    tokenizer = engine.load_part(CLIPTokenizer, base, "tokenizer")
+    half = engine.frozen_type(accelerator)
+    text_encoder = engine.load_part(CLIPTextModel, base, "text_encoder", variant=variant, dtype=half)
+    vae = engine.load_part(AutoencoderKL, base, "vae", variant=variant, dtype=half)
+    unet = engine.load_part(UNet2DConditionModel, base, "unet", variant=variant, dtype=half)
+
+    schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
+    for frozen in (vae, text_encoder):
+        frozen.requires_grad_(False).eval().to(accelerator.device)
+    unet.to(accelerator.device).train()
+    options = (args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)
+    lora.add_adapter(unet, lora.UNET_LAYERS, *options)
+    if args.train_text_encoder:
+        lora.add_adapter(text_encoder.train(), lora.TEXT_LAYERS, *options)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            text_encoder.gradient_checkpointing_enable()
+    if args.enable_xformers_memory_efficient_attention:
+        engine.enable_xformers(unet)
+    return tokenizer, text_encoder, vae, unet, schedule, sampler
+
+
+def check_prediction_type(args, config):
+    """Objections that need the model's own scheduler, beyond those that the flags alone raise."""
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"the model predicts '{config.prediction_type}'; this script trains epsilon and v_prediction")
+    if args.dream_training and config.prediction_type != "epsilon":
+        raise UserError("--dream_training is defined for epsilon prediction only, and this model predicts v")
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        warn(
+            "with zero terminal SNR the last timestep is pure noise, from which epsilon prediction learns nothing; "
+            "add --prediction_type v_prediction"
+        )
+
+
+def save_result(args, adapted):
+    """Write the adapters into --output_dir."""
+    lora.save(StableDiffusionPipeline, args.output_dir, adapted)
+    if args.save_kohya_format:
+        lora.save_kohya(args.output_dir, adapted)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    command = flags.without_secrets(argv)
+
+    # --- processes, seed and where to begin --------------------------------------------------------------------------
+    accelerator = engine.make_accelerator(
+        args.output_dir,
+        args.logging_dir,
+        args.gradient_accumulation_steps,
+        args.mixed_precision,
+        args.report_to,
+        args.process_group_timeout,
+        args.allow_tf32,
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    for notice in args.notices:
+        warn(notice)
+    resume_from, state = engine.from_main(
+        accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
+    )
+    repository = None
+    if args.push_to_hub:
+        repository = engine.from_main(
+            accelerator, lambda: hub.open_repository(args.hub_model_id, args.output_dir, args.hub_token)
+        )
+
+    # --- data and models ---------------------------------------------------------------------------------------------
+    rows = data.load_rows(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.train_data_dir,
+        args.cache_dir,
+        args.image_column,
+        args.caption_column,
+    )
+    rows = data.take(rows, args.max_train_samples, state.seed)
+    engine.from_main(accelerator, lambda: data.check(rows))
+    rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
+    tokenizer, text_encoder, vae, unet, schedule, sampler = load_models(args, accelerator, state.seed)
+    adapted = {"unet": unet} | ({"text_encoder": text_encoder} if args.train_text_encoder else {})
+    if accelerator.is_main_process:
+        data.warn_of_long_captions(rows, tokenizer)
+    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_shape = (vae.config.latent_channels, side, side)
+    prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps)
+    samples = data.Samples(rows, prepare, state.seed)
+    if held_out_rows is not None:
+        prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
+        held_out = data.Samples(held_out_rows, prepare, state.seed)
+
+    # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
+    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+    parameters = lora.parameters(adapted.values())
+    optimizer = engine.make_optimizer(
+        args.optimizer,
+        parameters,
+        args.learning_rate * (window if args.scale_lr else 1),
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_weight_decay,
+        args.adam_epsilon,
+        loss_scaling=accelerator.scaler is not None,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
+    network, optimizer = accelerator.prepare(unet, optimizer)  # what the loop calls; `unet` stays the bare model
+    text_network = accelerator.prepare(text_encoder) if args.train_text_encoder else text_encoder
+
+    # --- resume ------------------------------------------------------------------------------------------------------
+    saved = engine.TrainingState(
+        accelerator,
+        optimizer,
+        lr_scheduler,
+        lambda folder: lora.save_with_average(StableDiffusionPipeline, folder, adapted, ema),
+        lambda folder: lora.load_with_average(folder, adapted, ema),
+    )
+    about = {
+        "script": Path(__file__).name,
+        "world_size": accelerator.num_processes,
+        "flags": flags.mathematics(args),
+        "data": {"samples": len(rows), "sha256": engine.from_main(accelerator, rows.fingerprint)},
+    }
+    if resume_from:
+        engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
+        saved.read(resume_from, state.step)
+    accelerator.init_trackers(args.tracker_project_name, reporting.tracker_config(flags.public(args)))
+    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    progress = reporting.Progress(
+        state.step,
+        args.max_train_steps,
+        args.logging_steps,
+        window,
+        lambda scalars: engine.fetch_mean(accelerator, scalars),
+        accelerator.log,
+    )
+
+    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+
+    def validate():
+        """Held-out loss and pictures with the weights that would be saved now."""
+        progress.flush()
+        for model in adapted.values():
+            model.eval()
+        with averaged(ema):
+            if held_out_rows is not None:
+                validation.log_held_out_loss(
+                    accelerator,
+                    held_out,
+                    args.train_batch_size,
+                    lambda batch: training_loss(unet, vae, text_encoder, schedule, batch),
+                    state.step,
+                )
+            if prompts:
+                parts = (vae, text_encoder, tokenizer, unet, sampler, None, None)
+                validation.show_pictures(
+                    accelerator,
+                    StableDiffusionPipeline(*parts, requires_safety_checker=False),
+                    prompts,
+                    state,
+                    args.output_dir,
+                    height=args.resolution,
+                    width=args.resolution,
+                    num_inference_steps=args.validation_num_inference_steps,
+                    guidance_scale=args.validation_guidance_scale,
+                )
+        for model in adapted.values():
+            model.train()
+        progress.pause()
+
+    def checkpoint():
+        progress.flush()
+        saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
+        progress.pause()
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+    batches = engine.training_batches(
+        samples,
+        state,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator,
+        args.dataloader_num_workers,
+    )
+    dream_p = args.dream_detail_preservation if args.dream_training else None
+    looks = prompts or held_out_rows is not None
+    cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
+    update_loss, grad_norm, stopped_by = 0.0, None, 0
+    with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        while state.step < args.max_train_steps and not stopped_by:
+            batch = next(batches)
+            torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
+            state.micro_step += 1
+            with accelerator.accumulate(network, text_network):
+                sample_losses = training_loss(network, vae, text_network, schedule, batch, args.snr_gamma, dream_p)
+                loss = (sample_losses * batch["weight"]).sum()
+                accelerator.backward(loss)
+                update_loss += loss.detach() / args.gradient_accumulation_steps
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            state.position = state.position.advance(window, len(samples))
+            finished_loss, update_loss = update_loss, 0.0
+            if accelerator.optimizer_step_was_skipped:  # an fp16 overflow: the data moved on, the weights did not
+                continue
+            lr_scheduler.step()
+            if ema is not None:
+                ema.step()
+            state.step += 1
+            progress.update(state.step, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
+            stopped_by = interruption.signal()
+            if stopped_by or checkpoints.due(state, args.checkpointing_steps, args.max_train_steps):
+                checkpoint()
+            if not stopped_by and validation.due(state, *cadence, args.max_train_steps):
+                validate()
+    progress.close()
+    if stopped_by:
+        say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
+        accelerator.end_training()
+        return 128 + stopped_by
+
+    # --- the result --------------------------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        with averaged(ema):
+            save_result(args, adapted)
+        hub.write_card(
+            args.output_dir,
+            title=repository or Path(args.output_dir).resolve().name,
+            base_model=args.pretrained_model_name_or_path,
+            data=args.dataset_name,
+            tags=["stable-diffusion", "stable-diffusion-diffusers", "lora"],
+            facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
+            usage=USAGE.format(
+                base=hub.public_name(args.pretrained_model_name_or_path), model=repository or args.output_dir
+            ),
+            pictures=validation.newest_grid(args.output_dir, prompts),
+            licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
+        )
+        usage = USAGE.format(base=args.pretrained_model_name_or_path, model=args.output_dir)
+        reporting.conclude(args.output_dir, progress, usage)
+        if repository:
+            hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    reporting.run(main)

@@ -1,0 +1,112 @@
+"""Low-rank adapters through PEFT: adding, saving in the library's layout and in that of WebUI and ComfyUI, loading."""
+
+from pathlib import Path
+
+import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from .reporting import UserError, warn
+
+FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+AVERAGE = "ema.bin"
+UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def add_adapter(model, layers, rank, alpha=None, dropout=0.0, use_dora=False, seed=0):
+    """Freeze a model and give the linear layers of these names trainable low-rank terms (Hu et al. 2021, 2106.09685).
+
+    W x becomes W x + (alpha / rank) B A x, with A (rank, in) gaussian and B (out, rank) zero at the start; `alpha`
+    None means alpha = rank. `use_dora` learns the columns' norms too (Liu et al. 2024, 2402.09353). The adapter is
+    float32 whatever the model's precision: half precision would round small updates away.
+    """
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    model.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank if alpha is None else alpha,
+            lora_dropout=dropout,
+            use_dora=use_dora,
+            init_lora_weights="gaussian",
+            target_modules=layers,
+        )
+    )
+    for parameter in parameters([model]):
+        parameter.data = parameter.data.float()
+
+
+def parameters(models):
+    """The trainable parameters of some models, a list."""
+    return [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _state(model):
+    return {name: value.detach().float().cpu() for name, value in get_peft_model_state_dict(model).items()}
+
+
+def save(pipeline_class, folder, adapted):
+    """Write the adapters of `adapted` ({"unet": model, ...}) as one file that `load_lora_weights(folder)` takes.
+
+    Float32, with rank, alpha and layers in the file's metadata: without them a loader takes alpha to be the rank.
+    """
+    layers = {f"{name}_lora_layers": _state(model) for name, model in adapted.items()}
+    facts = {
+        f"{name}_lora_adapter_metadata": model.peft_config["default"].to_dict() for name, model in adapted.items()
+    }
+    pipeline_class.save_lora_weights(folder, **layers, **facts)
+
+
+def load(folder, adapted):
+    """Put the weights that `save`, or an original script, wrote back into the adapters. Raises UserError."""
+    from diffusers.utils import convert_all_state_dict_to_peft
+
+    state = load_file(folder / FILE)
+    if not any(".lora_A." in name for name in state):  # the originals write diffusers' older names
+        state = convert_all_state_dict_to_peft(state)
+    for name, model in adapted.items():
+        part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        rank = model.peft_config["default"].r
+        for key, value in part.items():
+            if ".lora_A." in key and value.shape[0] != rank:
+                raise UserError(f"{folder} holds adapters of rank {value.shape[0]}, this run has --rank {rank}")
+        result = set_peft_model_state_dict(model, part)
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        if missing or result.unexpected_keys or not part:
+            raise UserError(f"{folder} does not hold the adapters of this run's {name}; train it with the same flags")
+
+
+def save_with_average(pipeline_class, folder, adapted, ema):
+    """Write the adapters, and their moving average where there is one, into a checkpoint."""
+    save(pipeline_class, folder, adapted)
+    if ema is not None:
+        ema.write(folder / AVERAGE)
+
+
+def load_with_average(folder, adapted, ema):
+    """Read what `save_with_average`, or an original script, wrote."""
+    load(folder, adapted)
+    if ema is not None and (folder / AVERAGE).exists():
+        ema.read(folder / AVERAGE)
+    elif ema is not None:
+        warn(f"{folder} holds no EMA weights; the average starts from its weights")
+        ema.reset()
+
+
+def save_kohya(folder, adapted):
+    """Write the adapters once more with the names that WebUI and ComfyUI read."""
+    state = {f"{name}.{key}": value for name, model in adapted.items() for key, value in _state(model).items()}
+    converted = convert_state_dict_to_kohya(state)
+    if "text_encoder" in adapted and "text_encoder_2" not in adapted:  # with one encoder its prefix has no number
+        converted = {key.replace("lora_te1_", "lora_te_"): value for key, value in converted.items()}
+    alphas = {name: float(model.peft_config["default"].lora_alpha) for name, model in adapted.items()}
+    assert len(set(alphas.values())) == 1, alphas
+    alpha = torch.tensor(next(iter(alphas.values())))
+    # The converter takes alpha to be the rank.
+    converted = {
+        key: alpha.clone() if key.endswith(".alpha") else value.contiguous() for key, value in converted.items()
+    }
+    save_file(converted, Path(folder) / KOHYA_FILE, metadata={"format": "pt"})
