@@ -13,7 +13,7 @@ def parse_args(argv=None):
         flags.DATA,
         flags.TRAINING,
         flags.OPTIMIZATION,
-        flags.OBJECTIVE,
+        (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.RECTIFICATION),
         flags.LORA,
         (flags.EMA[0], flags.EMA[1][:2]),
         (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
@@ -78,7 +78,7 @@ class Prepare:
             pixels = pixels[:, :, ::-1]
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
         tokens = self.tokenizer(
-            caption, max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True
+            caption or "", max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True
         )
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))

@@ -1,3 +1,4 @@
+import importlib
 import os
 import subprocess
 import sys
@@ -10,9 +11,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "quickstart"), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started: sums over threads round by their number
 
-from tiny import build_sd, write_pictures  # noqa: E402
+from tiny import build_sd, build_sdxl, write_pictures  # noqa: E402
 
-import train_text_to_image  # noqa: E402  (before anything imports diffusers: it prepares the libraries)
 from training_utils.reporting import UserError  # noqa: E402
 
 
@@ -20,6 +20,12 @@ from training_utils.reporting import UserError  # noqa: E402
 def sd(tmp_path_factory):
     """A tiny Stable Diffusion folder that predicts epsilon."""
     return build_sd(tmp_path_factory.mktemp("sd") / "model")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """A tiny Stable Diffusion XL folder."""
+    return build_sdxl(tmp_path_factory.mktemp("sdxl") / "model")
 
 
 @pytest.fixture(scope="session")
@@ -37,22 +43,22 @@ def reset_accelerate():
 
 
 class Runner:
-    """Runs train_text_to_image.py on the tiny model: `run(out, "--flag", ...)` returns main's exit code."""
+    """Runs one script on a tiny base model: `run(out, "--flag", ...)` returns main's exit code."""
 
-    def __init__(self, sd, pictures):
-        self.sd, self.pictures = sd, pictures
+    def __init__(self, script, base, pictures):
+        self.script, self.base, self.pictures = script, base, pictures
 
     def argv(self, out, *more):
         """The command line; a flag in `more` comes last and so replaces the one here."""
         folder = [] if "--dataset_name" in more else ["--train_data_dir", self.pictures]
         plain = "--resolution 16 --train_batch_size 4 --max_train_steps 6 --learning_rate 1e-3 --seed 7"
         plain += " --report_to none --checkpointing_steps 0"
-        start = ["--pretrained_model_name_or_path", self.sd, "--output_dir", out, *folder, *plain.split()]
+        start = ["--pretrained_model_name_or_path", self.base, "--output_dir", out, *folder, *plain.split()]
         return [*map(str, start), *map(str, more)]
 
     def __call__(self, out, *more):
         reset_accelerate()
-        return train_text_to_image.main(self.argv(out, *more))
+        return importlib.import_module(self.script).main(self.argv(out, *more))
 
     def fails(self, out, *more):
         """Run, expecting an error that a user can mend; returns (sentence, exit code)."""
@@ -63,7 +69,7 @@ class Runner:
     def start(self, out, *more, launcher=(sys.executable,), **environment):
         """Start it as a process of its own, as a user does; returns the Popen."""
         return subprocess.Popen(
-            [*launcher, str(ROOT / "train_text_to_image.py"), *self.argv(out, *more)],
+            [*launcher, str(ROOT / f"{self.script}.py"), *self.argv(out, *more)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -74,7 +80,31 @@ class Runner:
 
 @pytest.fixture(scope="session")
 def run(sd, pictures):
-    return Runner(sd, pictures)
+    return Runner("train_text_to_image", sd, pictures)
+
+
+@pytest.fixture(scope="session")
+def run_lora(sd, pictures):
+    return Runner("train_text_to_image_lora", sd, pictures)
+
+
+@pytest.fixture(scope="session")
+def run_sdxl(sdxl, pictures):
+    return Runner("train_text_to_image_sdxl", sdxl, pictures)
+
+
+@pytest.fixture(scope="session")
+def run_lora_sdxl(sdxl, pictures):
+    return Runner("train_text_to_image_lora_sdxl", sdxl, pictures)
+
+
+RUNNERS = ["run", "run_lora", "run_sdxl", "run_lora_sdxl"]
+
+
+@pytest.fixture(params=RUNNERS)
+def each(request):
+    """The runner of every script in turn."""
+    return request.getfixturevalue(request.param)
 
 
 def two_processes():
@@ -82,21 +112,27 @@ def two_processes():
     return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--quiet"]
 
 
-def unet_bytes(out):
+def result_file(out):
+    """The file of the trained weights in a result."""
+    adapters = Path(out) / "pytorch_lora_weights.safetensors"
+    return adapters if adapters.exists() else Path(out) / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def result_bytes(out):
     """The trained weights as they were written, to compare to the bit."""
-    return (Path(out) / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    return result_file(out).read_bytes()
 
 
-def unet_weights(out):
+def result_weights(out):
     """The trained weights, name to tensor."""
     from safetensors.torch import load_file
 
-    return load_file(Path(out) / "unet" / "diffusion_pytorch_model.safetensors")
+    return load_file(result_file(out))
 
 
 def relative_difference(out, other):
     """Distance of two runs' weights over their norm."""
-    one, two = unet_weights(out), unet_weights(other)
+    one, two = result_weights(out), result_weights(other)
     distance = sum((one[name].double() - two[name].double()).square().sum() for name in one)
     return float((distance / sum(weight.double().square().sum() for weight in one.values())).sqrt())
 

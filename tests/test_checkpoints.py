@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, unet_bytes
+from conftest import ROOT, result_bytes
 
 from training_utils import checkpoints
 from training_utils.data import Position
@@ -283,4 +283,4 @@ sys.exit(train_text_to_image.main({run.argv(tmp_path / "full", "--checkpointing_
     assert done.stderr.count("could not be written") == 2
     assert checkpoints.listed(tmp_path / "full") == []
     run(tmp_path / "whole")
-    assert unet_bytes(tmp_path / "full") == unet_bytes(tmp_path / "whole")
+    assert result_bytes(tmp_path / "full") == result_bytes(tmp_path / "whole")

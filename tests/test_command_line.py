@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import train_text_to_image
+import train_text_to_image_lora_sdxl
 from training_utils import flags
 
 # What each script's users know (name, type, default, choices), and what this suite adds, each in every script alike.
@@ -26,6 +27,37 @@ OURS = {
     "validation_split": (float, 0.0),
     "process_group_timeout": (int, 1800),
     "logging_steps": (int, 10),
+}
+OURS_FOR_ADAPTERS = {
+    "lora_alpha": (float, None),
+    "lora_dropout": (float, 0.0),
+    "use_dora": (bool, False),
+    "save_kohya_format": (bool, False),
+}
+# Known from one script and taken over by others.
+ELSEWHERE = {
+    "use_ema": (bool, False),
+    "offload_ema": (bool, False),
+    "foreach_ema": (bool, False),
+    "input_perturbation": (float, 0.0),
+    "dream_training": (bool, False),
+    "dream_detail_preservation": (float, 1.0),
+    "tracker_project_name": (str, "text2image-fine-tune"),
+    "train_text_encoder": (bool, False),
+    "proportion_empty_prompts": (float, 0.0),
+    "timestep_bias_strategy": (str, "none"),
+    "timestep_bias_multiplier": (float, 1.0),
+    "timestep_bias_begin": (int, 0),
+    "timestep_bias_end": (int, 1000),
+    "timestep_bias_portion": (float, 0.25),
+}
+TAKEN_OVER = {
+    "train_text_to_image.py": [],
+    "train_text_to_image_lora.py": "use_ema input_perturbation dream_training dream_detail_preservation"
+    " tracker_project_name train_text_encoder".split(),
+    "train_text_to_image_sdxl.py": ["offload_ema", "foreach_ema", "tracker_project_name"],
+    "train_text_to_image_lora_sdxl.py": "use_ema tracker_project_name proportion_empty_prompts timestep_bias_strategy"
+    " timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion".split(),
 }
 CHOICES_ADDED = {"lr_scheduler", "prediction_type", "report_to", "optimizer"}  # the originals find a typo much later
 SCRIPTS = [name for name in KNOWN if (ROOT / name).exists()]
@@ -62,7 +94,9 @@ def test_command_line_is_frozen(script, monkeypatch):
         assert required == fact.get("required", False), name
         if "choices" in fact or name not in CHOICES_ADDED:
             assert sorted(choices or []) == sorted(fact.get("choices", [])), name
-    assert {name: (kind, default) for name, (kind, default, *_) in have.items()} == OURS
+    ours = OURS | (OURS_FOR_ADAPTERS if "lora" in script else {})
+    ours |= {name: ELSEWHERE[name] for name in TAKEN_OVER[script]}
+    assert {name: (kind, default) for name, (kind, default, *_) in have.items()} == ours
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -90,10 +124,10 @@ def test_shared_modules_import_no_torch():
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
 
 
-def refusal(capsys, *words):
+def refusal(capsys, *words, script=train_text_to_image):
     """The one sentence with which a command line is refused."""
     with pytest.raises(SystemExit) as left:
-        train_text_to_image.parse_args([*MINIMUM, *words])
+        script.parse_args([*MINIMUM, *words])
     assert left.value.code == 2
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) == 1
@@ -130,6 +164,24 @@ def test_a_wrong_command_line_gets_its_sentence(words, capsys, monkeypatch):
     missing = {"bitsandbytes", "xformers", "dvclive"}
     monkeypatch.setattr(flags, "_missing", lambda package: package in missing)
     assert REFUSED[words] in refusal(capsys, *words.split())
+
+
+REFUSED_SDXL = {
+    "--timestep_bias_multiplier 0": "above 0",
+    "--timestep_bias_portion 2": "from 0 to 1",
+    "--timestep_bias_begin -1": "at least 0",
+    "--timestep_bias_strategy range --timestep_bias_begin 9 --timestep_bias_end 9": "is not below its end, 9",
+    "--timestep_bias_strategy sooner": "invalid choice",
+    "--proportion_empty_prompts 0.1 --caption_dropout 0.2": "mean the same",
+    "--enable_npu_flash_attention": "pip install torch_npu",
+    "--lora_alpha 0": "above 0",
+    "--rank 0": "at least 1",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED_SDXL)
+def test_a_wrong_command_line_for_sdxl_adapters_gets_its_sentence(words, capsys):
+    assert REFUSED_SDXL[words] in refusal(capsys, *words.split(), script=train_text_to_image_lora_sdxl)
 
 
 def test_no_data_at_all(capsys):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import logged, unet_bytes, unet_weights
+from conftest import logged, result_bytes, result_weights
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -54,7 +54,7 @@ def test_a_variant_is_read(run, tmp_path, sd):
     StableDiffusionPipeline.from_pretrained(sd).save_pretrained(tmp_path / "base", variant="fp16")
     run(tmp_path / "variant", "--pretrained_model_name_or_path", tmp_path / "base", "--variant", "fp16")
     run(tmp_path / "plain")
-    assert unet_bytes(tmp_path / "variant") == unet_bytes(tmp_path / "plain")
+    assert result_bytes(tmp_path / "variant") == result_bytes(tmp_path / "plain")
     assert drawn(tmp_path / "variant").shape == (16, 16, 3)
 
 
@@ -117,7 +117,7 @@ def test_a_variant_of_the_unet_alone(run, tmp_path, sd):
     torch.nn.init.zeros_(pipeline.unet.conv_out.weight)
     pipeline.unet.save_pretrained(base / "unet", variant="non_ema")
     run(tmp_path / "out", "--pretrained_model_name_or_path", base, "--variant", "non_ema", "--learning_rate", "0")
-    assert not unet_weights(tmp_path / "out")["conv_out.weight"].any()
+    assert not result_weights(tmp_path / "out")["conv_out.weight"].any()
 
 
 SECRET = "hf_do_not_leak_me"

@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import logged, relative_difference, two_processes, unet_bytes
+from conftest import logged, relative_difference, result_bytes, two_processes
 
 SETTINGS = {
     "plain": [],
@@ -26,30 +26,51 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_resumed_equals_uninterrupted(run, tmp_path, setting):
-    """Ten pictures and batches of four make updates of 4, 4, 2: the cuts after 1 and 2 lie inside the epoch."""
-    flags = [*SETTINGS[setting], "--checkpointing_steps", "1"]
+SIBLINGS = {
+    ("run_lora", "plain"): [],
+    ("run_lora", "average"): ["--use_ema", "--ema_decay", "0.9"],
+    ("run_lora", "dropout in the network"): ["--lora_dropout", "0.5", "--gradient_accumulation_steps", "2"],
+    ("run_lora", "text encoder, DoRA"): ["--train_text_encoder", "--use_dora", "--rank", "2", "--use_ema"],
+    ("run_lora", "bf16"): ["--mixed_precision", "bf16", "--train_text_encoder"],
+    ("run_lora", "checkpointed activations"): ["--gradient_checkpointing", "--train_text_encoder"],
+    ("run_sdxl", "plain"): [],
+    ("run_sdxl", "every draw"): [
+        *("--random_flip", "--proportion_empty_prompts", "0.5", "--noise_offset", "0.1", "--snr_gamma", "5"),
+        *("--timestep_bias_strategy", "later", "--timestep_bias_multiplier", "3", "--use_ema"),
+    ],
+    ("run_sdxl", "bf16, workers"): ["--mixed_precision", "bf16", "--dataloader_num_workers", "2"],
+    ("run_lora_sdxl", "plain"): [],
+    ("run_lora_sdxl", "text encoders"): ["--train_text_encoder", "--use_ema", "--lora_dropout", "0.2"],
+    ("run_lora_sdxl", "bf16"): ["--mixed_precision", "bf16", "--train_text_encoder", "--gradient_checkpointing"],
+}
+CASES = {("run", name): flags for name, flags in SETTINGS.items()} | SIBLINGS
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case))
+def test_resumed_equals_uninterrupted(request, tmp_path, case):
+    """Ten pictures and batches of four make updates of 4, 4, 2: the cuts after 2 and 5 lie inside an epoch."""
+    run = request.getfixturevalue(case[0])
+    flags = [*CASES[case], "--checkpointing_steps", "1"]
     whole = tmp_path / "whole"
     run(whole, *flags)
     for cut in (2, 3, 5):
         cut_run = tmp_path / f"cut{cut}"
         shutil.copytree(whole / f"checkpoint-{cut}", cut_run / f"checkpoint-{cut}")
         run(cut_run, *flags, "--resume_from_checkpoint", "latest")
-        assert unet_bytes(cut_run) == unet_bytes(whole), f"cut after update {cut}"
+        assert result_bytes(cut_run) == result_bytes(whole), f"cut after update {cut}"
 
 
 def test_number_of_workers_changes_nothing(run, tmp_path):
     for workers in (0, 1, 3):
         run(tmp_path / str(workers), "--random_flip", "--dataloader_num_workers", workers)
-    assert unet_bytes(tmp_path / "0") == unet_bytes(tmp_path / "1") == unet_bytes(tmp_path / "3")
+    assert result_bytes(tmp_path / "0") == result_bytes(tmp_path / "1") == result_bytes(tmp_path / "3")
 
 
 def test_validation_in_between_changes_nothing(run, tmp_path):
     run(tmp_path / "without", "--validation_split", "0.2")
     looks = ["--validation_prompts", "a handwritten one", "--validation_steps", "2"]
     run(tmp_path / "with", "--validation_split", "0.2", *looks, "--validation_num_inference_steps", "2")
-    assert unet_bytes(tmp_path / "with") == unet_bytes(tmp_path / "without")
+    assert result_bytes(tmp_path / "with") == result_bytes(tmp_path / "without")
 
 
 def test_seed_is_drawn_once_and_kept(run, tmp_path):
@@ -67,14 +88,14 @@ def test_seed_is_drawn_once_and_kept(run, tmp_path):
     no_seed[no_seed.index("--output_dir") + 1] = str(tmp_path / "cut")
     reset_accelerate()
     train_text_to_image.main([*no_seed, "--resume_from_checkpoint", "latest"])
-    assert unet_bytes(tmp_path / "cut") == unet_bytes(tmp_path / "whole")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
 
 
 def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
     run(tmp_path, "--checkpointing_steps", "4")
-    before = unet_bytes(tmp_path)
+    before = result_bytes(tmp_path)
     run(tmp_path, "--checkpointing_steps", "4", "--resume_from_checkpoint", "latest")
-    assert unet_bytes(tmp_path) == before
+    assert result_bytes(tmp_path) == before
     assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
 
 
@@ -116,18 +137,19 @@ def kill_when(process, folder, pattern, number):
     return process.wait(120), process.stdout.read()
 
 
-def test_sigkill_then_resume(run, tmp_path):
-    flags = ["--checkpointing_steps", "5", "--max_train_steps", "60", "--checkpoints_total_limit", "2"]
+def test_sigkill_then_resume(each, tmp_path):
+    run = each
+    flags = ["--checkpointing_steps", "5", "--max_train_steps", "90", "--checkpoints_total_limit", "2"]
     run(tmp_path / "whole", *flags)
     out = tmp_path / "killed"
     code, _ = kill_when(run.start(out, *flags), out, "checkpoint-1*", signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert not (out / "model_index.json").exists()
+    assert not (out / "README.md").exists(), "it was killed too late to show anything"
     process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
     said, _ = process.communicate()
     assert process.returncode == 0, said
     assert "resuming from" in said
-    assert unet_bytes(out) == unet_bytes(tmp_path / "whole")
+    assert result_bytes(out) == result_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -165,10 +187,23 @@ def test_one_process_two_and_accumulation_agree(run, tmp_path):
     assert relative_difference(tmp_path / "continued", tmp_path / "one") < 1e-6
 
 
+@pytest.mark.parametrize("sibling", ["run_sdxl", "run_lora_sdxl"])
+def test_siblings_on_two_processes(request, tmp_path, sibling):
+    run = request.getfixturevalue(sibling)
+    flags = ["--max_train_steps", "4", *(["--train_text_encoder"] if "lora" in sibling else [])]
+    run(tmp_path / "one", *flags)
+    two = [*flags, "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    process = run.start(tmp_path / "two", *two, launcher=two_processes())
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(10))
-def test_sigkill_at_a_random_moment(run, tmp_path, moment):
+def test_sigkill_at_a_random_moment(each, tmp_path, moment):
     """Whatever the instant: start-up, a step, the write of a checkpoint, its rename, the rotation, the final save."""
+    run = each
     flags = ["--checkpointing_steps", "1", "--max_train_steps", "40", "--checkpoints_total_limit", "2", "--use_ema"]
     run(tmp_path / "whole", *flags)
     out, after = tmp_path / "killed", random.Random(moment)
@@ -182,4 +217,4 @@ def test_sigkill_at_a_random_moment(run, tmp_path, moment):
     process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
     said, _ = process.communicate()
     assert process.returncode == 0, said
-    assert unet_bytes(out) == unet_bytes(tmp_path / "whole")
+    assert result_bytes(out) == result_bytes(tmp_path / "whole")

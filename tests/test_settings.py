@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import logged, unet_bytes, unet_weights
+from conftest import logged, result_bytes, result_weights
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tiny import build_sd
@@ -51,7 +51,7 @@ def test_clipping_and_its_absence(run, tmp_path):
     run(tmp_path / "off", *TRACKED, "--max_grad_norm", "0")
     run(tmp_path / "huge", *TRACKED, "--max_grad_norm", "1e9")
     run(tmp_path / "tiny", *TRACKED, "--max_grad_norm", "1e-9")
-    assert unet_bytes(tmp_path / "off") == unet_bytes(tmp_path / "huge") != unet_bytes(tmp_path / "tiny")
+    assert result_bytes(tmp_path / "off") == result_bytes(tmp_path / "huge") != result_bytes(tmp_path / "tiny")
     assert logged(tmp_path / "huge", "grad_norm")[1] > 1e-3
     assert logged(tmp_path / "off", "grad_norm") == {}
 
@@ -69,20 +69,20 @@ def test_average_is_what_is_saved(run, tmp_path):
         average = weight if average is None else decay * average + (1 - decay) * weight
     saved = load_file(tmp_path / "checkpoint-6/unet_ema/diffusion_pytorch_model.safetensors")[name]
     torch.testing.assert_close(saved.double(), average, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(unet_weights(tmp_path)[name], saved, rtol=0, atol=0)
+    torch.testing.assert_close(result_weights(tmp_path)[name], saved, rtol=0, atol=0)
 
 
 def test_offloaded_average_is_the_same(run, tmp_path):
     run(tmp_path / "device", "--use_ema", "--ema_decay", "0.5")
     run(tmp_path / "host", "--use_ema", "--ema_decay", "0.5", "--offload_ema", "--foreach_ema")
-    for name, weight in unet_weights(tmp_path / "device").items():
-        torch.testing.assert_close(unet_weights(tmp_path / "host")[name], weight, rtol=1e-6, atol=1e-8)
+    for name, weight in result_weights(tmp_path / "device").items():
+        torch.testing.assert_close(result_weights(tmp_path / "host")[name], weight, rtol=1e-6, atol=1e-8)
 
 
 def test_gradient_checkpointing_changes_nothing(run, tmp_path):
     run(tmp_path / "with", "--gradient_checkpointing")
     run(tmp_path / "without")
-    assert unet_bytes(tmp_path / "with") == unet_bytes(tmp_path / "without")
+    assert result_bytes(tmp_path / "with") == result_bytes(tmp_path / "without")
 
 
 def scheduler_config(out):
@@ -96,7 +96,7 @@ def test_saved_scheduler_matches_the_prediction_type(run, tmp_path):
     base = build_sd(tmp_path / "v", prediction_type="v_prediction")
     run(tmp_path / "own", "--pretrained_model_name_or_path", base)
     assert scheduler_config(tmp_path / "own")["prediction_type"] == "v_prediction"
-    assert unet_bytes(tmp_path / "own") == unet_bytes(tmp_path / "asked")
+    assert result_bytes(tmp_path / "own") == result_bytes(tmp_path / "asked")
 
 
 def test_zero_terminal_snr_trains_and_samples(run, tmp_path):
@@ -146,10 +146,10 @@ CHANGES = {
 
 def test_every_setting_that_shapes_the_result_does(run, tmp_path):
     run(tmp_path / "plain")
-    results = {"plain": unet_bytes(tmp_path / "plain")}
+    results = {"plain": result_bytes(tmp_path / "plain")}
     for name, flags in CHANGES.items():
         run(tmp_path / name, *flags)
-        results[name] = unet_bytes(tmp_path / name)
+        results[name] = result_bytes(tmp_path / name)
     assert len(set(results.values())) == len(results)
 
 

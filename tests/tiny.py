@@ -1,22 +1,26 @@
-"""A Stable Diffusion folder of a few hundred kilobytes and a handful of pictures, for tests."""
+"""Base models of a few hundred kilobytes and a handful of pictures, for tests."""
 
 import json
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from make_base import MAX_TOKENS, build_tokenizer
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 WORDS = "zero one two three four five six seven eight nine".split()
 
 
-def build_sd(folder, prediction_type="epsilon", **unet_changes):
-    """Write a tiny Stable Diffusion folder with random weights and return its path as a string."""
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    text = CLIPTextConfig(
+def _text_config(tokenizer, **changes):
+    settings = dict(
         vocab_size=len(tokenizer),
         max_position_embeddings=MAX_TOKENS,
         hidden_size=16,
@@ -28,39 +32,73 @@ def build_sd(folder, prediction_type="epsilon", **unet_changes):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    unet = dict(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    vae = dict(
+    return CLIPTextConfig(**(settings | changes))
+
+
+def _vae():
+    return AutoencoderKL(
         block_out_channels=(8, 16),
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
     )
+
+
+UNET = dict(
+    sample_size=8,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=16,
+    attention_head_dim=2,
+    norm_num_groups=4,
+)
+BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+
+
+def build_sd(folder, prediction_type="epsilon"):
+    """Write a tiny Stable Diffusion folder with random weights and return its path as a string."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
     StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**(unet | unet_changes)),
-        vae=AutoencoderKL(**vae),
-        text_encoder=CLIPTextModel(text),
+        unet=UNet2DConditionModel(**UNET),
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text_config(tokenizer)),
         tokenizer=tokenizer,
-        scheduler=PNDMScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            skip_prk_steps=True,
-            steps_offset=1,
-            prediction_type=prediction_type,
-        ),
+        scheduler=PNDMScheduler(skip_prk_steps=True, prediction_type=prediction_type, **BETAS),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def build_sdxl(folder, zero_empty_prompt=True):
+    """Write a tiny Stable Diffusion XL folder with random weights and return its path as a string."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = _text_config(tokenizer, hidden_act="gelu")
+    StableDiffusionXLPipeline(
+        unet=UNet2DConditionModel(
+            **UNET
+            | dict(
+                cross_attention_dim=32,
+                use_linear_projection=True,
+                transformer_layers_per_block=(1, 2),
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 16,
+            )
+        ),
+        vae=_vae(),
+        text_encoder=CLIPTextModel(config),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **BETAS),
+        force_zeros_for_empty_prompt=zero_empty_prompt,
     ).save_pretrained(folder)
     return str(folder)
 

@@ -312,10 +312,17 @@ def to_array(picture):
 
 
 def choose_caption(captions, draw, dropout=0.0):
-    """One of a row's captions, or "" with probability `dropout`; both drawn."""
+    """One of a row's captions, or with probability `dropout` None, which is trained as no caption; both drawn."""
     if dropout and draw("caption_dropout").random() < dropout:
-        return ""
+        return None
     return captions[int(draw("caption").integers(len(captions)))] if len(captions) > 1 else captions[0]
+
+
+def choose_timestep(draw, timesteps, probabilities=None):
+    """A timestep below `timesteps`: each as likely as the other, or by `probabilities`, shape (timesteps,)."""
+    if probabilities is None:
+        return int(draw("timestep").integers(0, timesteps))
+    return min(int(np.searchsorted(np.cumsum(probabilities), draw("timestep").random(), side="right")), timesteps - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

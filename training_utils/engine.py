@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
 from . import checkpoints
@@ -23,8 +23,11 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_accelerator(output_dir, logging_dir, accumulation, mixed_precision, report_to, timeout, allow_tf32=False):
-    """The Accelerator of a run. `timeout` in seconds. Raises UserError where the device cannot do the precision."""
+def make_accelerator(output_dir, logging_dir, accumulation, mixed_precision, report_to, timeout, allow_tf32, **ddp):
+    """The Accelerator of a run. `timeout` in seconds; `ddp` are options of DistributedDataParallel.
+
+    Raises UserError where the device cannot do the precision.
+    """
     project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))
     try:
         accelerator = Accelerator(
@@ -33,7 +36,10 @@ def make_accelerator(output_dir, logging_dir, accumulation, mixed_precision, rep
             cpu=not torch.accelerator.is_available(),  # else two processes without a GPU would not see each other
             log_with=None if report_to == "none" else report_to,
             project_config=project,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
+                DistributedDataParallelKwargs(**ddp),
+            ],
         )
     except ValueError as error:
         if "mixed precision" in str(error):
@@ -130,6 +136,15 @@ def load_part(cls, folder, subfolder, variant=None, **options):
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"part '{subfolder}' of base model {folder} cannot be loaded: {reason}") from None
+
+
+def load_model_alone(cls, name, **options):
+    """`cls.from_pretrained` of a model that is no part of a pipeline. Raises UserError."""
+    try:
+        return cls.from_pretrained(name, **options)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model {name} cannot be loaded: {reason}") from None
 
 
 def stored_type(folder):

@@ -115,12 +115,27 @@ OBJECTIVE = ("Objective", [
          ("epsilon", "v_prediction")),
     Flag("snr_gamma", above_zero, None, "min-SNR loss weighting (arXiv 2303.09556); 5.0 is the paper's value"),
     Flag("noise_offset", number(), 0.0, "shift of each channel's noise; 0.1 lets pictures be darker or brighter"),
-    Flag("input_perturbation", number(), 0.0, "noise in the input but not in the target (arXiv 2301.11706); try 0.1"),
     Flag("rescale_betas_zero_snr", bool, False, "train on a schedule that ends in pure noise (arXiv 2305.08891); "
          "goes with --prediction_type v_prediction"),
+])
+RECTIFICATION = [
+    Flag("input_perturbation", number(), 0.0, "noise in the input but not in the target (arXiv 2301.11706); try 0.1"),
     Flag("dream_training", bool, False, "DREAM (arXiv 2312.00210): one more forward pass a step, sharper detail"),
     Flag("dream_detail_preservation", number(), 1.0, "DREAM's exponent p; larger keeps more detail"),
-])
+]
+TIMESTEP_BIAS = [
+    Flag("timestep_bias_strategy", str, "none", "timesteps to draw more often", ("earlier", "later", "range", "none")),
+    Flag("timestep_bias_multiplier", above_zero, 1.0, "how many times as often; below 1: less often"),
+    Flag("timestep_bias_begin", whole(0), 0, "first timestep of `range`"),
+    Flag("timestep_bias_end", whole(1), 1000, "timestep after the last one of `range`"),
+    Flag("timestep_bias_portion", number(0, 1), 0.25, "share of the timesteps that `earlier` and `later` mean"),
+]
+SDXL = [
+    Flag("pretrained_vae_model_name_or_path", help="another VAE; one that is safe in half precision saves time and "
+         "memory, for example madebyollin/sdxl-vae-fp16-fix"),
+    Flag("proportion_empty_prompts", number(0, 1), 0.0, "another name of --caption_dropout"),
+    Flag("enable_npu_flash_attention", bool, False, "flash attention on Ascend NPUs"),
+]
 EMA = ("EMA weights", [
     Flag("use_ema", bool, False, "keep an exponential moving average of the weights, and save that"),
     Flag("ema_decay", number(0, 1), 0.9999, "upper bound of the EMA decay; lower it for runs below 10,000 updates"),
@@ -241,6 +256,8 @@ def parse(argv, description, groups, defaults=None):
         parser.error(problem)
     if getattr(args, "use_8bit_adam", False):
         args.optimizer = "adamw8bit"
+    if getattr(args, "proportion_empty_prompts", 0):
+        args.caption_dropout = args.proportion_empty_prompts
     args.notices = _notices(args)
     return args
 
@@ -277,6 +294,12 @@ def _contradiction(args):
         return "8-bit Adam needs bitsandbytes: pip install bitsandbytes"
     if get("enable_xformers_memory_efficient_attention") and _missing("xformers"):
         return "--enable_xformers_memory_efficient_attention needs xFormers: pip install xformers==0.0.35"
+    if get("proportion_empty_prompts") and get("caption_dropout") not in (0, args.proportion_empty_prompts):
+        return "--proportion_empty_prompts and --caption_dropout mean the same; give one of them"
+    if get("timestep_bias_strategy") == "range" and args.timestep_bias_begin >= args.timestep_bias_end:
+        return f"--timestep_bias_begin {args.timestep_bias_begin} is not below its end, {args.timestep_bias_end}"
+    if get("enable_npu_flash_attention") and _missing("torch_npu"):
+        return "--enable_npu_flash_attention needs an Ascend NPU and torch_npu: pip install torch_npu"
     report_to = get("report_to")
     if report_to not in (None, "all", "none") and _missing(report_to):
         return f"--report_to {report_to} needs {report_to}: pip install {report_to}, or give --report_to none"

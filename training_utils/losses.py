@@ -1,4 +1,6 @@
-"""Weights of the diffusion loss. Plain arithmetic on arrays, so that torch tensors and JAX arrays both do."""
+"""Weights of the diffusion loss and of its timesteps. Plain arithmetic, so that torch and JAX arrays both do."""
+
+import numpy as np
 
 
 def signal_to_noise(alphas_cumprod):
@@ -22,3 +24,20 @@ def min_snr_weight(snr, gamma, prediction_type):
     if prediction_type == "sample":
         return snr.clip(max=gamma)
     raise ValueError(f"min-SNR is not defined for prediction type {prediction_type!r}")
+
+
+def timestep_probabilities(timesteps, strategy, multiplier=1.0, portion=0.25, begin=0, end=1000):
+    """How likely each timestep is to be drawn, float64, shape (timesteps,); None where all are equally so.
+
+    `earlier` and `later` make the first or last `portion` of them `multiplier` times as likely as the others, `range`
+    those from `begin` to `end` - 1. Raises ValueError for a range that is not within the schedule.
+    """
+    if strategy == "none":
+        return None
+    count = int(portion * timesteps)
+    if strategy == "range" and not 0 <= begin < end <= timesteps:
+        raise ValueError(f"the timesteps {begin} to {end} are not within a schedule of {timesteps}")
+    first, last = {"earlier": (0, count), "later": (timesteps - count, timesteps), "range": (begin, end)}[strategy]
+    weights = np.ones(timesteps)
+    weights[first:last] *= multiplier
+    return weights / weights.sum()

@@ -26,14 +26,17 @@ def draw_pictures(accelerator, pipeline, prompts, seed, **options):
     """One picture a prompt, shared out over the processes; every process gets all of them, in order.
 
     The noise of a prompt depends on the seed and its place alone and is drawn on the CPU, so that pictures of two
-    updates, or of two machines, differ by the weights alone. `options` go to the pipeline's call.
+    updates, or of two machines, differ by the weights alone. `options` go to the pipeline's call. Each network runs in
+    the precision that it trains in: the VAE is therefore called here, since a VAE that is kept in float32 overflows
+    where an autocast around the whole pipeline would put it in half precision.
     """
     pipeline.set_progress_bar_config(disable=True)
-    mine = []
+    vae, mine = pipeline.vae, []
     for at in range(accelerator.process_index, len(prompts), accelerator.num_processes):
         noise = torch.Generator("cpu").manual_seed(seed + at)
-        with accelerator.autocast():
-            mine.append(pipeline(prompts[at], generator=noise, **options).images[0])
+        latents = pipeline(prompts[at], generator=noise, output_type="latent", **options).images
+        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        mine += pipeline.image_processor.postprocess(pixels.float())
     return engine.gather_in_order(accelerator, mine)
 
 

@@ -1,0 +1,470 @@
+#!/usr/bin/env python
+"""Fine-tune a Stable Diffusion XL model on captioned pictures through low-rank adapters (LoRA).
+
+accelerate launch train_text_to_image_lora_sdxl.py --pretrained_model_name_or_path MODEL --train_data_dir PICTURES
+"""
+
+from training_utils import flags
+
+OWN_REPORTING_FLAGS = [
+    flags.Flag("debug_loss", bool, False, "log the loss of each picture under its file name; waits for the device"),
+]
+
+
+def parse_args(argv=None):
+    groups = [
+        (flags.MODEL[0], flags.MODEL[1] + flags.SDXL),
+        flags.DATA,
+        flags.TRAINING,
+        flags.OPTIMIZATION,
+        (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.TIMESTEP_BIAS),
+        flags.LORA,
+        (flags.EMA[0], flags.EMA[1][:2]),
+        (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
+        flags.CHECKPOINTS,
+        flags.HARDWARE,
+        (flags.REPORTING[0], flags.REPORTING[1] + OWN_REPORTING_FLAGS),
+    ]
+    defaults = {"output_dir": "sd-model-finetuned-lora", "resolution": 1024, "validation_epochs": 1}
+    return flags.parse(argv, __doc__.splitlines()[0], groups, defaults)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take ten seconds
+
+from training_utils import libraries  # noqa: E402
+
+libraries.prepare()
+
+import math  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers.optimization import get_scheduler  # noqa: E402
+from PIL import ImageOps  # noqa: E402
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
+
+from training_utils import checkpoints, data, draws, engine, hub, lora, losses, reporting, validation  # noqa: E402
+from training_utils.ema import EMAWeights, averaged  # noqa: E402
+from training_utils.interruption import Interruption  # noqa: E402
+from training_utils.reporting import UserError, say, warn  # noqa: E402
+
+UPLOADED = ["README.md", "pytorch_lora_weights*.safetensors", "validation/*.png"]
+USAGE = """
+from diffusers import StableDiffusionXLPipeline
+
+pipeline = StableDiffusionXLPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("{model}")
+pipeline("what to draw").images[0].save("picture.png")
+"""
+
+
+class Prepare:
+    """Makes a sample: the picture, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
+
+    def __init__(self, args, tokenizers, latent_shape, probabilities, timesteps, held_out=0):
+        self.args, self.tokenizers, self.latent_shape = args, tokenizers, latent_shape
+        self.probabilities, self.timesteps = probabilities, timesteps
+        self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+
+    def __call__(self, rows, index, draw):
+        args, train = self.args, not self.held_out
+        picture = rows.picture(index)
+        original_size = (picture.height, picture.width)
+        picture = data.resize(picture, args.resolution, args.image_interpolation_mode)
+        if train and args.random_flip and draw("flip").random() < 0.5:
+            picture = ImageOps.mirror(picture)  # before the crop, whose corner the network is told
+        picture, corner = data.crop(picture, args.resolution, draw if train and not args.center_crop else None)
+        caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        sample = {
+            "index": np.int64(index),
+            "pixels": data.to_array(picture),
+            "caption_given": np.float32(caption is not None),
+            "time_ids": np.array([*original_size, *corner, args.resolution, args.resolution], dtype=np.float32),
+            "latent_noise": draw("latent").standard_normal(self.latent_shape, dtype=np.float32),
+            "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
+        }
+        for name, tokenizer in zip(("tokens", "tokens_2"), self.tokenizers, strict=True):
+            ids = tokenizer(
+                caption or "", max_length=tokenizer.model_max_length, padding="max_length", truncation=True
+            )
+            sample[name] = np.array(ids.input_ids, dtype=np.int64)
+        if train:
+            sample["timestep"] = np.int64(data.choose_timestep(draw, self.timesteps, self.probabilities))
+        else:  # spread over the whole schedule, so that few pictures make a steady loss
+            sample["timestep"] = np.int64((index + 0.5) / self.held_out * self.timesteps)
+        if train and args.noise_offset:
+            shape = (self.latent_shape[0], 1, 1)
+            sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
+        return sample
+
+
+def encode_captions(text_encoders, batch, zero_dropped):
+    """Text states (B, tokens, width of both encoders) and pooled text (B, projection) of a batch, in float32.
+
+    The states are the penultimate layers of both encoders, side by side; pooled is the second one's projection (Podell
+    et al. 2023, arXiv 2307.01952, section 2.1). `zero_dropped` sets them to zero where the caption was dropped, which
+    is what the pipeline feeds for an empty prompt, rather than the encoding of "".
+    """
+    outputs = [
+        encoder(tokens, output_hidden_states=True)
+        for encoder, tokens in zip(text_encoders, (batch["tokens"], batch["tokens_2"]), strict=True)
+    ]
+    states = torch.cat([output.hidden_states[-2].float() for output in outputs], dim=-1)
+    pooled = outputs[1].text_embeds.float()
+    if zero_dropped:
+        states, pooled = states * batch["caption_given"][:, None, None], pooled * batch["caption_given"][:, None]
+    return states, pooled
+
+
+def training_loss(unet, vae, text_encoders, schedule, batch, zero_dropped=True, snr_gamma=None):
+    """The diffusion loss of each sample of a batch, shape (B,).
+
+    As in train_text_to_image.py, but that the UNet is also told the pooled text, the picture's first size, the corner
+    of the crop that was cut and the target size (`time_ids`, pixels, float32: bfloat16 is exact only up to 256).
+    """
+    timesteps, noise = batch["timestep"], batch["noise"]
+    with torch.no_grad():
+        moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
+        latents = moments.mean.float() + moments.std.float() * batch["latent_noise"]
+        latents = latents * vae.config.scaling_factor
+    text_states, pooled = encode_captions(text_encoders, batch, zero_dropped)  # their adapters learn too, if any
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    kind = schedule.config.prediction_type
+    target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+    conditions = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
+    prediction = unet(noisy, timesteps, text_states, added_cond_kwargs=conditions).sample
+    loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        snr = losses.signal_to_noise(schedule.alphas_cumprod[timesteps])
+        loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
+    return loss
+
+
+def load_models(args, accelerator, seed):
+    """The parts, placed, frozen and adapted: (folder, tokenizers, text_encoders, vae, unet, schedule, sampler).
+
+    `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
+    """
+    name, variant = args.pretrained_model_name_or_path, args.variant
+    base = engine.model_folder(name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir)
+    changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
+    if args.rescale_betas_zero_snr:
+        changes["rescale_betas_zero_snr"] = True
+    schedule = engine.load_part(DDPMScheduler, base, "scheduler", **changes)
+    check_prediction_type(args, schedule.config)
+    sampler = engine.sampling_scheduler(base, changes)
+    half = engine.frozen_type(accelerator)
+    tokenizers = [engine.load_part(CLIPTokenizer, base, part) for part in ("tokenizer", "tokenizer_2")]
+    text_encoders = [
+        engine.load_part(CLIPTextModel, base, "text_encoder", variant, dtype=half),
+        engine.load_part(CLIPTextModelWithProjection, base, "text_encoder_2", variant, dtype=half),
+    ]
+    vae = load_vae(args, base, half)
+    unet = engine.load_part(UNet2DConditionModel, base, "unet", variant, dtype=half)
+
+    schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
+    for frozen in (vae, *text_encoders):
+        frozen.requires_grad_(False).eval().to(accelerator.device)
+    unet.to(accelerator.device).train()
+    options = (args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)
+    lora.add_adapter(unet, lora.UNET_LAYERS, *options)
+    if args.train_text_encoder:
+        for text_encoder in text_encoders:
+            lora.add_adapter(text_encoder.train(), lora.TEXT_LAYERS, *options)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            for text_encoder in text_encoders:
+                text_encoder.gradient_checkpointing_enable()
+    if args.enable_xformers_memory_efficient_attention:
+        engine.enable_xformers(unet)
+    if args.enable_npu_flash_attention:
+        unet.enable_npu_flash_attention()
+    return base, tokenizers, text_encoders, vae, unet, schedule, sampler
+
+
+def load_vae(args, base, half):
+    """The base's VAE in float32, since its activations overflow in half precision; another one in `half`."""
+    if args.pretrained_vae_model_name_or_path is not None:
+        return engine.load_model_alone(
+            AutoencoderKL, args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, dtype=half
+        )
+    if half != torch.float32:
+        warn(
+            "SDXL's own VAE overflows in half precision and runs in float32; --pretrained_vae_model_name_or_path "
+            "madebyollin/sdxl-vae-fp16-fix gives one that does not, and is faster"
+        )
+    return engine.load_part(AutoencoderKL, base, "vae", args.variant, dtype=torch.float32)
+
+
+def check_prediction_type(args, config):
+    """Objections that need the model's own scheduler, beyond those that the flags alone raise."""
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"the model predicts '{config.prediction_type}'; this script trains epsilon and v_prediction")
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        warn(
+            "with zero terminal SNR the last timestep is pure noise, from which epsilon prediction learns nothing; "
+            "add --prediction_type v_prediction"
+        )
+
+
+def timestep_probabilities(args, timesteps):
+    """What --timestep_bias_* ask for. Raises UserError for a range beyond the schedule."""
+    try:
+        return losses.timestep_probabilities(
+            timesteps,
+            args.timestep_bias_strategy,
+            args.timestep_bias_multiplier,
+            args.timestep_bias_portion,
+            args.timestep_bias_begin,
+            args.timestep_bias_end,
+        )
+    except ValueError as error:
+        raise UserError(f"--timestep_bias_strategy {args.timestep_bias_strategy}: {error}") from None
+
+
+def save_result(args, adapted):
+    """Write the adapters into --output_dir."""
+    lora.save(StableDiffusionXLPipeline, args.output_dir, adapted)
+    if args.save_kohya_format:
+        lora.save_kohya(args.output_dir, adapted)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    command = flags.without_secrets(argv)
+
+    # --- processes, seed and where to begin --------------------------------------------------------------------------
+    accelerator = engine.make_accelerator(
+        args.output_dir,
+        args.logging_dir,
+        args.gradient_accumulation_steps,
+        args.mixed_precision,
+        args.report_to,
+        args.process_group_timeout,
+        args.allow_tf32,
+        find_unused_parameters=args.train_text_encoder,  # the last layer of the first encoder is not read
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    for notice in args.notices:
+        warn(notice)
+    resume_from, state = engine.from_main(
+        accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
+    )
+    repository = None
+    if args.push_to_hub:
+        repository = engine.from_main(
+            accelerator, lambda: hub.open_repository(args.hub_model_id, args.output_dir, args.hub_token)
+        )
+
+    # --- data and models ---------------------------------------------------------------------------------------------
+    rows = data.load_rows(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.train_data_dir,
+        args.cache_dir,
+        args.image_column,
+        args.caption_column,
+    )
+    rows = data.take(rows, args.max_train_samples, state.seed)
+    engine.from_main(accelerator, lambda: data.check(rows))
+    rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
+    base, tokenizers, text_encoders, vae, unet, schedule, sampler = load_models(args, accelerator, state.seed)
+    adapted = {"unet": unet}
+    if args.train_text_encoder:
+        adapted |= {"text_encoder": text_encoders[0], "text_encoder_2": text_encoders[1]}
+    zero_dropped = StableDiffusionXLPipeline.load_config(base).get("force_zeros_for_empty_prompt", True)
+    if accelerator.is_main_process:
+        data.warn_of_long_captions(rows, tokenizers[0])
+    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_shape = (vae.config.latent_channels, side, side)
+    timesteps = schedule.config.num_train_timesteps
+    probabilities = timestep_probabilities(args, timesteps)
+    prepare = Prepare(args, tokenizers, latent_shape, probabilities, timesteps)
+    samples = data.Samples(rows, prepare, state.seed)
+    if held_out_rows is not None:
+        prepare = Prepare(args, tokenizers, latent_shape, None, timesteps, len(held_out_rows))
+        held_out = data.Samples(held_out_rows, prepare, state.seed)
+
+    # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
+    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+    parameters = lora.parameters(adapted.values())
+    optimizer = engine.make_optimizer(
+        args.optimizer,
+        parameters,
+        args.learning_rate * (window if args.scale_lr else 1),
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_weight_decay,
+        args.adam_epsilon,
+        loss_scaling=accelerator.scaler is not None,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
+    network, optimizer = accelerator.prepare(unet, optimizer)  # what the loop calls; `unet` stays the bare model
+    text_networks = text_encoders
+    if args.train_text_encoder:
+        text_networks = [accelerator.prepare(text_encoder) for text_encoder in text_encoders]
+
+    # --- resume ------------------------------------------------------------------------------------------------------
+    saved = engine.TrainingState(
+        accelerator,
+        optimizer,
+        lr_scheduler,
+        lambda folder: lora.save_with_average(StableDiffusionXLPipeline, folder, adapted, ema),
+        lambda folder: lora.load_with_average(folder, adapted, ema),
+    )
+    about = {
+        "script": Path(__file__).name,
+        "world_size": accelerator.num_processes,
+        "flags": flags.mathematics(args),
+        "data": {"samples": len(rows), "sha256": engine.from_main(accelerator, rows.fingerprint)},
+    }
+    if resume_from:
+        engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
+        saved.read(resume_from, state.step)
+    accelerator.init_trackers(args.tracker_project_name, reporting.tracker_config(flags.public(args)))
+    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    progress = reporting.Progress(
+        state.step,
+        args.max_train_steps,
+        args.logging_steps,
+        window,
+        lambda scalars: engine.fetch_mean(accelerator, scalars),
+        accelerator.log,
+    )
+
+    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+
+    def validate():
+        """Held-out loss and pictures with the weights that would be saved now."""
+        progress.flush()
+        for model in adapted.values():
+            model.eval()
+        with averaged(ema):
+            if held_out_rows is not None:
+                validation.log_held_out_loss(
+                    accelerator,
+                    held_out,
+                    args.train_batch_size,
+                    lambda batch: training_loss(unet, vae, text_encoders, schedule, batch, zero_dropped),
+                    state.step,
+                )
+            if prompts:
+                parts = (vae, *text_encoders, *tokenizers, unet, sampler)
+                validation.show_pictures(
+                    accelerator,
+                    StableDiffusionXLPipeline(
+                        *parts, force_zeros_for_empty_prompt=zero_dropped, add_watermarker=False
+                    ),
+                    prompts,
+                    state,
+                    args.output_dir,
+                    height=args.resolution,
+                    width=args.resolution,
+                    num_inference_steps=args.validation_num_inference_steps,
+                    guidance_scale=args.validation_guidance_scale,
+                )
+        for model in adapted.values():
+            model.train()
+        progress.pause()
+
+    def checkpoint():
+        progress.flush()
+        saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
+        progress.pause()
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+    batches = engine.training_batches(
+        samples,
+        state,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator,
+        args.dataloader_num_workers,
+    )
+    looks = prompts or held_out_rows is not None
+    cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
+    update_loss, grad_norm, stopped_by = 0.0, None, 0
+    with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        while state.step < args.max_train_steps and not stopped_by:
+            batch = next(batches)
+            torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
+            state.micro_step += 1
+            with accelerator.accumulate(network, *text_networks):
+                sample_losses = training_loss(
+                    network, vae, text_networks, schedule, batch, zero_dropped, args.snr_gamma
+                )
+                loss = (sample_losses * batch["weight"]).sum()
+                accelerator.backward(loss)
+                update_loss += loss.detach() / args.gradient_accumulation_steps
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if args.debug_loss:
+                names = {
+                    f"loss_for_{rows.name(i)}": v for i, v in zip(batch["index"].tolist(), sample_losses.tolist())
+                }
+                accelerator.log(names, state.step)
+            if not accelerator.sync_gradients:
+                continue
+            state.position = state.position.advance(window, len(samples))
+            finished_loss, update_loss = update_loss, 0.0
+            if accelerator.optimizer_step_was_skipped:  # an fp16 overflow: the data moved on, the weights did not
+                continue
+            lr_scheduler.step()
+            if ema is not None:
+                ema.step()
+            state.step += 1
+            progress.update(state.step, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
+            stopped_by = interruption.signal()
+            if stopped_by or checkpoints.due(state, args.checkpointing_steps, args.max_train_steps):
+                checkpoint()
+            if not stopped_by and validation.due(state, *cadence, args.max_train_steps):
+                validate()
+    progress.close()
+    if stopped_by:
+        say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
+        accelerator.end_training()
+        return 128 + stopped_by
+
+    # --- the result --------------------------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        with averaged(ema):
+            save_result(args, adapted)
+        hub.write_card(
+            args.output_dir,
+            title=repository or Path(args.output_dir).resolve().name,
+            base_model=args.pretrained_model_name_or_path,
+            data=args.dataset_name,
+            tags=["stable-diffusion-xl", "stable-diffusion-xl-diffusers", "lora"],
+            facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
+            usage=USAGE.format(
+                base=hub.public_name(args.pretrained_model_name_or_path), model=repository or args.output_dir
+            ),
+            pictures=validation.newest_grid(args.output_dir, prompts),
+            licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
+        )
+        usage = USAGE.format(base=args.pretrained_model_name_or_path, model=args.output_dir)
+        reporting.conclude(args.output_dir, progress, usage)
+        if repository:
+            hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    reporting.run(main)
