@@ -289,6 +289,7 @@ def main(argv=None):
     )
 
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+    grids = []  # the last one that this run drew
 
     def validate():
         """Held-out loss and pictures with the weights that would be saved now."""
@@ -306,25 +307,28 @@ def main(argv=None):
                 )
             if prompts:
                 parts = (vae, text_encoder, tokenizer, unet, sampler, None, None)
-                validation.show_pictures(
-                    accelerator,
-                    StableDiffusionPipeline(*parts, requires_safety_checker=False),
-                    prompts,
-                    state,
-                    args.output_dir,
-                    height=args.resolution,
-                    width=args.resolution,
-                    num_inference_steps=args.validation_num_inference_steps,
-                    guidance_scale=args.validation_guidance_scale,
-                )
+                grids[:] = [
+                    validation.show_pictures(
+                        accelerator,
+                        StableDiffusionPipeline(*parts, requires_safety_checker=False),
+                        prompts,
+                        state,
+                        args.output_dir,
+                        height=args.resolution,
+                        width=args.resolution,
+                        num_inference_steps=args.validation_num_inference_steps,
+                        guidance_scale=args.validation_guidance_scale,
+                    )
+                ]
         for model in adapted.values():
             model.train()
         progress.pause()
 
     def checkpoint():
         progress.flush()
-        saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
+        folder = saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
         progress.pause()
+        return folder
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     batches = engine.training_batches(
@@ -357,22 +361,26 @@ def main(argv=None):
                 continue
             state.position = state.position.advance(window, len(samples))
             finished_loss, update_loss = update_loss, 0.0
-            if accelerator.optimizer_step_was_skipped:  # an fp16 overflow: the data moved on, the weights did not
-                continue
-            lr_scheduler.step()
-            if ema is not None:
-                ema.step()
-            state.step += 1
-            progress.update(state.step, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
+            updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
+            if updated:
+                lr_scheduler.step()
+                if ema is not None:
+                    ema.step()
+                state.step += 1
+                progress.update(state.step, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
+            else:
+                progress.skip()
             stopped_by = interruption.signal()
-            if stopped_by or checkpoints.due(state, args.checkpointing_steps, args.max_train_steps):
-                checkpoint()
-            if not stopped_by and validation.due(state, *cadence, args.max_train_steps):
+            if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
+                newest = checkpoint()
+            if updated and not stopped_by and validation.due(state, *cadence, args.max_train_steps):
                 validate()
     progress.close()
     if stopped_by:
-        say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
         accelerator.end_training()
+        if newest is None:
+            raise UserError(f"stopped after update {state.step}, which could not be saved", exit_code=1)
+        say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
         return 128 + stopped_by
 
     # --- the result --------------------------------------------------------------------------------------------------
@@ -389,7 +397,7 @@ def main(argv=None):
             usage=USAGE.format(
                 base=hub.public_name(args.pretrained_model_name_or_path), model=repository or args.output_dir
             ),
-            pictures=validation.newest_grid(args.output_dir, prompts),
+            pictures=[(grid, prompts) for grid in grids],
             licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
         )
         usage = USAGE.format(base=args.pretrained_model_name_or_path, model=args.output_dir)

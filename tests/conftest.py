@@ -66,15 +66,15 @@ class Runner:
             self(out, *more)
         return str(caught.value), caught.value.exit_code
 
-    def start(self, out, *more, launcher=(sys.executable,), **environment):
+    def start(self, out, *more, launcher=(sys.executable,), **options):
         """Start it as a process of its own, as a user does; returns the Popen."""
         return subprocess.Popen(
             [*launcher, str(ROOT / f"{self.script}.py"), *self.argv(out, *more)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | environment,
             cwd=ROOT,
+            **options,
         )
 
 
@@ -119,8 +119,11 @@ def result_file(out):
 
 
 def result_bytes(out):
-    """The trained weights as they were written, to compare to the bit."""
-    return result_file(out).read_bytes()
+    """The trained weights and their metadata, to compare to the bit: safetensors orders metadata at random."""
+    from safetensors import safe_open
+
+    with safe_open(result_file(out), "pt") as file:
+        return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
 
 
 def result_weights(out):

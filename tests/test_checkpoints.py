@@ -48,6 +48,15 @@ def test_oldest_go_once_the_new_one_stands(tmp_path):
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-3"]
 
 
+def test_the_one_just_written_stays_and_is_the_latest(tmp_path):
+    """A run that went back, or began anew in the folder of one that got further, is the one that goes on."""
+    for step in (2, 3, 4, 5):
+        save(tmp_path, step)
+    assert save(tmp_path, 3, limit=2).name == "checkpoint-3"
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-5"]
+    assert checkpoints.find(tmp_path, "latest").name == "checkpoint-3"
+
+
 def test_folders_that_only_look_alike_are_left_alone(tmp_path):
     for name in ("checkpoint_backup", "checkpoint-best", "checkpoint-", "checkpoints"):
         (tmp_path / name).mkdir()
@@ -182,6 +191,34 @@ def test_what_differs_is_named(run, tmp_path, capsys):
     assert "train_batch_size 4 -> 2" in said and "snr_gamma None -> 5.0" in said
 
 
+def test_fewer_pictures_than_were_seen_in_the_epoch(run, tmp_path):
+    """After two updates the run stood at picture eight; with six it goes on with the next epoch."""
+    run(tmp_path, "--checkpointing_steps", "2")
+    assert run(tmp_path, "--resume_from_checkpoint", "checkpoint-2", "--max_train_samples", "6") == 0
+
+
+def test_nothing_left_to_train_is_said(run, tmp_path, capsys):
+    run(tmp_path, "--checkpointing_steps", "6")
+    run(tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", "4")
+    assert "update 6 was the last one already: nothing was trained" in capsys.readouterr().err
+
+
+def test_an_unfused_optimizer_state_continues_fused(run, tmp_path):
+    """As the original script, or an fp16 run, leaves it: `step` belongs where the kernel of this run wants it."""
+    run(tmp_path, "--checkpointing_steps", "3")
+    folder = tmp_path / "checkpoint-3"
+    state = torch.load(folder / "optimizer.bin", weights_only=True)
+    state["param_groups"][0]["fused"] = None
+    torch.save(state, folder / "optimizer.bin")
+    (folder / "manifest.json").unlink()
+    assert run(tmp_path, "--resume_from_checkpoint", "checkpoint-3") == 0
+
+
+def test_an_output_folder_that_cannot_be_written(run):
+    sentence, code = run.fails("/proc/no/such/place")
+    assert "--output_dir /proc/no/such/place cannot be written to" in sentence and code == 2
+
+
 def test_another_optimizer_cannot_continue(run, tmp_path):
     run(tmp_path, "--checkpointing_steps", "3")
     sentence, code = run.fails(tmp_path, "--resume_from_checkpoint", "latest", "--optimizer", "adafactor")
@@ -280,7 +317,7 @@ sys.exit(train_text_to_image.main({run.argv(tmp_path / "full", "--checkpointing_
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("could not be written") == 2
+    assert done.stderr.count("could not be written") == 2 and "earlier checkpoints stand" in done.stderr
     assert checkpoints.listed(tmp_path / "full") == []
     run(tmp_path / "whole")
     assert result_bytes(tmp_path / "full") == result_bytes(tmp_path / "whole")

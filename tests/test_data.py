@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import result_bytes
+from conftest import result_bytes, two_processes
 from PIL import Image
 from tiny import picture, write_pictures
 
@@ -97,6 +97,30 @@ def test_pictures_without_a_caption_are_counted(tmp_path, capsys):
     rows = rows_of(folder_with(tmp_path, [entry(0)], count=3))
     assert len(rows) == 1
     assert "2 of 3 pictures" in capsys.readouterr().err
+
+
+def test_line_separators_inside_captions(tmp_path):
+    text = json.dumps(entry(0, "one\u2028line"), ensure_ascii=False)
+    assert rows_of(folder_with(tmp_path, [text])).captions(0) == ["one\u2028line"]
+
+
+def test_a_comma_without_quotes_in_a_csv(tmp_path):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a red, blue bike\n")
+    with pytest.raises(UserError, match="line 2 has more fields than the header; quote commas"):
+        rows_of(tmp_path)
+
+
+def test_a_truncated_picture_in_another_process_is_named_too(run, tmp_path):
+    folder = tmp_path / "pictures"
+    write_pictures(folder, 2)
+    for index in range(2):
+        content = (folder / f"{index}.png").read_bytes()
+        (folder / f"{index}.png").write_bytes(content[: len(content) // 2])
+    flags = ["--train_data_dir", folder, "--train_batch_size", "1"]
+    said, _ = run.start(tmp_path / "out", *flags, launcher=two_processes()).communicate()
+    assert "0.png cannot be read as a picture" in said and "1.png cannot be read as a picture" in said
 
 
 def test_a_picture_named_twice_is_two_samples(tmp_path, capsys):

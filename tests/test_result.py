@@ -109,6 +109,18 @@ def test_every_update_is_logged(run, tmp_path):
         assert list(logged(tmp_path, name)) == list(range(1, 24)), name
 
 
+def test_of_two_stored_copies_the_one_that_is_read_counts(run, tmp_path, sd):
+    """A folder often holds fp16 copies beside the full ones; the result has the precision of those that were read."""
+    base = tmp_path / "base"
+    pipeline = StableDiffusionPipeline.from_pretrained(sd)
+    pipeline.save_pretrained(base)
+    pipeline.to(torch.float16).save_pretrained(base, variant="fp16")
+    for name, flags, expected in (("plain", [], torch.float32), ("half", ["--variant", "fp16"], torch.float16)):
+        run(tmp_path / name, "--pretrained_model_name_or_path", base, *flags)
+        weights = load_file(tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {expected}
+
+
 def test_a_variant_of_the_unet_alone(run, tmp_path, sd):
     """Stable Diffusion 1.5 keeps the weights before averaging as variant `non_ema` of its UNet and of nothing else."""
     base = tmp_path / "base"
@@ -156,6 +168,23 @@ def test_upload_takes_the_result_and_nothing_else(run, tmp_path, hub):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), f"the token is in {path}"
 
 
+def test_trackers_do_not_see_the_token(run, tmp_path, monkeypatch):
+    """wandb records sys.argv of the process; it must hold no secret while the script runs."""
+    import sys
+
+    from training_utils import reporting
+
+    monkeypatch.setattr(sys, "argv", ["script.py", *run.argv(tmp_path, "--hub_token", SECRET, "--push_to_hub")])
+    seen = {}
+
+    def main(argv):
+        seen.update(argv=argv, recorded=list(sys.argv))
+
+    with pytest.raises(SystemExit):
+        reporting.run(main)
+    assert SECRET in seen["argv"] and SECRET not in " ".join(seen["recorded"])
+
+
 def test_a_failed_upload_keeps_the_result_and_says_how_to_repeat_it(run, tmp_path, hub, monkeypatch):
     import huggingface_hub
 
@@ -199,6 +228,8 @@ BAD_BASES = {
     "no unet": "has no part 'unet'",
     "sdxl": "is for StableDiffusionXLPipeline",
     "broken": "part 'unet' of base model",
+    "no index": "has no model_index.json",
+    "no such variant": "has no weights of --variant fp61",
 }
 
 
@@ -213,10 +244,13 @@ def test_a_base_model_that_cannot_be_used(run, tmp_path, sd, what):
         shutil.rmtree(base / "unet")
     if what == "broken":
         (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+    if what == "no index":
+        (base / "model_index.json").unlink()
     if what == "sdxl":
         index = json.loads((base / "model_index.json").read_text())
         (base / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
-    sentence, code = run.fails(tmp_path / "out", "--pretrained_model_name_or_path", base)
+    flags = ["--variant", "fp61"] if what == "no such variant" else []
+    sentence, code = run.fails(tmp_path / "out", "--pretrained_model_name_or_path", base, *flags)
     assert BAD_BASES[what] in sentence and code == 2
 
 

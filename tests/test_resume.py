@@ -1,10 +1,12 @@
 """A run that is cut anywhere and continued ends in the same weights, to the bit."""
 
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -165,6 +167,83 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(run, tmp_pa
     command = said.strip().splitlines()[-1].strip()
     assert command.startswith("python ") and command.endswith("--resume_from_checkpoint latest")
     assert "hf_secret" not in said
+
+
+def test_a_stop_that_cannot_be_saved_is_a_failure(run, tmp_path, monkeypatch):
+    """Then there is nothing to continue from, and the exit code is not that of a good stop."""
+    from training_utils import engine, interruption
+
+    monkeypatch.setattr(interruption.Interruption, "signal", lambda self: signal.SIGTERM)
+
+    def full_disk(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(engine.TrainingState, "write", full_disk)
+    sentence, code = run.fails(tmp_path)
+    assert "stopped after update 1, which could not be saved" in sentence and code == 1
+
+
+def test_fp16_overflows_end_and_obey_signals(run, tmp_path, monkeypatch):
+    """An update that overflowed counts neither as a step nor for the schedule; fifty in a row end the run."""
+    from accelerate import Accelerator
+
+    from training_utils import interruption
+
+    seen = []
+
+    def skipped(self):
+        seen.append(len(seen))
+        return len(seen) % 2 == 1
+
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(skipped))
+    run(tmp_path / "every second", "--report_to", "tensorboard", "--lr_scheduler", "linear", "--lr_warmup_steps", "0")
+    assert len(seen) == 12 and list(logged(tmp_path / "every second")) == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path / "every second", "lr")[6] == 0
+
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
+    sentence, code = run.fails(tmp_path / "always")
+    assert "overflowed 50 times in a row" in sentence and code == 1
+    monkeypatch.setattr(interruption.Interruption, "signal", lambda self: signal.SIGTERM)
+    assert run(tmp_path / "stopped") == 128 + signal.SIGTERM
+
+
+def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path):
+    """As a job queue sends it: to the launcher, which passes it on, to both processes and to their data workers."""
+    flags = ["--max_train_steps", "3000", "--checkpointing_steps", "20", "--dataloader_num_workers", "1"]
+    flags += ["--train_batch_size", "2", "--checkpoints_total_limit", "2"]
+    out = tmp_path / "stopped"
+    process = run.start(out, *flags, launcher=two_processes(), start_new_session=True)
+    while not (out / "checkpoint-20").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
+    assert (out / f"checkpoint-{stopped_after}").is_dir(), said
+    assert "accelerate launch --multi_gpu --num_processes 2" in said
+
+    last = stopped_after + 3
+    flags[1] = str(last)
+    process = run.start(out, *flags, "--resume_from_checkpoint", "latest", launcher=two_processes())
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    process = run.start(tmp_path / "whole", *flags, launcher=two_processes())
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert result_bytes(out) == result_bytes(tmp_path / "whole")
+
+
+def test_a_single_process_follows_its_launcher(run, tmp_path):
+    """`accelerate launch` of one process dies of SIGTERM by itself; the run then stops in order too."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--quiet"]
+    out = tmp_path / "stopped"
+    process = run.start(out, "--max_train_steps", "3000", "--checkpointing_steps", "20", launcher=launcher)
+    while not (out / "checkpoint-20").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)  # until the last process that holds its output has ended
+    assert "stopped after update" in said, said
 
 
 def test_one_process_two_and_accumulation_agree(run, tmp_path):

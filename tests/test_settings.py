@@ -146,10 +146,10 @@ CHANGES = {
 
 def test_every_setting_that_shapes_the_result_does(run, tmp_path):
     run(tmp_path / "plain")
-    results = {"plain": result_bytes(tmp_path / "plain")}
+    results = {"plain": str(result_bytes(tmp_path / "plain"))}
     for name, flags in CHANGES.items():
         run(tmp_path / name, *flags)
-        results[name] = result_bytes(tmp_path / name)
+        results[name] = str(result_bytes(tmp_path / name))
     assert len(set(results.values())) == len(results)
 
 

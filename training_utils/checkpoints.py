@@ -12,6 +12,8 @@ import json
 import os
 import re
 import shutil
+import tempfile
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -44,41 +46,47 @@ class RunState:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save(root, state, write, about, limit=None, main=True, barrier=lambda: None):
+def save(root, state, write, about, limit=None, main=True, any_of=lambda failed: failed):
     """Write checkpoint-<step> under `root`; then remove the oldest ones beyond `limit`. Every process must call it.
 
     `write(folder)` writes weights and optimizer state; `about` is a dict for the manifest (JSON values); `main` says
-    whether this process is the one that renames; `barrier` waits for all processes. A failure to write is reported and
-    leaves the earlier checkpoints as they are. Returns the new folder, or None where it could not be written.
+    whether this process is the one that renames; `any_of(failed)` tells whether any process failed, and waits for all.
+    A failure to write is reported and leaves the earlier checkpoints as they are. Returns the new folder, or None, in
+    every process alike, where it could not be written.
     """
     root = Path(root)
     final, partial, old = (root / name for name in _names(state.step))
-    failure = None
-    try:
+
+    def attempt(action):
+        nonlocal failure
+        try:
+            if failure is None:
+                action()
+        except Exception as error:  # a full disk reaches us as OSError, RuntimeError or SafetensorError
+            failure = error
+        if any_of(failure is not None) and failure is None:
+            failure = "another process could not write its part"
+
+    def prepare():
         if main:
             clear_left_overs(root)
             partial.mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    barrier()
-    try:
-        if failure is None:
-            write(partial)
-    except Exception as error:  # a full disk reaches us as OSError, RuntimeError or SafetensorError
-        failure = error
-    barrier()
-    try:
-        if main and failure is None:
+
+    def publish():
+        if main:
             _seal(partial, state, about)
             if final.exists():
                 os.rename(final, old)
             os.rename(partial, final)
             _flush(root)
-    except OSError as error:
-        failure = error
+
+    failure = None
+    for action in (prepare, lambda: write(partial), publish):
+        attempt(action)
     if failure is not None:
-        warn(f"{final} could not be written ({failure}); earlier checkpoints stand, training goes on")
-        shutil.rmtree(partial, ignore_errors=True)
+        warn(f"{final} could not be written ({failure}); earlier checkpoints stand")
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
         return None
     if main:
         shutil.rmtree(old, ignore_errors=True)
@@ -95,6 +103,7 @@ def _seal(folder, state, about):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
+        "written": time.time(),
         "state": asdict(state),
         **about,
         "libraries": _versions(),
@@ -163,9 +172,15 @@ def step_of(folder):
 
 
 def listed(root):
-    """The checkpoint folders under `root`, newest first. Others, such as checkpoint_backup, are not among them."""
+    """The checkpoint folders under `root`, the one written last first: it is of the run that went on last, also where
+    an earlier run over the same folder got further. Others, such as checkpoint_backup, are not among them."""
     folders = [path for path in Path(root).glob("checkpoint-*") if path.is_dir() and step_of(path) is not None]
-    return sorted(folders, key=step_of, reverse=True)
+    return sorted(folders, key=lambda path: (_written(path), step_of(path)), reverse=True)
+
+
+def _written(folder):
+    manifest = read_manifest(folder)
+    return manifest["written"] if manifest and "written" in manifest else folder.stat().st_mtime
 
 
 def damage(folder, contents=True):
@@ -265,6 +280,11 @@ def find(root, wanted):
 def start(root, wanted, seed):
     """Where a run begins: (checkpoint folder or None, RunState). `wanted` as in `find`; `seed` None takes the
     checkpoint's, or draws one, which is printed."""
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise UserError(f"--output_dir {root} cannot be written to: {error.strerror}") from None
     folder = find(root, wanted)
     manifest = read_manifest(folder) if folder else None
     if manifest is not None:

@@ -198,9 +198,14 @@ def _read_table(path):
     text = _read_text(path)
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        yield from ((reader.line_num, row) for row in reader)
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{path} line {reader.line_num} has more fields than the header; quote commas in captions"
+                )
+            yield reader.line_num, row
         return
-    for line, content in enumerate(text.splitlines(), start=1):
+    for line, content in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028
         if content.strip():
             try:
                 yield line, json.loads(content)
@@ -337,10 +342,13 @@ class Position:
     epoch: int = 0
     sample: int = 0
 
+    def within(self, size):
+        """This position in a set of `size`: the next epoch, where the set has become smaller."""
+        return Position(self.epoch + 1, 0) if self.sample >= size else self
+
     def advance(self, window, size):
         """The position after one update that takes `window` samples from a set of `size`."""
-        sample = self.sample + window
-        return Position(self.epoch + 1, 0) if sample >= size else Position(self.epoch, sample)
+        return Position(self.epoch, self.sample + window).within(size)
 
 
 class UpdateSampler:

@@ -13,6 +13,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 
 from . import checkpoints
 from .data import UpdateSampler, collate
+from .interruption import SIGNALS
 from .reporting import UserError, warn
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,6 +46,10 @@ def make_accelerator(output_dir, logging_dir, accumulation, mixed_precision, rep
         if "mixed precision" in str(error):
             raise UserError(f"--mixed_precision {mixed_precision} does not run on this device: {error}") from None
         raise
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise UserError(
+            f"{accelerator.distributed_type} is not supported yet; `accelerate launch --multi_gpu` uses several GPUs"
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
     if allow_tf32:
@@ -112,12 +117,13 @@ def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=No
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
     index = folder / "model_index.json"
-    if index.is_file():
-        family = json.loads(index.read_text()).get("_class_name", "")
-        if ("XL" in family) != ("XL" in pipeline_class.__name__) or ("Kandinsky" in family) != (
-            "Kandinsky" in pipeline_class.__name__
-        ):
-            raise UserError(f"base model {name} is for {family}; this script trains {pipeline_class.__name__} models")
+    if not index.is_file():
+        raise UserError(f"base model {name} has no model_index.json; it must be a folder in diffusers' layout")
+    family, wanted = json.loads(index.read_text()).get("_class_name", ""), pipeline_class.__name__
+    if any((word in family) != (word in wanted) for word in ("XL", "Kandinsky")):
+        raise UserError(f"base model {name} is for {family}; this script trains {wanted} models")
+    if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
+        raise UserError(f"base model {name} has no weights of --variant {variant}")
     return folder
 
 
@@ -147,11 +153,17 @@ def load_model_alone(cls, name, **options):
         raise UserError(f"model {name} cannot be loaded: {reason}") from None
 
 
-def stored_type(folder):
-    """The torch.dtype of the weights in a model folder; float32 where they are not safetensors."""
+def stored_type(folder, variant=None):
+    """The torch.dtype of the weights in a model folder; float32 where they are not safetensors.
+
+    Of several stored copies it is the one that is read: `variant` where the folder has it, else the plain one, whose
+    file names hold one dot.
+    """
     from safetensors import safe_open
 
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    files = sorted(Path(folder).glob("*.safetensors"))
+    chosen = [path for path in files if variant is not None and f".{variant}" in path.name]
+    for path in chosen or [path for path in files if path.name.count(".") == 1]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
                 dtype = file.get_tensor(name).dtype
@@ -222,9 +234,14 @@ def restart_schedule(optimizer, lr_scheduler, step):
 
 
 def _as_worker(_):
-    # Ctrl-C reaches a worker too, and the handler that the training process set would be its own: leave both to it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A signal to the process group reaches the workers too, which must go on reading until the run has stopped.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _collate(samples):
+    batch = collate(samples)
+    return batch if isinstance(batch, UserError) else {key: torch.from_numpy(value) for key, value in batch.items()}
 
 
 def batches(samples, batch_sampler, device, workers=0):
@@ -233,20 +250,22 @@ def batches(samples, batch_sampler, device, workers=0):
         samples,
         batch_sampler=batch_sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=_as_worker,
         persistent_workers=False,  # an UpdateSampler has no end, so its workers live as long as the run
     )
     for batch in loader:
         if isinstance(batch, UserError):
+            batch.everywhere = False  # the other processes have other pictures
             raise batch
-        yield {key: torch.as_tensor(value).to(device, non_blocking=True) for key, value in batch.items()}
+        yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def training_batches(samples, state, batch_size, accumulation, accelerator, workers):
     """The endless batches of this process from a RunState's position on."""
     rank, world = accelerator.process_index, accelerator.num_processes
+    state.position = state.position.within(len(samples))
     sampler = UpdateSampler(len(samples), state.seed, state.position, batch_size, accumulation, rank, world)
     return batches(samples, sampler, accelerator.device, workers)
 
@@ -320,17 +339,24 @@ class TrainingState:
             raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
         try:
             self.accelerator.load_state(str(folder))
+        except UserError:
+            raise
         except Exception as error:  # another model's shapes, or files that are not what they should be
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder} cannot be read: {reason}") from None
         self.accelerator.step = 0  # accelerate counts micro-steps; a checkpoint always stands after a whole update
         for group, options in zip(self.optimizer.param_groups, self.options, strict=True):
             group.update(options)
+            for parameter in group["params"]:
+                moments = self.optimizer.state.get(parameter, {})
+                if torch.is_tensor(moments.get("step")):  # the fused kernel wants it on the device, the others do not
+                    moments["step"] = moments["step"].to(parameter.device if group.get("fused") else "cpu")
         restart_schedule(self.optimizer, self.lr_scheduler, step)
 
     def save_checkpoint(self, root, state, about, limit):
-        """One whole checkpoint of a RunState under `root`, or a warning; see checkpoints.save."""
-        accelerator = self.accelerator
-        return checkpoints.save(
-            root, state, self.write, about, limit, accelerator.is_main_process, accelerator.wait_for_everyone
-        )
+        """One whole checkpoint of a RunState under `root`; None, and a warning, if it failed. See checkpoints.save."""
+
+        def any_of(failed):
+            return bool(self.accelerator.reduce(torch.tensor(int(failed), device=self.accelerator.device)).item())
+
+        return checkpoints.save(root, state, self.write, about, limit, self.accelerator.is_main_process, any_of)

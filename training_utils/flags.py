@@ -59,6 +59,17 @@ def above_zero(text):
 
 above_zero.kind = float
 
+
+def below_one(text):
+    """A float from 0 to just below 1."""
+    value = number(0, 1)(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError("must be below 1")
+    return value
+
+
+below_one.kind = float
+
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
 INTERPOLATIONS = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
@@ -104,8 +115,8 @@ OPTIMIZATION = ("Optimization", [
     Flag("optimizer", str, "adamw", "adamw8bit and adafactor keep less state in memory",
          ("adamw", "adamw8bit", "adafactor")),
     Flag("use_8bit_adam", bool, False, "the same as --optimizer adamw8bit"),
-    Flag("adam_beta1", number(0, 1), 0.9, "decay of Adam's mean of the gradient"),
-    Flag("adam_beta2", number(0, 1), 0.999, "decay of Adam's mean of the squared gradient"),
+    Flag("adam_beta1", below_one, 0.9, "decay of Adam's mean of the gradient"),
+    Flag("adam_beta2", below_one, 0.999, "decay of Adam's mean of the squared gradient"),
     Flag("adam_weight_decay", number(), 1e-2, "decoupled weight decay"),
     Flag("adam_epsilon", number(), 1e-8, "added to Adam's denominator"),
     Flag("max_grad_norm", number(), 1.0, "clip the gradient to this norm; 0 means no clipping"),
@@ -222,7 +233,11 @@ class _Help(argparse.HelpFormatter):
 def build(description, groups, defaults=None):
     """The parser for `groups`, a list of (title, [Flag]). A value the user did not give is absent from its result."""
     parser = _Parser(
-        usage="%(prog)s [flags]", description=description, formatter_class=_Help, argument_default=argparse.SUPPRESS
+        usage="%(prog)s [flags]",
+        description=description,
+        formatter_class=_Help,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,  # an abbreviated --hub_token would not be recognised as a secret
     )
     defaults = defaults or {}
     for title, flags in groups:
@@ -300,6 +315,8 @@ def _contradiction(args):
         return f"--timestep_bias_begin {args.timestep_bias_begin} is not below its end, {args.timestep_bias_end}"
     if get("enable_npu_flash_attention") and _missing("torch_npu"):
         return "--enable_npu_flash_attention needs an Ascend NPU and torch_npu: pip install torch_npu"
+    if get("lr_scheduler") == "polynomial" and args.learning_rate <= 1e-7:
+        return f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate {args.learning_rate} must be above it"
     report_to = get("report_to")
     if report_to not in (None, "all", "none") and _missing(report_to):
         return f"--report_to {report_to} needs {report_to}: pip install {report_to}, or give --report_to none"

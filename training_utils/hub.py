@@ -25,9 +25,9 @@ def open_repository(name, output_dir, token):
         raise UserError(f"--push_to_hub cannot open repository {name} ({reason}); see `hf auth login`") from None
 
 
-def public_name(base_model):
-    """What to call a base model in public: its hub id, or the name of its folder without the path."""
-    return os.path.basename(os.path.abspath(base_model)) if os.path.isdir(base_model) else base_model
+def public_name(name):
+    """What to call a model or data set in public: its hub id, or the name of its folder without the path."""
+    return os.path.basename(os.path.abspath(name)) if name and os.path.exists(name) else name
 
 
 def base_licence(base_model, token):
@@ -63,13 +63,13 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
         "",
         f"Fine-tuned from {plain(public_name(base_model))}",
     ]
-    lines[-1] += f" on {plain(data)}." if data else "."
+    lines[-1] += f" on {plain(public_name(data))}." if data else "."
     for path, prompts in pictures:
         lines += ["", f"![validation pictures]({path})", ""]
         lines += [f"- {plain(prompt)}" for prompt in prompts]
     lines += ["", "## Use it", "", "```python", usage.strip(), "```", "", "## How it was trained", ""]
     lines += ["| setting | value |", "|---|---|"]
-    facts = facts | {"pretrained_model_name_or_path": public_name(base_model)}
+    facts = facts | {"pretrained_model_name_or_path": public_name(base_model), "dataset_name": public_name(data)}
     lines += [f"| {plain(k)} | {plain(v)} |" for k, v in facts.items() if v is not None and v is not False]
     ModelCard(f"---\n{known.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(Path(folder) / "README.md")
 

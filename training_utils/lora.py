@@ -45,7 +45,22 @@ def parameters(models):
 
 
 def _state(model):
-    return {name: value.detach().float().cpu() for name, value in get_peft_model_state_dict(model).items()}
+    """The adapter's weights on the host. A text encoder's names begin with text_model, as in every file in the wild;
+    transformers 5 itself has dropped that level, and diffusers reads both."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    prefix = "text_model." if _is_flat_text_encoder(model) else ""
+    return {prefix + name: value.detach().float().cpu() for name, value in state.items()}
+
+
+def _is_flat_text_encoder(model):
+    return hasattr(model, "embeddings") and hasattr(model, "encoder")
+
+
+def _facts(model):
+    """The adapter's configuration for a file's metadata: sorted, so that equal runs write equal files, and without the
+    path of the base model on this machine."""
+    facts = model.peft_config["default"].to_dict() | {"base_model_name_or_path": None}
+    return {key: sorted(value) if isinstance(value, set | list) else value for key, value in facts.items()}
 
 
 def save(pipeline_class, folder, adapted):
@@ -54,9 +69,7 @@ def save(pipeline_class, folder, adapted):
     Float32, with rank, alpha and layers in the file's metadata: without them a loader takes alpha to be the rank.
     """
     layers = {f"{name}_lora_layers": _state(model) for name, model in adapted.items()}
-    facts = {
-        f"{name}_lora_adapter_metadata": model.peft_config["default"].to_dict() for name, model in adapted.items()
-    }
+    facts = {f"{name}_lora_adapter_metadata": _facts(model) for name, model in adapted.items()}
     pipeline_class.save_lora_weights(folder, **layers, **facts)
 
 
@@ -69,6 +82,8 @@ def load(folder, adapted):
         state = convert_all_state_dict_to_peft(state)
     for name, model in adapted.items():
         part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if _is_flat_text_encoder(model):
+            part = {key.removeprefix("text_model."): value for key, value in part.items()}
         rank = model.peft_config["default"].r
         for key, value in part.items():
             if ".lora_A." in key and value.shape[0] != rank:

@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .flags import without_secrets
+from .interruption import follow_launcher
+
 
 class UserError(Exception):
-    """Something a user can mend, in one sentence. `exit_code` is 2 for a wrong command or data set, else 1."""
+    """Something a user can mend, in one sentence. `exit_code` is 2 for a wrong command or data set, else 1;
+    `everywhere` is False for an error that only one of several processes may have met."""
 
-    def __init__(self, message, exit_code=2):
+    def __init__(self, message, exit_code=2, everywhere=True):
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.everywhere = exit_code, everywhere
 
 
 def _first_process():
@@ -37,11 +41,17 @@ def warn(message):
 
 
 def run(main):
-    """Call `main()` and leave with its exit code; a UserError becomes one sentence, never a stack trace."""
+    """Call `main(argv)` and leave with its exit code; a UserError becomes one sentence, never a stack trace.
+
+    Secrets leave sys.argv, which trackers record.
+    """
+    argv = sys.argv[1:]
+    sys.argv[1:] = without_secrets(argv)
+    follow_launcher()
     try:
-        code = main()
+        code = main(argv)
     except UserError as error:
-        if _first_process():
+        if _first_process() or not error.everywhere:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except Exception as error:
@@ -66,8 +76,16 @@ def resume_command(argv):
         if not skip and not word.startswith("--resume_from_checkpoint"):
             kept.append(word)
         skip = word == "--resume_from_checkpoint"
-    start = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
-    return shlex.join([*start, sys.argv[0], *kept, "--resume_from_checkpoint", "latest"])
+    return shlex.join([*_launcher(), sys.argv[0], *kept, "--resume_from_checkpoint", "latest"])
+
+
+def _launcher():
+    """The words that start this script the way it was started, as far as the environment tells."""
+    processes, precision = os.environ.get("WORLD_SIZE", "1"), os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision is None:
+        return ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+    several = ["--multi_gpu", "--num_processes", processes] if processes != "1" else []
+    return ["accelerate", "launch", *several, "--mixed_precision", precision]
 
 
 def announce(parameters, pictures, total, window, state):
@@ -81,8 +99,11 @@ def announce(parameters, pictures, total, window, state):
 def conclude(output_dir, progress, usage):
     """The lines after it: how long it took, where everything lies, the lines that use it."""
     minutes, seconds = divmod(int(time.perf_counter() - progress.began), 60)
-    loss = "" if progress.last_loss is None else f", last loss {progress.last_loss:.4f}"
-    say(f"trained to update {progress.step:,} in {minutes} min {seconds} s{loss}; the result is in {output_dir}")
+    if progress.step == progress.first:
+        say(f"update {progress.step:,} was the last one already: nothing was trained; the result is in {output_dir}")
+    else:
+        took = f"{minutes} min {seconds} s, last loss {progress.last_loss:.4f}"
+        say(f"trained to update {progress.step:,} in {took}; the result is in {output_dir}")
     say("use it:\n" + "\n".join(f"    {line}" for line in usage.strip().splitlines()))
 
 
@@ -107,7 +128,7 @@ class Progress:
         self.step, self.logging_steps, self.samples = step, logging_steps, samples_per_update
         self.fetch, self.log = fetch, log
         self.waiting, self.clock, self.last_loss = [], time.perf_counter(), None
-        self.began = self.clock
+        self.began, self.first, self.skipped = self.clock, step, 0
         self.bar = tqdm(
             total=total, initial=step, desc="updates", dynamic_ncols=True, smoothing=0.05, disable=not _first_process()
         )
@@ -116,9 +137,22 @@ class Progress:
         """Count one update; `loss` and `grad_norm` may be tensors on a device (grad_norm may be None)."""
         self.waiting.append((step, loss, grad_norm, learning_rate))
         self.bar.update(step - self.step)
-        self.step = step
+        self.step, self.skipped = step, 0
         if len(self.waiting) >= self.logging_steps:
             self.flush()
+
+    def skip(self):
+        """Count an update that was not made because the fp16 gradients overflowed; the loss scale goes down by it.
+
+        Raises UserError when it happened 50 times in a row: then it is not the scale.
+        """
+        self.skipped += 1
+        if self.skipped == 50:
+            raise UserError(
+                f"the fp16 gradients overflowed 50 times in a row after update {self.step}: the loss is not finite "
+                "any more; use --mixed_precision bf16, or resume from a checkpoint with a lower --learning_rate",
+                exit_code=1,
+            )
 
     def pause(self):
         """Leave the time since the last flush out of the throughput: a validation or a checkpoint comes between."""

@@ -61,17 +61,13 @@ def log_held_out_loss(accelerator, samples, batch_size, loss_of, step):
 
 def show_pictures(accelerator, pipeline, prompts, state, output_dir, **options):
     """Draw a picture a prompt, write them as one captioned grid under `output_dir`/validation, hand them to the
-    trackers. The grid's name carries the update."""
+    trackers. Returns the grid's path inside `output_dir`, which carries the update."""
     pictures = draw_pictures(accelerator, pipeline, prompts, state.seed, **options)
+    name = f"validation/step-{state.step:06d}.png"
     if accelerator.is_main_process:
-        path = Path(output_dir) / "validation" / f"step-{state.step:06d}.png"
+        path = Path(output_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         reporting.grid(pictures, prompts, f"after {state.step:,} updates").save(path)
         reporting.log_pictures(accelerator.trackers, pictures, prompts, state.step)
         reporting.say(f"update {state.step}: pictures in {path}")
-
-
-def newest_grid(output_dir, prompts):
-    """The last grid as [(path inside output_dir, prompts)] for the model card; empty where there is none."""
-    grids = sorted((Path(output_dir) / "validation").glob("step-*.png"))
-    return [(grids[-1].relative_to(output_dir).as_posix(), prompts)] if grids and prompts else []
+    return name
