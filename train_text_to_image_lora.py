@@ -359,6 +359,7 @@ def main(argv=None):
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
+            # Same in every script: the end of an update.
             state.position = state.position.advance(window, len(samples))
             finished_loss, update_loss = update_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on

@@ -190,9 +190,8 @@ def load_models(args, accelerator, seed):
 def load_vae(args, base, half):
     """The base's VAE in float32, since its activations overflow in half precision; another one in `half`."""
     if args.pretrained_vae_model_name_or_path is not None:
-        return engine.load_model_alone(
-            AutoencoderKL, args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, dtype=half
-        )
+        other = engine.folder_of_model(args.pretrained_vae_model_name_or_path, args.cache_dir)
+        return engine.load_part(AutoencoderKL, other, dtype=half)
     if half != torch.float32:
         warn(
             "SDXL's own VAE overflows in half precision and runs in float32; --pretrained_vae_model_name_or_path "
@@ -425,6 +424,7 @@ def main(argv=None):
                 accelerator.log(names, state.step)
             if not accelerator.sync_gradients:
                 continue
+            # Same in every script: the end of an update.
             state.position = state.position.advance(window, len(samples))
             finished_loss, update_loss = update_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on

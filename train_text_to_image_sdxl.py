@@ -176,9 +176,8 @@ def load_models(args, accelerator):
 def load_vae(args, base, half):
     """The base's VAE in float32, since its activations overflow in half precision; another one in `half`."""
     if args.pretrained_vae_model_name_or_path is not None:
-        return engine.load_model_alone(
-            AutoencoderKL, args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, dtype=half
-        )
+        other = engine.folder_of_model(args.pretrained_vae_model_name_or_path, args.cache_dir)
+        return engine.load_part(AutoencoderKL, other, dtype=half)
     if half != torch.float32:
         warn(
             "SDXL's own VAE overflows in half precision and runs in float32; --pretrained_vae_model_name_or_path "
@@ -219,9 +218,8 @@ def save_result(args, base, unet, sampler):
     precision = {part: engine.stored_type(base / part, args.variant) for part in parts} | {"default": torch.float32}
     vae = {}
     if args.pretrained_vae_model_name_or_path is not None:
-        vae["vae"] = engine.load_model_alone(
-            AutoencoderKL, args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir
-        )
+        other = engine.folder_of_model(args.pretrained_vae_model_name_or_path, args.cache_dir)
+        vae["vae"] = engine.load_part(AutoencoderKL, other, dtype=engine.stored_type(other))
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         base, unet=unet, scheduler=sampler, variant=args.variant, dtype=precision, **vae
     )
@@ -405,6 +403,7 @@ def main(argv=None):
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
+            # Same in every script: the end of an update.
             state.position = state.position.advance(window, len(samples))
             finished_loss, update_loss = update_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on

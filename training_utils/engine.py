@@ -127,7 +127,7 @@ def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=No
     return folder
 
 
-def load_part(cls, folder, subfolder, variant=None, **options):
+def load_part(cls, folder, subfolder="", variant=None, **options):
     """`cls.from_pretrained` of one part of a base model. Raises UserError that names the part when it cannot.
 
     A part that is not stored in this variant (`non_ema` exists for UNets alone) is read without it, as pipelines do.
@@ -144,13 +144,17 @@ def load_part(cls, folder, subfolder, variant=None, **options):
         raise UserError(f"part '{subfolder}' of base model {folder} cannot be loaded: {reason}") from None
 
 
-def load_model_alone(cls, name, **options):
-    """`cls.from_pretrained` of a model that is no part of a pipeline. Raises UserError."""
+def folder_of_model(name, cache_dir=None):
+    """The local folder of a model that is no part of a pipeline, fetched from the hub where `name` is an id."""
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
     try:
-        return cls.from_pretrained(name, **options)
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {name} cannot be loaded: {reason}") from None
+        raise UserError(f"model {name} is neither a folder nor found on the hub: {reason}") from None
 
 
 def stored_type(folder, variant=None):

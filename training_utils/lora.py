@@ -6,6 +6,7 @@ import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from .reporting import UserError, warn
 
@@ -45,11 +46,18 @@ def parameters(models):
 
 
 def _state(model):
-    """The adapter's weights on the host. A text encoder's names begin with text_model, as in every file in the wild;
-    transformers 5 itself has dropped that level, and diffusers reads both."""
+    """The adapter's weights on the host, under the names that loaders look for.
+
+    A text encoder's begin with text_model, as in every file in the wild: transformers 5 itself has dropped that level,
+    and diffusers reads both. DoRA's norms end in .weight for transformers and do not for diffusers.
+    """
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     prefix = "text_model." if _is_flat_text_encoder(model) else ""
-    return {prefix + name: value.detach().float().cpu() for name, value in state.items()}
+    suffix = ".weight" if isinstance(model, PreTrainedModel) else ""
+    return {
+        prefix + name + (suffix if name.endswith("lora_magnitude_vector") else ""): value.detach().float().cpu()
+        for name, value in state.items()
+    }
 
 
 def _is_flat_text_encoder(model):
@@ -84,6 +92,7 @@ def load(folder, adapted):
         part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         if _is_flat_text_encoder(model):
             part = {key.removeprefix("text_model."): value for key, value in part.items()}
+        part = {key.replace("magnitude_vector.weight", "magnitude_vector"): value for key, value in part.items()}
         rank = model.peft_config["default"].r
         for key, value in part.items():
             if ".lora_A." in key and value.shape[0] != rank:

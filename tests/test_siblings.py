@@ -1,0 +1,43 @@
+"""What must stand in several scripts stands there alike, and a sibling differs by what it is for."""
+
+import difflib
+import inspect
+
+import pytest
+
+import train_text_to_image
+import train_text_to_image_lora
+import train_text_to_image_lora_sdxl
+import train_text_to_image_sdxl
+
+SAME = [
+    (train_text_to_image, train_text_to_image_lora, ["Prepare", "check_prediction_type"]),
+    (
+        train_text_to_image_sdxl,
+        train_text_to_image_lora_sdxl,
+        ["load_vae", "encode_captions", "timestep_probabilities", "check_prediction_type"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("one", "two", "names"), SAME)
+def test_passages_that_are_the_same(one, two, names):
+    for name in names:
+        assert inspect.getsource(getattr(one, name)) == inspect.getsource(getattr(two, name)), name
+
+
+@pytest.mark.parametrize("script", [train_text_to_image_lora, train_text_to_image_sdxl, train_text_to_image_lora_sdxl])
+def test_the_end_of_an_update_is_the_same_in_every_script(script):
+    """From the position in the data to the end of the loop."""
+    assert end_of_update(script) == end_of_update(train_text_to_image)
+
+
+def end_of_update(script):
+    return inspect.getsource(script.main).split("# Same in every script", 1)[1].split("progress.close()")[0]
+
+
+def test_lora_differs_from_full_fine_tuning_by_lora():
+    """The difference stays readable: it is meant to read like a release note."""
+    one, two = (inspect.getsource(module).splitlines() for module in (train_text_to_image, train_text_to_image_lora))
+    changed = [line for line in difflib.ndiff(one, two) if line[0] in "+-"]
+    assert len(changed) < 130
