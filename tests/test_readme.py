@@ -1,5 +1,6 @@
 """Every command of the README runs, with a tiny model and few updates in place of a real one and many."""
 
+import importlib
 import re
 import shlex
 
@@ -7,7 +8,7 @@ import pytest
 from conftest import ROOT, reset_accelerate
 from diffusers import StableDiffusionPipeline
 
-import train_text_to_image
+from training_utils.reporting import UserError
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -25,17 +26,19 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
-def test_command(command, sd, pictures, tmp_path, monkeypatch):
+def test_command(command, sd, sdxl, pictures, tmp_path, monkeypatch):
     """In process: the launcher's own flags are tested with real processes elsewhere."""
     script = next(at for at, word in enumerate(command) if word.endswith(".py"))
-    words = command[script + 1 :]
-    words[words.index("--pretrained_model_name_or_path") + 1] = sd
+    main, words = importlib.import_module(command[script].removesuffix(".py")).main, command[script + 1 :]
+    words[words.index("--pretrained_model_name_or_path") + 1] = sdxl if "sdxl" in command[script] else sd
+    if "--pretrained_vae_model_name_or_path" in words:
+        words[words.index("--pretrained_vae_model_name_or_path") + 1] = f"{sdxl}/vae"
     if "--dataset_name" in words:
         at = words.index("--dataset_name")
         words[at : at + 2] = ["--train_data_dir", pictures]
     words[words.index("--train_data_dir") + 1] = pictures
     words[words.index("--output_dir") + 1] = str(tmp_path / "out")
-    if "--validation_prompts" in words:
+    if "--validation_prompts" in words or "--validation_prompt" in words:
         words += ["--validation_num_inference_steps", "2"]
     if "--push_to_hub" in words:
         import huggingface_hub
@@ -44,20 +47,23 @@ def test_command(command, sd, pictures, tmp_path, monkeypatch):
         monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **_: None)
     reset_accelerate()
     if "--enable_xformers_memory_efficient_attention" in words:
-        with pytest.raises((SystemExit, train_text_to_image.UserError)):  # not on a CPU, which it says in one sentence
-            train_text_to_image.main([*words, *SMALLER])
+        with pytest.raises((SystemExit, UserError)):  # not on a CPU, which it says in one sentence
+            main([*words, *SMALLER])
         return
-    assert train_text_to_image.main([*words, *SMALLER]) == 0
+    assert main([*words, *SMALLER]) == 0
 
 
-def test_python_snippet(run, tmp_path, monkeypatch):
-    snippet = re.search(r"```python\n(.*?)```", README, re.S)[1]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_python_snippet(snippet, run, run_lora, sd, tmp_path, monkeypatch):
     run(tmp_path / "my_model", "--max_train_steps", "1")
+    run_lora(tmp_path / "my_lora", "--max_train_steps", "1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", quick(StableDiffusionPipeline.__call__))
-    exec(snippet, {})
+    real = StableDiffusionPipeline.__call__
+    monkeypatch.setattr(
+        StableDiffusionPipeline, "__call__", lambda self, text: real(self, text, num_inference_steps=2)
+    )
+    exec(snippet.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", sd), {})
     assert (tmp_path / "bicycle.png").stat().st_size > 100
-
-
-def quick(call):
-    return lambda self, prompt: call(self, prompt, num_inference_steps=2)
