@@ -212,20 +212,21 @@ def grid(pictures, captions, title, columns=4, side=256):
     `side` is the size in pixels that each picture is shown at; small ones are enlarged without smoothing.
     """
     columns = min(columns, len(pictures))
-    gap, caption_height, title_height = 12, 62, 40
+    gap, title_height = 12, 40
     rows = -(-len(pictures) // columns)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    texts = [_fit(ruler, caption, _font(14), side) for caption in captions]
+    caption_height = 8 + 18 * max(text.count("\n") + 1 for text in texts)
     width = columns * (side + gap) + gap
     sheet = Image.new("RGB", (width, title_height + rows * (side + caption_height + gap) + gap), (250, 250, 248))
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 11), _fit(draw, title, _font(18), width - 2 * gap), fill=(30, 30, 30), font=_font(18))
-    for at, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for at, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
         left = gap + (at % columns) * (side + gap)
         top = title_height + gap // 2 + (at // columns) * (side + caption_height + gap)
         smooth = Image.Resampling.NEAREST if max(picture.size) < side else Image.Resampling.LANCZOS
         sheet.paste(picture.resize((side, side), smooth), (left, top))
-        draw.multiline_text(
-            (left, top + side + 4), _fit(draw, caption, _font(14), side), fill=(70, 70, 70), font=_font(14), spacing=3
-        )
+        draw.multiline_text((left, top + side + 4), text, fill=(70, 70, 70), font=_font(14), spacing=3)
     return sheet
 
 
