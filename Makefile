@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 OUT = quickstart-output
 
-.PHONY: setup quickstart test test-slow lint clean
+.PHONY: setup quickstart quickstart-lora quickstart-sdxl test test-slow lint clean
 
 setup: .venv/ready
 
@@ -13,21 +13,47 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements_dev.txt
 	touch $@
 
+LAUNCH = $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+  --num_cpu_threads_per_process 2
+TRAIN = --resolution 32 --train_batch_size 64 --max_train_steps 800 --seed 42 --caption_dropout 0.1 \
+  --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 50 --validation_steps 200 \
+  --validation_guidance_scale 3 --checkpointing_steps 200 --checkpoints_total_limit 2 --resume_from_checkpoint latest
+TRAIN_LORA = $(TRAIN) --rank 32 --train_text_encoder \
+  --validation_prompt "a mirrored handwritten three"
+quickstart quickstart-lora quickstart-sdxl: export TRANSFORMERS_VERBOSITY = error
+
 # Real handwritten digits, a tiny base model, the first script as a user starts it, and a look at the result.
 # Stopped half-way it continues when it is called again; `make clean` makes it start over.
-quickstart: export TRANSFORMERS_VERBOSITY = error
 quickstart: setup
 	$(BIN)/python quickstart/make_data.py --output_dir $(OUT)/digits
 	$(BIN)/python quickstart/make_base.py --output_dir $(OUT)/base
-	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  --num_cpu_threads_per_process 2 train_text_to_image.py \
+	$(LAUNCH) train_text_to_image.py \
 	  --pretrained_model_name_or_path $(OUT)/base --train_data_dir $(OUT)/digits --output_dir $(OUT)/model \
-	  --resolution 32 --train_batch_size 64 --max_train_steps 800 --seed 42 --caption_dropout 0.1 \
-	  --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 50 \
-	  --validation_prompts "a handwritten three" "a handwritten seven" --validation_steps 200 \
-	  --validation_guidance_scale 3 --checkpointing_steps 200 --checkpoints_total_limit 2 \
-	  --resume_from_checkpoint latest
+	  $(TRAIN) --validation_prompts "a handwritten three" "a handwritten seven"
 	$(BIN)/python quickstart/score.py --model_dir $(OUT)/model --grid $(OUT)/digits.png
+
+# A word that the quickstart's model does not know, learned as adapters: "a mirrored handwritten three".
+quickstart-lora: quickstart
+	$(BIN)/python quickstart/make_data.py --output_dir $(OUT)/mirrored --mirrored
+	$(LAUNCH) train_text_to_image_lora.py \
+	  --pretrained_model_name_or_path $(OUT)/model --train_data_dir $(OUT)/mirrored --output_dir $(OUT)/lora \
+	  $(TRAIN_LORA)
+	$(BIN)/python quickstart/score.py --model_dir $(OUT)/model --lora_dir $(OUT)/lora --mirrored --grid $(OUT)/lora.png
+
+# The same two steps with the layout of Stable Diffusion XL: the digits, and then the new word as adapters.
+quickstart-sdxl: setup
+	$(BIN)/python quickstart/make_data.py --output_dir $(OUT)/digits
+	$(BIN)/python quickstart/make_data.py --output_dir $(OUT)/mirrored --mirrored
+	$(BIN)/python quickstart/make_base.py --output_dir $(OUT)/sdxl-base --sdxl
+	$(LAUNCH) train_text_to_image_sdxl.py \
+	  --pretrained_model_name_or_path $(OUT)/sdxl-base --train_data_dir $(OUT)/digits --output_dir $(OUT)/sdxl \
+	  $(TRAIN) --validation_prompt "a handwritten three"
+	$(BIN)/python quickstart/score.py --model_dir $(OUT)/sdxl --grid $(OUT)/sdxl.png
+	$(LAUNCH) train_text_to_image_lora_sdxl.py \
+	  --pretrained_model_name_or_path $(OUT)/sdxl --train_data_dir $(OUT)/mirrored --output_dir $(OUT)/sdxl-lora \
+	  $(TRAIN_LORA)
+	$(BIN)/python quickstart/score.py --model_dir $(OUT)/sdxl --lora_dir $(OUT)/sdxl-lora --mirrored \
+	  --grid $(OUT)/sdxl-lora.png
 
 test: setup lint
 	$(BIN)/python -m pytest

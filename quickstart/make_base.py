@@ -1,10 +1,13 @@
-"""Build a tiny Stable Diffusion 1.x folder to fine-tune: every part of the real thing, a few megabytes in all.
+"""Build a tiny Stable Diffusion 1.x or XL folder to fine-tune: every part of the real thing, a few megabytes in all.
 
     python quickstart/make_base.py --output_dir quickstart-output/base
 
 Only the VAE has been trained (`train_vae.py`; its weights lie in `quickstart/vae`). The text encoder is random and
 stays so: all that the UNet needs is that different captions come out different. The UNet is random too, and learning
 to draw is left to `train_text_to_image.py`. The same seed gives the same folder.
+
+With `--sdxl` it is a folder in the layout of Stable Diffusion XL for `train_text_to_image_sdxl.py`: two text encoders
+side by side, and a UNet that is also told the pooled text, the picture's first size and the crop.
 """
 
 import argparse
@@ -12,13 +15,21 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from make_data import WORDS, caption
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_TOKENS = 16
 WORD_END = "</w>"
+TEXT_WIDTH = 64  # of a text encoder
+TIME_ID_WIDTH = 16  # SDXL: sinusoids for each of six sizes
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -36,14 +47,14 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    text_encoder = CLIPTextModel(
+def build_text_encoder(tokenizer: CLIPTokenizer, kind=CLIPTextModel) -> CLIPTextModel:
+    text_encoder = kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             max_position_embeddings=MAX_TOKENS,
-            hidden_size=64,
+            hidden_size=TEXT_WIDTH,
             intermediate_size=128,
-            projection_dim=64,
+            projection_dim=TEXT_WIDTH,
             num_hidden_layers=2,
             num_attention_heads=4,
             bos_token_id=tokenizer.bos_token_id,
@@ -56,7 +67,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return text_encoder
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(cross_attention_dim: int = TEXT_WIDTH, **options) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=4,
         in_channels=4,
@@ -65,14 +76,26 @@ def build_unet() -> UNet2DConditionModel:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(64, 128),
         layers_per_block=1,
-        cross_attention_dim=64,
+        cross_attention_dim=cross_attention_dim,
         attention_head_dim=4,
         norm_num_groups=16,
+        **options,
+    )
+
+
+def build_sdxl_unet() -> UNet2DConditionModel:
+    """The same network with what SDXL adds: pooled text and six sizes join the timestep."""
+    return build_unet(
+        cross_attention_dim=2 * TEXT_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * TIME_ID_WIDTH,
     )
 
 
 def build_scheduler() -> DDIMScheduler:
-    """The noise of Stable Diffusion 1.x."""
+    """The noise of Stable Diffusion 1.x and XL."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -84,22 +107,10 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Build a tiny Stable Diffusion 1.x folder with an untrained UNet.")
-    parser.add_argument("--output_dir", type=Path, default=Path("quickstart-output/base"), help="folder to write to")
-    parser.add_argument(
-        "--vae_dir", type=Path, default=Path(__file__).parent / "vae", help="the VAE that train_vae.py wrote"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the random text encoder and UNet")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    torch.manual_seed(args.seed)
+def build_sd(vae_dir: Path) -> StableDiffusionPipeline:
     tokenizer = build_tokenizer()
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(args.vae_dir),
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(vae_dir),
         text_encoder=build_text_encoder(tokenizer),
         tokenizer=tokenizer,
         unet=build_unet(),
@@ -108,9 +119,41 @@ def main(argv=None):
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def build_sdxl(vae_dir: Path) -> StableDiffusionXLPipeline:
+    tokenizer = build_tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(vae_dir),
+        text_encoder=build_text_encoder(tokenizer),
+        text_encoder_2=build_text_encoder(tokenizer, CLIPTextModelWithProjection),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=build_sdxl_unet(),
+        scheduler=build_scheduler(),
+        add_watermarker=False,
+    )
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Build a tiny Stable Diffusion folder with an untrained UNet.")
+    parser.add_argument("--output_dir", type=Path, default=Path("quickstart-output/base"), help="folder to write to")
+    parser.add_argument("--sdxl", action="store_true", help="in the layout of SDXL instead of 1.x")
+    parser.add_argument(
+        "--vae_dir", type=Path, default=Path(__file__).parent / "vae", help="the VAE that train_vae.py wrote"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random text encoders and UNet")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    pipeline = build_sdxl(args.vae_dir) if args.sdxl else build_sd(args.vae_dir)
     pipeline.save_pretrained(args.output_dir)
-    for name in ("vae", "text_encoder", "unet"):
-        print(f"{name}: {getattr(pipeline, name).num_parameters():,} parameters")
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            print(f"{name}: {part.num_parameters():,} parameters")
     print(f"the base model is in {args.output_dir}")
 
 

@@ -7,6 +7,9 @@ people wrote on paper forms, and the scans were reduced to 8x8 counts of ink, 0 
 dark ink on white, and a line of `metadata.jsonl`:
 
     {"file_name": "0003.png", "text": "a handwritten three"}
+
+With `--mirrored` each scan is followed by its mirror image, captioned "a mirrored handwritten three": a word that a
+model of the plain digits does not know.
 """
 
 import argparse
@@ -14,15 +17,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FULL_INK = 16
 
 
-def caption(digit: int) -> str:
-    return f"a handwritten {WORDS[digit]}"
+def caption(digit: int, mirrored: bool = False) -> str:
+    return f"a {'mirrored ' if mirrored else ''}handwritten {WORDS[digit]}"
 
 
 def draw_scan(ink: np.ndarray) -> Image.Image:
@@ -43,6 +46,7 @@ def parse_args(argv=None):
         description="Write scikit-learn's handwritten digits as a captioned image folder."
     )
     parser.add_argument("--output_dir", type=Path, default=Path("quickstart-output/digits"), help="folder to write to")
+    parser.add_argument("--mirrored", action="store_true", help="add the mirror image of each, captioned as such")
     return parser.parse_args(argv)
 
 
@@ -50,12 +54,16 @@ def main(argv=None):
     args = parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
+    kinds = (False, True) if args.mirrored else (False,)
     with open(args.output_dir / "metadata.jsonl", "w", encoding="utf-8") as metadata:
         for index, (ink, digit) in enumerate(zip(digits.images, digits.target)):
-            file_name = f"{index:04d}.png"
-            draw_scan(ink).save(args.output_dir / file_name)
-            metadata.write(json.dumps({"file_name": file_name, "text": caption(digit)}) + "\n")
-    print(f"{len(digits.target)} pictures and their captions are in {args.output_dir}")
+            for mirrored in kinds:
+                file_name = f"{index:04d}{'-mirrored' if mirrored else ''}.png"
+                scan = draw_scan(ink)
+                (ImageOps.mirror(scan) if mirrored else scan).save(args.output_dir / file_name)
+                line = {"file_name": file_name, "text": caption(digit, mirrored)}
+                metadata.write(json.dumps(line) + "\n")
+    print(f"{len(digits.target) * len(kinds)} pictures and their captions are in {args.output_dir}")
 
 
 if __name__ == "__main__":

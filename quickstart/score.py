@@ -2,7 +2,10 @@
 
     python quickstart/score.py --model_dir quickstart-output/model --grid quickstart-output/digits.png
 
-The last line is `digit accuracy: 0.NN`, the share of drawings that are read as the word in their prompt.
+The last line is `digit accuracy: 0.NN`, the share of drawings that are read as the word in their prompt. The folder
+may hold Stable Diffusion 1.x or XL, and `--lora_dir` loads adapters into it. With `--mirrored` the model is asked for
+ten mirrored digits of each as well; the classifier reads them in a mirror, and the line before the last is `mirrored
+digit accuracy: 0.NN`.
 """
 
 import argparse
@@ -10,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from make_data import WORDS, caption, read_ink
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
@@ -31,19 +34,34 @@ def fit_reader() -> tuple[SVC, float]:
     return reader, reader.score(unseen, unseen_labels)
 
 
-def draw_digits(model_dir: Path, steps: int, guidance_scale: float, seed: int) -> list[Image.Image]:
-    """Ten pictures of each digit in turn, all in one batch."""
-    pipeline = StableDiffusionPipeline.from_pretrained(model_dir, safety_checker=None, requires_safety_checker=False)
+def load_pipeline(model_dir: Path, lora_dir: Path | None) -> DiffusionPipeline:
+    """The model of whatever kind, with the adapters in it if there are any."""
+    pipeline = DiffusionPipeline.from_pretrained(model_dir)
+    if lora_dir is not None:
+        pipeline.load_lora_weights(lora_dir)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_digits(
+    pipeline: DiffusionPipeline, mirrored: bool, steps: int, guidance_scale: float, seed: int
+) -> list[Image.Image]:
+    """Ten pictures of each digit in turn, all in one batch."""
     return pipeline(
-        [caption(digit) for digit in range(len(WORDS)) for _ in range(PER_DIGIT)],
+        [caption(digit, mirrored) for digit in range(len(WORDS)) for _ in range(PER_DIGIT)],
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         generator=torch.Generator().manual_seed(seed),
     ).images
 
 
-def draw_grid(pictures: list[Image.Image], hits: np.ndarray) -> Image.Image:
+def read_digits(reader: SVC, pictures: list[Image.Image], mirrored: bool) -> np.ndarray:
+    """What the classifier takes each picture for, (digits, PER_DIGIT); mirrored ones it sees in a mirror."""
+    seen = [ImageOps.mirror(picture) if mirrored else picture for picture in pictures]
+    return reader.predict([read_ink(picture).ravel() for picture in seen]).reshape(len(WORDS), PER_DIGIT)
+
+
+def draw_grid(pictures: list[Image.Image], hits: np.ndarray, mirrored: bool) -> Image.Image:
     """One row a word, misread drawings framed in red. `hits` is (digits, PER_DIGIT) of bool."""
     cell, gap, margin, label_width, title_height = 64, 4, 24, 84, 60
     step = cell + gap
@@ -51,7 +69,8 @@ def draw_grid(pictures: list[Image.Image], hits: np.ndarray) -> Image.Image:
     height = margin + title_height + len(WORDS) * step - gap + margin
     grid = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(grid)
-    pen.text((margin, margin - 4), "“a handwritten …”", INK, ImageFont.load_default(24))
+    title = caption(0, mirrored).removesuffix(WORDS[0])
+    pen.text((margin, margin - 4), f"“{title}…”", INK, ImageFont.load_default(24))
     misread = "" if hits.all() else ", the others are framed"
     pen.text(
         (margin, margin + 28),
@@ -71,9 +90,20 @@ def draw_grid(pictures: list[Image.Image], hits: np.ndarray) -> Image.Image:
     return grid
 
 
+def side_by_side(grids: list[Image.Image]) -> Image.Image:
+    row = Image.new("RGB", (sum(grid.width for grid in grids), grids[0].height), PAPER)
+    left = 0
+    for grid in grids:
+        row.paste(grid, (left, 0))
+        left += grid.width
+    return row
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw ten of each digit, have a classifier read them, show them all.")
     parser.add_argument("--model_dir", type=Path, default=Path("quickstart-output/model"), help="fine-tuned pipeline")
+    parser.add_argument("--lora_dir", type=Path, help="adapters to load into it")
+    parser.add_argument("--mirrored", action="store_true", help="ask for mirrored digits as well")
     parser.add_argument("--grid", type=Path, default=Path("quickstart-output/digits.png"), help="picture to write")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps for each drawing")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="pull towards the caption; 1 is none")
@@ -86,18 +116,24 @@ def main(argv=None):
     reader, real_accuracy = fit_reader()
     print(f"the classifier reads {real_accuracy:.1%} of the real scans that it was not fitted on")
 
-    pictures = draw_digits(args.model_dir, args.num_inference_steps, args.guidance_scale, args.seed)
-    read = reader.predict([read_ink(picture).ravel() for picture in pictures]).reshape(len(WORDS), PER_DIGIT)
-    hits = read == np.arange(len(WORDS))[:, None]
-    for word, row, row_hits in zip(WORDS, read, hits):
-        mistaken = ", ".join(WORDS[digit] for digit in row[~row_hits])
-        others = f", the others read as {mistaken}" if mistaken else ""
-        print(f"{word:>6}: {row_hits.sum():2d} of {PER_DIGIT}{others}")
+    pipeline = load_pipeline(args.model_dir, args.lora_dir)
+    grids, results = [], []
+    for mirrored in (True, False) if args.mirrored else (False,):
+        kind = "mirrored digit" if mirrored else "digit"
+        pictures = draw_digits(pipeline, mirrored, args.num_inference_steps, args.guidance_scale, args.seed)
+        read = read_digits(reader, pictures, mirrored)
+        hits = read == np.arange(len(WORDS))[:, None]
+        for word, row, row_hits in zip(WORDS, read, hits):
+            mistaken = ", ".join(WORDS[digit] for digit in row[~row_hits])
+            others = f", the others read as {mistaken}" if mistaken else ""
+            print(f"{'mirrored ' if mirrored else ''}{word:>6}: {row_hits.sum():2d} of {PER_DIGIT}{others}")
+        grids.append(draw_grid(pictures, hits, mirrored))
+        results.append(f"{kind} accuracy: {hits.mean():.2f}")
 
     args.grid.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(pictures, hits).save(args.grid)
+    side_by_side(grids).save(args.grid)
     print(f"the drawings are in {args.grid}")
-    print(f"digit accuracy: {hits.mean():.2f}")
+    print("\n".join(results))
 
 
 if __name__ == "__main__":

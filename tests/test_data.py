@@ -123,6 +123,16 @@ def test_a_truncated_picture_in_another_process_is_named_too(run, tmp_path):
     assert "0.png cannot be read as a picture" in said and "1.png cannot be read as a picture" in said
 
 
+def test_a_fingerprint_is_of_the_data_and_not_of_their_place(tmp_path, monkeypatch):
+    folder = folder_with(tmp_path / "here", [entry(0), entry(1)], count=2)
+    same = folder_with(tmp_path / "there", [entry(0), entry(1)], count=2)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    prints = {rows_of(place).fingerprint() for place in (folder, same, "here", "here/", "link", f"{folder}/../here")}
+    assert len(prints) == 1
+    assert rows_of(folder_with(tmp_path / "other", [entry(0), entry(1, "else")], count=2)).fingerprint() not in prints
+
+
 def test_a_picture_named_twice_is_two_samples(tmp_path, capsys):
     rows = rows_of(folder_with(tmp_path, [entry(0, "one"), entry(0, "two")], count=1))
     assert [rows.captions(index) for index in range(2)] == [["one"], ["two"]]

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,8 @@ FILTERS = {
 class Rows:
     """The pictures and captions of a data set; both are read when they are asked for.
 
-    `dataset` is a datasets.Dataset whose picture column is not decoded; `root` the folder it came from, for messages.
+    `dataset` is a datasets.Dataset whose picture column is not decoded; `root` the folder of the pictures, resolved,
+    where they are files.
     """
 
     def __init__(self, dataset, image_column, caption_column, root=None):
@@ -70,7 +72,7 @@ class Rows:
         """SHA-256 over the captions, and over the file names of a folder: a resumed run compares it."""
         digest = hashlib.sha256()
         for index, caption in enumerate(self._captions):
-            name = self.name(index).removeprefix(str(self.root)) if self.root else ""
+            name = os.path.relpath(self.name(index), self.root) if self.root else ""
             digest.update(json.dumps([name, caption]).encode())
         return digest.hexdigest()
 
@@ -128,7 +130,7 @@ def load_rows(
         raise UserError(f"--image_column {image_column} holds {kind}, not pictures; there are {columns}") from None
     if not len(dataset):
         raise UserError(f"{dataset_name or folder} holds no pictures")
-    return Rows(dataset, image_column, caption_column, folder if dataset_name is None else None)
+    return Rows(dataset, image_column, caption_column, Path(folder).resolve() if dataset_name is None else None)
 
 
 def _column(columns, name, default, place, flag):

@@ -17,6 +17,8 @@ def prepare():
         lambda record: "torchvision" not in record.getMessage()
     )
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it reports a kernel that it does without
+
     import diffusers.utils.logging
     import transformers.utils.logging
 
