@@ -99,7 +99,7 @@ DATA = ("Data", [
 ])
 TRAINING = ("Training", [
     Flag("output_dir", str, None, "folder for the result, the checkpoints, the logs and the validation pictures"),
-    Flag("seed", whole(0, 2**63 - 1), None, "every draw of the run comes from it; left out, one is drawn and printed"),
+    Flag("seed", whole(0, 2**62), None, "every draw of the run comes from it; left out, one is drawn and printed"),
     Flag("train_batch_size", whole(1), 16, "pictures per process and micro-step; lower it when memory runs out"),
     Flag("gradient_accumulation_steps", whole(1), 1, "micro-steps per update: a larger batch without more memory"),
     Flag("num_train_epochs", whole(1), 100, "passes over the data"),
