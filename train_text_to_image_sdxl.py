@@ -422,7 +422,7 @@ def main(argv=None):
                 validate()
     progress.close()
     if stopped_by:
-        accelerator.end_training()
+        engine.finish(accelerator)
         if newest is None:
             raise UserError(f"stopped after update {state.step}, which could not be saved", exit_code=1)
         say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
@@ -446,7 +446,7 @@ def main(argv=None):
         reporting.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
         if repository:
             hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
-    accelerator.end_training()
+    engine.finish(accelerator)
     return 0
 
 

@@ -148,7 +148,7 @@ def test_sigkill_then_resume(each, tmp_path):
     assert code == -signal.SIGKILL
     assert not (out / "README.md").exists(), "it was killed too late to show anything"
     process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert "resuming from" in said
     assert result_bytes(out) == result_bytes(tmp_path / "whole")
@@ -225,10 +225,10 @@ def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path):
     last = stopped_after + 3
     flags[1] = str(last)
     process = run.start(out, *flags, "--resume_from_checkpoint", "latest", launcher=two_processes())
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     process = run.start(tmp_path / "whole", *flags, launcher=two_processes())
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert result_bytes(out) == result_bytes(tmp_path / "whole")
 
@@ -257,7 +257,7 @@ def test_one_process_two_and_accumulation_agree(run, tmp_path):
 
     two = [*eleven, "--train_batch_size", "2", "--checkpointing_steps", "4"]
     process = run.start(tmp_path / "two", *two, "--validation_split", "0", launcher=two_processes())
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-6
 
@@ -273,7 +273,7 @@ def test_siblings_on_two_processes(request, tmp_path, sibling):
     run(tmp_path / "one", *flags)
     two = [*flags, "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     process = run.start(tmp_path / "two", *two, launcher=two_processes())
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-5
 
@@ -294,6 +294,6 @@ def test_sigkill_at_a_random_moment(each, tmp_path, moment):
             process.kill()
             process.wait()
     process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert result_bytes(out) == result_bytes(tmp_path / "whole")

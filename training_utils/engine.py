@@ -96,6 +96,16 @@ def largest_of_processes(accelerator, timeout):
     return largest
 
 
+def finish(accelerator):
+    """Close the trackers and leave the process group as it is.
+
+    Destroyed while DDP's reducer still refers to it, gloo's thread and the interpreter's lock can wait for each other
+    for ever; `reporting.run` ends the process without either.
+    """
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def fetch_mean(accelerator, scalars):
     """A list of scalar tensors as floats, averaged over the processes: one wait for the device for all of them."""
     return accelerator.reduce(torch.stack([scalar.detach().float() for scalar in scalars]), "mean").tolist()

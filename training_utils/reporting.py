@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -56,16 +57,20 @@ def run(main):
         code = error.exit_code
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, since torch may not be installed
-            raise
-        print(
-            f"{Path(sys.argv[0]).name}: error: out of device memory ({str(error).splitlines()[0]}); lower "
-            "--train_batch_size, or try --gradient_checkpointing, --mixed_precision or --use_8bit_adam",
-            file=sys.stderr,
-            flush=True,
-        )
+            traceback.print_exc()
+        else:
+            print(
+                f"{Path(sys.argv[0]).name}: error: out of device memory ({str(error).splitlines()[0]}); lower "
+                "--train_batch_size, or try --gradient_checkpointing, --mixed_precision or --use_8bit_adam",
+                file=sys.stderr,
+            )
         code = 1
     except KeyboardInterrupt:  # before the loop, where there is nothing to save yet
         code = 130
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # without the destructors of process groups, see engine.finish
     sys.exit(code)
 
 
@@ -129,8 +134,15 @@ class Progress:
         self.fetch, self.log = fetch, log
         self.waiting, self.clock, self.last_loss = [], time.perf_counter(), None
         self.began, self.first, self.skipped = self.clock, step, 0
+        self.live = sys.stderr.isatty()  # into a file, a line now and then is enough
         self.bar = tqdm(
-            total=total, initial=step, desc="updates", dynamic_ncols=True, smoothing=0.05, disable=not _first_process()
+            total=total,
+            initial=step,
+            desc="updates",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            mininterval=0.1 if self.live else 10,
+            disable=not _first_process(),
         )
 
     def update(self, step, loss, grad_norm, learning_rate):
@@ -170,7 +182,8 @@ class Progress:
             values = {"train_loss": loss, "lr": rate, "samples_per_second": speed}
             self.log(values if norm is None else values | {"grad_norm": norm}, step)
         self.last_loss = losses[-1]
-        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {self.waiting[-1][3]:.2e}, {speed:.3g} pictures/s")
+        words = f"loss {losses[-1]:.4f}, lr {self.waiting[-1][3]:.2e}, {speed:.3g} pictures/s"
+        self.bar.set_postfix_str(words, refresh=self.live)
         self.waiting, self.clock = [], time.perf_counter()
 
     def close(self):
