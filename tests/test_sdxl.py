@@ -230,6 +230,8 @@ def test_another_vae_is_saved_with_the_result(run_sdxl, tmp_path):
     vae.half().save_pretrained(tmp_path / "vae")
     run_sdxl(tmp_path / "out", "--pretrained_vae_model_name_or_path", tmp_path / "vae")
     saved = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
+    card = (tmp_path / "out" / "README.md").read_text().split("## How it was trained")[1]
+    assert str(tmp_path) not in card.replace("\\", "") and "vae" in card
     assert not saved["decoder.conv_out.weight"].any() and saved["decoder.conv_out.weight"].dtype == torch.float16
 
 

@@ -197,10 +197,8 @@ def sampling_scheduler(folder, changes):
     cls = getattr(diffusers, config.get("_class_name", "DDPMScheduler"))
     if changes.get("rescale_betas_zero_snr"):
         if "rescale_betas_zero_snr" not in inspect.signature(cls.__init__).parameters:
-            cls, changes = (
-                diffusers.DDIMScheduler,
-                changes | {"clip_sample": False},
-            )  # DDIM would clip latents to [-1, 1]
+            cls = diffusers.DDIMScheduler
+            changes = changes | {"clip_sample": False}  # DDIM's default is for pixels: it would cut latents at 1
         changes = changes | {"timestep_spacing": "trailing"}  # sampling must begin at the noisy end (2305.08891, 3.3)
     return cls.from_config(config, **changes)
 

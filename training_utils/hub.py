@@ -69,8 +69,10 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
         lines += [f"- {plain(prompt)}" for prompt in prompts]
     lines += ["", "## Use it", "", "```python", usage.strip(), "```", "", "## How it was trained", ""]
     lines += ["| setting | value |", "|---|---|"]
-    facts = facts | {"pretrained_model_name_or_path": public_name(base_model), "dataset_name": public_name(data)}
-    lines += [f"| {plain(k)} | {plain(v)} |" for k, v in facts.items() if v is not None and v is not False]
+    for name, value in facts.items():
+        if value is not None and value is not False:
+            shown = public_name(value) if isinstance(value, str) else value  # no path of this machine
+            lines.append(f"| {plain(name)} | {plain(shown)} |")
     ModelCard(f"---\n{known.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(Path(folder) / "README.md")
 
 
