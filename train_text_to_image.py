@@ -283,6 +283,12 @@ def main(argv=None):
     )
 
     prompts = args.validation_prompts or []
+    drawing = dict(
+        height=args.resolution,
+        width=args.resolution,
+        num_inference_steps=args.validation_num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+    )
     grids = []  # the last one that this run drew
 
     def validate():
@@ -300,17 +306,14 @@ def main(argv=None):
                 )
             if prompts:
                 parts = (vae, text_encoder, tokenizer, unet, sampler, None, None)
+                pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
                 grids[:] = [
                     validation.show_pictures(
                         accelerator,
-                        StableDiffusionPipeline(*parts, requires_safety_checker=False),
+                        lambda at, noise: validation.stable_diffusion_picture(pipeline, prompts[at], noise, **drawing),
                         prompts,
                         state,
                         args.output_dir,
-                        height=args.resolution,
-                        width=args.resolution,
-                        num_inference_steps=args.validation_num_inference_steps,
-                        guidance_scale=args.validation_guidance_scale,
                     )
                 ]
         unet.train()

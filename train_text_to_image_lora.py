@@ -289,6 +289,12 @@ def main(argv=None):
     )
 
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+    drawing = dict(
+        height=args.resolution,
+        width=args.resolution,
+        num_inference_steps=args.validation_num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+    )
     grids = []  # the last one that this run drew
 
     def validate():
@@ -307,17 +313,14 @@ def main(argv=None):
                 )
             if prompts:
                 parts = (vae, text_encoder, tokenizer, unet, sampler, None, None)
+                pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
                 grids[:] = [
                     validation.show_pictures(
                         accelerator,
-                        StableDiffusionPipeline(*parts, requires_safety_checker=False),
+                        lambda at, noise: validation.stable_diffusion_picture(pipeline, prompts[at], noise, **drawing),
                         prompts,
                         state,
                         args.output_dir,
-                        height=args.resolution,
-                        width=args.resolution,
-                        num_inference_steps=args.validation_num_inference_steps,
-                        guidance_scale=args.validation_guidance_scale,
                     )
                 ]
         for model in adapted.values():

@@ -332,6 +332,12 @@ def main(argv=None):
     )
 
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+    drawing = dict(
+        height=args.resolution,
+        width=args.resolution,
+        num_inference_steps=args.validation_num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+    )
     grids = []  # the last one that this run drew
 
     def validate():
@@ -349,19 +355,16 @@ def main(argv=None):
                 )
             if prompts:
                 parts = (vae, *text_encoders, *tokenizers, unet, sampler)
+                pipeline = StableDiffusionXLPipeline(
+                    *parts, force_zeros_for_empty_prompt=zero_dropped, add_watermarker=False
+                )
                 grids[:] = [
                     validation.show_pictures(
                         accelerator,
-                        StableDiffusionXLPipeline(
-                            *parts, force_zeros_for_empty_prompt=zero_dropped, add_watermarker=False
-                        ),
+                        lambda at, noise: validation.stable_diffusion_picture(pipeline, prompts[at], noise, **drawing),
                         prompts,
                         state,
                         args.output_dir,
-                        height=args.resolution,
-                        width=args.resolution,
-                        num_inference_steps=args.validation_num_inference_steps,
-                        guidance_scale=args.validation_guidance_scale,
                     )
                 ]
         unet.train()

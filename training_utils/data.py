@@ -33,13 +33,14 @@ FILTERS = {
 class Rows:
     """The pictures and captions of a data set; both are read when they are asked for.
 
-    `dataset` is a datasets.Dataset whose picture column is not decoded; `root` the folder of the pictures, resolved,
-    where they are files.
+    `dataset` is a datasets.Dataset whose picture column is not decoded; `caption_column` is None where only the
+    pictures matter; `root` is the folder of the pictures, resolved, where they are files.
     """
 
     def __init__(self, dataset, image_column, caption_column, root=None):
         self.dataset, self.image_column, self.caption_column, self.root = dataset, image_column, caption_column, root
-        self._pictures, self._captions = dataset[image_column], dataset[caption_column]  # read when they are indexed
+        self._pictures = dataset[image_column]  # read when they are indexed, like the captions
+        self._captions = None if caption_column is None else dataset[caption_column]
 
     def __len__(self):
         return len(self.dataset)
@@ -71,7 +72,7 @@ class Rows:
     def fingerprint(self):
         """SHA-256 over the captions, and over the file names of a folder: a resumed run compares it."""
         digest = hashlib.sha256()
-        for index, caption in enumerate(self._captions):
+        for index, caption in enumerate([None] * len(self) if self._captions is None else self._captions):
             name = os.path.relpath(self.name(index), self.root) if self.root else ""
             digest.update(json.dumps([name, caption]).encode())
         return digest.hexdigest()
@@ -103,8 +104,9 @@ def load_rows(
     """Open a data set. Returns Rows.
 
     `dataset_name` (a hub id or local path, through the datasets library, `folder` passed on as data_dir) or else
-    `folder`, a folder of pictures. A column of the default name that is missing is taken to be the first (picture) or
-    second (caption) one, with a notice. Raises UserError for everything that a user can mend.
+    `folder`, a folder of pictures. With `caption_column` None no captions are read, and none are needed. A column of
+    the default name that is missing is taken to be the first (picture) or second (caption) one, with a notice. Raises
+    UserError for everything that a user can mend.
     """
     import datasets
 
@@ -122,7 +124,8 @@ def load_rows(
         dataset = splits["train"]
     columns = dataset.column_names
     image_column = _column(columns, image_column, "image", 0, "--image_column")
-    caption_column = _column(columns, caption_column, "text", 1, "--caption_column")
+    if caption_column is not None:
+        caption_column = _column(columns, caption_column, "text", 1, "--caption_column")
     try:
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     except Exception:
@@ -143,12 +146,15 @@ def _column(columns, name, default, place, flag):
 
 
 def _read_folder(folder, image_column, caption_column):
-    """A folder of pictures as a Dataset of two columns: absolute paths and captions."""
+    """A folder of pictures as a Dataset of two columns, absolute paths and captions; of all its paths alone where
+    `caption_column` is None."""
     import datasets
 
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in PICTURE_ENDINGS)
     if not found:
         raise UserError(f"--train_data_dir {folder} holds no pictures ({', '.join(sorted(PICTURE_ENDINGS))})")
+    if caption_column is None:
+        return datasets.Dataset.from_dict({image_column: [str(path.resolve()) for path in found]})
     tables = sorted(folder.rglob("metadata.jsonl")) + sorted(folder.rglob("metadata.csv"))
     named = []  # (path, caption), a picture once for each line that names it
     for table in tables:
@@ -232,7 +238,8 @@ def _check_captions(values, name):
 def check(rows):
     """Look at every caption, and open the header of every picture in a folder. Raises UserError that lists what is
     wrong. Pictures that lie inside a table are opened in training only: reading all of them would take as long."""
-    _check_captions(rows.dataset[rows.caption_column], rows.name)
+    if rows.caption_column is not None:
+        _check_captions(rows.dataset[rows.caption_column], rows.name)
     absent = rows.dataset.data.column(rows.image_column).null_count
     if absent:
         raise UserError(f"column '{rows.image_column}' has {absent} rows without a picture")

@@ -70,6 +70,17 @@ def below_one(text):
 
 below_one.kind = float
 
+
+def multiple_of_8(text):
+    """A whole number of pixels that is a multiple of 8, as the autoencoders need it."""
+    value = whole(8)(text)
+    if value % 8:
+        raise argparse.ArgumentTypeError(f"{value} is not a multiple of 8; the nearest is {round(value / 8) * 8}")
+    return value
+
+
+multiple_of_8.kind = int
+
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
 INTERPOLATIONS = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
@@ -81,6 +92,16 @@ MODEL = ("Base model", [
     Flag("variant", help="which stored copy of the weights to read, for example fp16"),
     Flag("cache_dir", help="where downloads are kept; set it when the home folder is small"),
 ])
+KANDINSKY = ("Base models", [
+    Flag("pretrained_prior_model_name_or_path", str, "kandinsky-community/kandinsky-2-2-prior",
+         "folder or hub id of the prior, which turns text into the embedding of a picture, with CLIP's encoders"),
+    Flag("pretrained_decoder_model_name_or_path", str, "kandinsky-community/kandinsky-2-2-decoder",
+         "folder or hub id of the decoder, which turns such an embedding into the picture"),
+    Flag("prior_revision", help="branch, tag or commit of a prior on the hub; pin one so that no later upload changes "
+         "the run"),
+    Flag("decoder_revision", help="branch, tag or commit of a decoder on the hub"),
+    *MODEL[1][2:],
+])
 DATA = ("Data", [
     Flag("dataset_name", help="hub id or local path that the datasets library can load"),
     Flag("dataset_config_name", help="configuration of that data set, where it has several"),
@@ -89,7 +110,7 @@ DATA = ("Data", [
     Flag("image_column", str, "image", "column that holds the pictures"),
     Flag("caption_column", str, "text", "column that holds the captions: a string, or a list to draw one from"),
     Flag("max_train_samples", whole(1), None, "train on this many pictures only, for a quick trial"),
-    Flag("resolution", whole(8), 512, "side of the square training picture in pixels, a multiple of 8"),
+    Flag("resolution", multiple_of_8, 512, "side of the square training picture in pixels, a multiple of 8"),
     Flag("center_crop", bool, False, "always take the middle of the picture instead of a random crop"),
     Flag("random_flip", bool, False, "mirror every second picture; not for text or faces with a parting"),
     Flag("image_interpolation_mode", str, "lanczos", "filter that resizes the pictures", INTERPOLATIONS),
@@ -188,6 +209,13 @@ HARDWARE = ("Speed and memory", [
     Flag("process_group_timeout", whole(1), 1800, "seconds that processes wait for each other before they give up"),
     Flag("local_rank", int, -1, "set by old launchers; leave it alone"),
 ])
+KANDINSKY_DECODER = [
+    Flag("random_crop", bool, False, "train on a random square of each picture instead of its middle"),
+    Flag("reducing_gap", number(1), 1.0, "how exactly large pictures are made smaller: 1 is quickest, from 3 on "
+         "nothing is lost"),
+    Flag("caption_dropout", number(0, 1), 0.0, "share of samples that are conditioned on no picture, drawn anew each "
+         "epoch; 0.1 keeps classifier-free guidance working in long runs"),
+]
 REPORTING = ("Logs and the hub", [
     Flag("report_to", str, "tensorboard", "where the curves go; `all`: every tracker that is installed", TRACKERS),
     Flag("logging_dir", str, "logs", "folder for the trackers' files, inside --output_dir"),
@@ -210,9 +238,16 @@ MATHEMATICS = frozenset(
     dream_detail_preservation use_ema ema_decay validation_split mixed_precision rank lora_alpha lora_dropout use_dora
     train_text_encoder pretrained_vae_model_name_or_path proportion_empty_prompts timestep_bias_strategy
     timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion
+    pretrained_prior_model_name_or_path pretrained_decoder_model_name_or_path prior_revision decoder_revision
+    random_crop reducing_gap
     """.split()
 )
 SECRETS = frozenset(["hub_token"])
+
+
+def without(group, *names):
+    """A group of flags, (title, [Flag]), without those of these names."""
+    return group[0], [flag for flag in group[1] if flag.name not in names]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -296,9 +331,6 @@ def _contradiction(args):
         return "give --train_data_dir (a folder of pictures) or --dataset_name"
     if get("dataset_name") is None and not os.path.isdir(args.train_data_dir):
         return f"--train_data_dir {args.train_data_dir} is not a folder"
-    if get("resolution") and args.resolution % 8:
-        near = max(8, round(args.resolution / 8) * 8)
-        return f"--resolution {args.resolution} is not a multiple of 8; the nearest is {near}"
     if get("dream_training") and get("input_perturbation"):
         return "--dream_training and --input_perturbation both shift the input against the target; use one of them"
     if get("dream_training") and get("prediction_type") == "v_prediction":

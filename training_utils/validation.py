@@ -22,22 +22,48 @@ def due(state, steps, epochs, last):
 
 
 @torch.no_grad()
-def draw_pictures(accelerator, pipeline, prompts, seed, **options):
-    """One picture a prompt, shared out over the processes; every process gets all of them, in order.
+def draw_pictures(accelerator, draw, count, seed):
+    """`count` PIL pictures, shared out over the processes; every process gets all of them, in order.
 
-    The noise of a prompt depends on the seed and its place alone and is drawn on the CPU, so that pictures of two
-    updates, or of two machines, differ by the weights alone. `options` go to the pipeline's call. Each network runs in
-    the precision that it trains in: the VAE is therefore called here, since a VAE that is kept in float32 overflows
-    where an autocast around the whole pipeline would put it in half precision.
+    `draw(at, noise)` makes number `at` from a torch.Generator. The noise depends on the seed and on `at` alone and is
+    drawn on the CPU, so that pictures of two updates, or of two machines, differ by the weights alone.
+    """
+    mine = [
+        draw(at, torch.Generator("cpu").manual_seed(seed + at))
+        for at in range(accelerator.process_index, count, accelerator.num_processes)
+    ]
+    return engine.gather_in_order(accelerator, mine)
+
+
+def stable_diffusion_picture(pipeline, prompt, noise, **options):
+    """What a Stable Diffusion or SDXL pipeline draws for a prompt, a PIL picture. `options` go to the pipeline's call.
+
+    Each network runs in the precision that it trains in: the VAE is therefore called here, since a VAE that is kept in
+    float32 overflows where an autocast around the whole pipeline would put it in half precision.
     """
     pipeline.set_progress_bar_config(disable=True)
-    vae, mine = pipeline.vae, []
-    for at in range(accelerator.process_index, len(prompts), accelerator.num_processes):
-        noise = torch.Generator("cpu").manual_seed(seed + at)
-        latents = pipeline(prompts[at], generator=noise, output_type="latent", **options).images
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-        mine += pipeline.image_processor.postprocess(pixels.float())
-    return engine.gather_in_order(accelerator, mine)
+    latents = pipeline(prompt, generator=noise, output_type="latent", **options).images
+    pixels = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor).sample
+    return pipeline.image_processor.postprocess(pixels.float())[0]
+
+
+@torch.no_grad()
+def kandinsky_embeddings(pipeline, prompt, noise, steps, guidance_scale):
+    """What a KandinskyV22PriorPipeline makes of a prompt: the embeddings of its picture and of no picture, each
+    (1, width)."""
+    pipeline.set_progress_bar_config(disable=True)
+    steps = max(2, steps)  # its scheduler divides by steps - 1
+    output = pipeline(prompt, generator=noise, num_inference_steps=steps, guidance_scale=guidance_scale)
+    return output.image_embeds, output.negative_image_embeds
+
+
+def kandinsky_picture(pipeline, embeddings, noise, **options):
+    """What a KandinskyV22Pipeline draws for the two embeddings of `kandinsky_embeddings`, a PIL picture."""
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(*embeddings, generator=noise, output_type="latent", **options).images
+    pixels = pipeline.movq.decode(latents.to(pipeline.movq.dtype), force_not_quantize=True).sample
+    array = (pixels.float() / 2 + 0.5).clip(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    return pipeline.numpy_to_pil(array)[0]
 
 
 @torch.no_grad()
@@ -59,10 +85,11 @@ def log_held_out_loss(accelerator, samples, batch_size, loss_of, step):
     reporting.say(f"update {step}: val_loss {loss:.4f}")
 
 
-def show_pictures(accelerator, pipeline, prompts, state, output_dir, **options):
-    """Draw a picture a prompt, write them as one captioned grid under `output_dir`/validation, hand them to the
-    trackers. Returns the grid's path inside `output_dir`, which carries the update."""
-    pictures = draw_pictures(accelerator, pipeline, prompts, state.seed, **options)
+def show_pictures(accelerator, draw, prompts, state, output_dir):
+    """Draw a picture a prompt with `draw`, as in `draw_pictures`, write them as one captioned grid under
+    `output_dir`/validation, hand them to the trackers. Returns the grid's path inside `output_dir`, which carries the
+    update."""
+    pictures = draw_pictures(accelerator, draw, len(prompts), state.seed)
     name = f"validation/step-{state.step:06d}.png"
     if accelerator.is_main_process:
         path = Path(output_dir) / name
