@@ -177,7 +177,7 @@ def save_result(args, base, unet, sampler):
     pipeline = StableDiffusionPipeline.from_pretrained(
         base, unet=unet, scheduler=sampler, variant=args.variant, dtype=precision
     )
-    pipeline.save_pretrained(args.output_dir)
+    engine.save_pipeline(pipeline, args.output_dir)
 
 
 def main(argv=None):

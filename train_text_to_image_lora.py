@@ -179,7 +179,7 @@ def check_prediction_type(args, config):
 
 def save_result(args, adapted):
     """Write the adapters into --output_dir."""
-    lora.save(StableDiffusionPipeline, args.output_dir, adapted)
+    lora.save(args.output_dir, adapted)
     if args.save_kohya_format:
         lora.save_kohya(args.output_dir, adapted)
 
@@ -265,7 +265,7 @@ def main(argv=None):
         accelerator,
         optimizer,
         lr_scheduler,
-        lambda folder: lora.save_with_average(StableDiffusionPipeline, folder, adapted, ema),
+        lambda folder: lora.save_with_average(folder, adapted, ema),
         lambda folder: lora.load_with_average(folder, adapted, ema),
     )
     about = {

@@ -228,7 +228,7 @@ def timestep_probabilities(args, timesteps):
 
 def save_result(args, adapted):
     """Write the adapters into --output_dir."""
-    lora.save(StableDiffusionXLPipeline, args.output_dir, adapted)
+    lora.save(args.output_dir, adapted)
     if args.save_kohya_format:
         lora.save_kohya(args.output_dir, adapted)
 
@@ -322,7 +322,7 @@ def main(argv=None):
         accelerator,
         optimizer,
         lr_scheduler,
-        lambda folder: lora.save_with_average(StableDiffusionXLPipeline, folder, adapted, ema),
+        lambda folder: lora.save_with_average(folder, adapted, ema),
         lambda folder: lora.load_with_average(folder, adapted, ema),
     )
     about = {

@@ -223,7 +223,7 @@ def save_result(args, base, unet, sampler):
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         base, unet=unet, scheduler=sampler, variant=args.variant, dtype=precision, **vae
     )
-    pipeline.save_pretrained(args.output_dir)
+    engine.save_pipeline(pipeline, args.output_dir)
 
 
 def main(argv=None):

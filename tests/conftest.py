@@ -11,7 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "quickstart"), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started: sums over threads round by their number
 
-from tiny import build_sd, build_sdxl, write_pictures  # noqa: E402
+from tiny import build_kandinsky_decoder, build_kandinsky_prior, build_sd, build_sdxl, write_pictures  # noqa: E402
 
 from training_utils.reporting import UserError  # noqa: E402
 
@@ -29,6 +29,13 @@ def sdxl(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def kandinsky(tmp_path_factory):
+    """The folders of a tiny Kandinsky 2.2 prior and decoder."""
+    folder = tmp_path_factory.mktemp("kandinsky")
+    return build_kandinsky_prior(folder / "prior"), build_kandinsky_decoder(folder / "decoder")
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of ten captioned pictures."""
     return write_pictures(tmp_path_factory.mktemp("pictures") / "train")
@@ -43,17 +50,24 @@ def reset_accelerate():
 
 
 class Runner:
-    """Runs one script on a tiny base model: `run(out, "--flag", ...)` returns main's exit code."""
+    """Runs one script on a tiny base model: `run(out, "--flag", ...)` returns main's exit code.
+
+    `base` is its folder; for Kandinsky, the folders of the prior and of the decoder.
+    """
 
     def __init__(self, script, base, pictures):
         self.script, self.base, self.pictures = script, base, pictures
+        names = ("prior_", "decoder_") if isinstance(base, tuple) else ("",)
+        folders = base if isinstance(base, tuple) else (base,)
+        pairs = [(f"--pretrained_{name}model_name_or_path", folder) for name, folder in zip(names, folders)]
+        self.models = [word for pair in pairs for word in pair]
 
     def argv(self, out, *more):
         """The command line; a flag in `more` comes last and so replaces the one here."""
         folder = [] if "--dataset_name" in more else ["--train_data_dir", self.pictures]
         plain = "--resolution 16 --train_batch_size 4 --max_train_steps 6 --learning_rate 1e-3 --seed 7"
         plain += " --report_to none --checkpointing_steps 0"
-        start = ["--pretrained_model_name_or_path", self.base, "--output_dir", out, *folder, *plain.split()]
+        start = [*self.models, "--output_dir", out, *folder, *plain.split()]
         return [*map(str, start), *map(str, more)]
 
     def __call__(self, out, *more):
@@ -98,7 +112,28 @@ def run_lora_sdxl(sdxl, pictures):
     return Runner("train_text_to_image_lora_sdxl", sdxl, pictures)
 
 
-RUNNERS = ["run", "run_lora", "run_sdxl", "run_lora_sdxl"]
+@pytest.fixture(scope="session")
+def run_prior(kandinsky, pictures):
+    return Runner("train_text_to_image_prior", kandinsky, pictures)
+
+
+@pytest.fixture(scope="session")
+def run_lora_prior(kandinsky, pictures):
+    return Runner("train_text_to_image_lora_prior", kandinsky, pictures)
+
+
+@pytest.fixture(scope="session")
+def run_decoder(kandinsky, pictures):
+    return Runner("train_text_to_image_decoder", kandinsky, pictures)
+
+
+@pytest.fixture(scope="session")
+def run_lora_decoder(kandinsky, pictures):
+    return Runner("train_text_to_image_lora_decoder", kandinsky, pictures)
+
+
+KANDINSKY = ["run_prior", "run_lora_prior", "run_decoder", "run_lora_decoder"]
+RUNNERS = ["run", "run_lora", "run_sdxl", "run_lora_sdxl", *KANDINSKY]
 
 
 @pytest.fixture(params=RUNNERS)
@@ -114,8 +149,12 @@ def two_processes():
 
 def result_file(out):
     """The file of the trained weights in a result."""
-    adapters = Path(out) / "pytorch_lora_weights.safetensors"
-    return adapters if adapters.exists() else Path(out) / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = "diffusion_pytorch_model.safetensors"
+    places = [
+        Path(out) / "pytorch_lora_weights.safetensors",
+        *(Path(out) / part / weights for part in ("prior", "unet")),
+    ]
+    return next(path for path in places if path.exists())
 
 
 def result_bytes(out):

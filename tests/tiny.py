@@ -6,15 +6,28 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     EulerDiscreteScheduler,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
     PNDMScheduler,
+    PriorTransformer,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UnCLIPScheduler,
     UNet2DConditionModel,
+    VQModel,
 )
 from make_base import MAX_TOKENS, build_tokenizer
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 WORDS = "zero one two three four five six seven eight nine".split()
 
@@ -99,6 +112,78 @@ def build_sdxl(folder, zero_empty_prompt=True):
         tokenizer_2=tokenizer,
         scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **BETAS),
         force_zeros_for_empty_prompt=zero_empty_prompt,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def build_kandinsky_prior(folder):
+    """Write a tiny Kandinsky 2.2 prior with random weights and return its path as a string."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=16, num_embeddings=MAX_TOKENS
+    )
+    for parameter in (prior.positional_embedding, prior.prd_embedding, prior.clip_mean):  # else all of them are zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.uniform_(prior.clip_std, 0.5, 1.5)
+    vision = CLIPVisionConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=16,
+        projection_dim=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+    )
+    KandinskyV22PriorPipeline(
+        prior=prior,
+        image_encoder=CLIPVisionModelWithProjection(vision),
+        text_encoder=CLIPTextModelWithProjection(_text_config(tokenizer)),
+        tokenizer=tokenizer,
+        scheduler=UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def build_kandinsky_decoder(folder):
+    """Write a tiny Kandinsky 2.2 decoder with random weights and return its path as a string."""
+    torch.manual_seed(0)
+    KandinskyV22Pipeline(
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=8,  # the noise and the learned variance
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            addition_embed_type="image",
+            encoder_hid_dim_type="image_proj",
+            encoder_hid_dim=16,
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            resnet_time_scale_shift="scale_shift",
+            norm_num_groups=4,
+        ),
+        scheduler=DDPMScheduler(
+            beta_schedule="linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            variance_type="learned_range",
+        ),
+        movq=VQModel(
+            block_out_channels=(32, 32),
+            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            latent_channels=4,
+            norm_num_groups=8,
+            norm_type="spatial",
+            num_vq_embeddings=12,
+            vq_embed_dim=4,
+        ),
     ).save_pretrained(folder)
     return str(folder)
 

@@ -5,9 +5,11 @@ import inspect
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
@@ -130,7 +132,7 @@ def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=No
     if not index.is_file():
         raise UserError(f"base model {name} has no model_index.json; it must be a folder in diffusers' layout")
     family, wanted = json.loads(index.read_text()).get("_class_name", ""), pipeline_class.__name__
-    if any((word in family) != (word in wanted) for word in ("XL", "Kandinsky")):
+    if any((word in family) != (word in wanted) for word in ("XL", "Kandinsky", "V22", "Prior")):
         raise UserError(f"base model {name} is for {family}; this script trains {wanted} models")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(f"base model {name} has no weights of --variant {variant}")
@@ -201,6 +203,23 @@ def sampling_scheduler(folder, changes):
             changes = changes | {"clip_sample": False}  # DDIM's default is for pixels: it would cut latents at 1
         changes = changes | {"timestep_spacing": "trailing"}  # sampling must begin at the noisy end (2305.08891, 3.3)
     return cls.from_config(config, **changes)
+
+
+def save_pipeline(pipeline, folder):
+    """Write a pipeline as a folder that older libraries read too.
+
+    Without torchvision, transformers 5 names CLIP's image processor CLIPImageProcessorPil, which they do not know.
+    """
+    pipeline.save_pretrained(folder)
+    index = Path(folder) / "model_index.json"
+    index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
+
+
+def checkpoint_blocks(blocks):
+    """Gradient checkpointing for a network whose library has none: what is computed inside each of these modules is
+    computed again in the backward pass instead of kept."""
+    for block in blocks:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def enable_xformers(model):

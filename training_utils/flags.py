@@ -142,11 +142,14 @@ OPTIMIZATION = ("Optimization", [
     Flag("adam_epsilon", number(), 1e-8, "added to Adam's denominator"),
     Flag("max_grad_norm", number(), 1.0, "clip the gradient to this norm; 0 means no clipping"),
 ])
+SNR_GAMMA = Flag("snr_gamma", above_zero, None, "min-SNR loss weighting (arXiv 2303.09556); 5.0 is the paper's value")
+NOISE_OFFSET = Flag("noise_offset", number(), 0.0,
+                    "shift of each channel's noise; 0.1 lets pictures be darker or brighter")
 OBJECTIVE = ("Objective", [
     Flag("prediction_type", str, None, "what the network predicts; left out, what the model's own scheduler says",
          ("epsilon", "v_prediction")),
-    Flag("snr_gamma", above_zero, None, "min-SNR loss weighting (arXiv 2303.09556); 5.0 is the paper's value"),
-    Flag("noise_offset", number(), 0.0, "shift of each channel's noise; 0.1 lets pictures be darker or brighter"),
+    SNR_GAMMA,
+    NOISE_OFFSET,
     Flag("rescale_betas_zero_snr", bool, False, "train on a schedule that ends in pure noise (arXiv 2305.08891); "
          "goes with --prediction_type v_prediction"),
 ])
@@ -209,6 +212,9 @@ HARDWARE = ("Speed and memory", [
     Flag("process_group_timeout", whole(1), 1800, "seconds that processes wait for each other before they give up"),
     Flag("local_rank", int, -1, "set by old launchers; leave it alone"),
 ])
+KANDINSKY_DEFAULTS = {"train_batch_size": 1, "adam_weight_decay": 0.0, "validation_guidance_scale": 4.0}
+KANDINSKY_RESOLUTION = Flag("resolution", whole(1), 512, "side of the validation pictures; CLIP's image processor "
+                            "sizes the training pictures")
 KANDINSKY_DECODER = [
     Flag("random_crop", bool, False, "train on a random square of each picture instead of its middle"),
     Flag("reducing_gap", number(1), 1.0, "how exactly large pictures are made smaller: 1 is quickest, from 3 on "
@@ -246,8 +252,8 @@ SECRETS = frozenset(["hub_token"])
 
 
 def without(group, *names):
-    """A group of flags, (title, [Flag]), without those of these names."""
-    return group[0], [flag for flag in group[1] if flag.name not in names]
+    """The flags of a group, (title, [Flag]), but for those of these names: a list."""
+    return [flag for flag in group[1] if flag.name not in names]
 
 
 class _Parser(argparse.ArgumentParser):

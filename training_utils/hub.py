@@ -42,11 +42,12 @@ def base_licence(base_model, token):
         return None
 
 
-def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=(), licence=None):
+def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=(), licence=None, prior=None):
     """Write README.md into `folder`.
 
     `data` is the data set's hub id or None; `facts` a dict of settings worth reading; `usage` the Python lines that
-    use the model; `pictures` a list of (path inside the folder, prompts).
+    use the model; `pictures` a list of (path inside the folder, prompts); `prior` what a Kandinsky decoder was trained
+    with, which diffusers reads from the card to assemble the two.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -57,6 +58,7 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "diffusers-training", *tags],
+        **({"prior": [prior]} if prior and not os.path.exists(prior) else {}),
     )
     lines = [
         f"# {plain(title)}",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 AVERAGE = "ema.bin"
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+ADDED_KV_LAYERS = ["add_k_proj", "add_v_proj"]  # Kandinsky's UNet: keys and values from the picture's embedding
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -71,14 +73,17 @@ def _facts(model):
     return {key: sorted(value) if isinstance(value, set | list) else value for key, value in facts.items()}
 
 
-def save(pipeline_class, folder, adapted):
+def save(folder, adapted):
     """Write the adapters of `adapted` ({"unet": model, ...}) as one file that `load_lora_weights(folder)` takes.
 
+    Where a pipeline has no such method, its networks do: `load_lora_adapter(folder, prefix="unet")`.
     Float32, with rank, alpha and layers in the file's metadata: without them a loader takes alpha to be the rank.
     """
-    layers = {f"{name}_lora_layers": _state(model) for name, model in adapted.items()}
-    facts = {f"{name}_lora_adapter_metadata": _facts(model) for name, model in adapted.items()}
-    pipeline_class.save_lora_weights(folder, **layers, **facts)
+    LoraBaseMixin._save_lora_weights(  # what every pipeline's save_lora_weights calls; Kandinsky's have none
+        folder,
+        lora_layers={name: _state(model) for name, model in adapted.items()},
+        lora_metadata={name: _facts(model) for name, model in adapted.items()},
+    )
 
 
 def load(folder, adapted):
@@ -103,9 +108,9 @@ def load(folder, adapted):
             raise UserError(f"{folder} does not hold the adapters of this run's {name}; train it with the same flags")
 
 
-def save_with_average(pipeline_class, folder, adapted, ema):
+def save_with_average(folder, adapted, ema):
     """Write the adapters, and their moving average where there is one, into a checkpoint."""
-    save(pipeline_class, folder, adapted)
+    save(folder, adapted)
     if ema is not None:
         ema.write(folder / AVERAGE)
 

@@ -48,25 +48,6 @@ def stable_diffusion_picture(pipeline, prompt, noise, **options):
 
 
 @torch.no_grad()
-def kandinsky_embeddings(pipeline, prompt, noise, steps, guidance_scale):
-    """What a KandinskyV22PriorPipeline makes of a prompt: the embeddings of its picture and of no picture, each
-    (1, width)."""
-    pipeline.set_progress_bar_config(disable=True)
-    steps = max(2, steps)  # its scheduler divides by steps - 1
-    output = pipeline(prompt, generator=noise, num_inference_steps=steps, guidance_scale=guidance_scale)
-    return output.image_embeds, output.negative_image_embeds
-
-
-def kandinsky_picture(pipeline, embeddings, noise, **options):
-    """What a KandinskyV22Pipeline draws for the two embeddings of `kandinsky_embeddings`, a PIL picture."""
-    pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(*embeddings, generator=noise, output_type="latent", **options).images
-    pixels = pipeline.movq.decode(latents.to(pipeline.movq.dtype), force_not_quantize=True).sample
-    array = (pixels.float() / 2 + 0.5).clip(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return pipeline.numpy_to_pil(array)[0]
-
-
-@torch.no_grad()
 def held_out_loss(accelerator, samples, batch_size, loss_of):
     """Mean of `loss_of(batch)`, losses of shape (B,), over all held-out samples of all processes."""
     rank, world = accelerator.process_index, accelerator.num_processes

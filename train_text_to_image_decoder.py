@@ -1,0 +1,420 @@
+#!/usr/bin/env python
+"""Fine-tune every weight of a Kandinsky 2.2 decoder, which turns CLIP's embedding of a picture into the picture.
+
+accelerate launch train_text_to_image_decoder.py --train_data_dir PICTURES
+"""
+
+from training_utils import flags
+
+
+def parse_args(argv=None):
+    groups = [
+        flags.KANDINSKY,
+        (
+            flags.DATA[0],
+            [*flags.without(flags.DATA, "caption_column", "center_crop", "caption_dropout"), *flags.KANDINSKY_DECODER],
+        ),
+        flags.TRAINING,
+        flags.OPTIMIZATION,
+        (flags.OBJECTIVE[0], [flags.SNR_GAMMA, flags.NOISE_OFFSET]),
+        flags.EMA,
+        (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
+        flags.CHECKPOINTS,
+        flags.HARDWARE,
+        flags.REPORTING,
+    ]
+    defaults = {
+        "output_dir": "kandi_2_2-model-finetuned",
+        "image_interpolation_mode": "bicubic",
+        **flags.KANDINSKY_DEFAULTS,
+    }
+    return flags.parse(argv, __doc__.splitlines()[0], groups, defaults)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take ten seconds
+
+from training_utils import libraries  # noqa: E402
+
+libraries.prepare()
+
+import math  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import (  # noqa: E402
+    DDPMScheduler,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    UNet2DConditionModel,
+    VQModel,
+)
+from diffusers.optimization import get_scheduler  # noqa: E402
+from PIL import ImageOps  # noqa: E402
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection  # noqa: E402
+
+from training_utils import checkpoints, data, draws, engine, hub, kandinsky, losses, reporting, validation  # noqa: E402
+from training_utils.ema import EMAWeights, averaged  # noqa: E402
+from training_utils.interruption import Interruption  # noqa: E402
+from training_utils.reporting import UserError, say, warn  # noqa: E402
+
+PARTS = ["movq", "scheduler", "unet"]
+UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
+USAGE = """
+from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+
+prior = KandinskyV22PriorPipeline.from_pretrained("{prior}")
+decoder = KandinskyV22Pipeline.from_pretrained("{model}", use_safetensors=True)
+decoder(**prior("what to draw")).images[0].save("picture.png")
+"""
+
+
+class Prepare:
+    """Makes a sample: the picture, once more as CLIP sees it, and all that is drawn for it.
+
+    Runs in the data workers.
+    """
+
+    def __init__(self, args, image_processor, latent_shape, timesteps, held_out=0):
+        self.args, self.image_processor = args, image_processor
+        self.latent_shape, self.timesteps = latent_shape, timesteps
+        self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+
+    def __call__(self, rows, index, draw):
+        args, train = self.args, not self.held_out
+        picture = rows.picture(index)
+        if train and args.random_flip and draw("flip").random() < 0.5:
+            picture = ImageOps.mirror(picture)
+        random_crop = train and args.random_crop
+        square, _ = data.crop(picture, min(picture.size), draw if random_crop else None)
+        pixels = square.resize(
+            (args.resolution, args.resolution),
+            data.FILTERS[args.image_interpolation_mode],
+            reducing_gap=args.reducing_gap,
+        )
+        seen = square if random_crop else picture  # CLIP's processor takes the middle of the picture by itself
+        clip_pixels = self.image_processor(seen, return_tensors="np").pixel_values[0]
+        if train and args.caption_dropout and draw("caption_dropout").random() < args.caption_dropout:
+            clip_pixels = np.zeros_like(clip_pixels)  # the pipeline's condition for no picture
+        if train:
+            timestep = int(draw("timestep").integers(0, self.timesteps))
+        else:  # spread over the whole schedule, so that few pictures make a steady loss
+            timestep = int((index + 0.5) / self.held_out * self.timesteps)
+        sample = {
+            "pixels": data.to_array(pixels),
+            "clip_pixels": clip_pixels,
+            "timestep": np.int64(timestep),
+            "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
+        }
+        if train and args.noise_offset:
+            shape = (self.latent_shape[0], 1, 1)
+            sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
+        return sample
+
+
+@torch.no_grad()
+def encode(movq, image_encoder, batch):
+    """What the frozen networks make of a batch, in float32: MOVQ's latents (B, C, h, w), which are x0 as they are, and
+    CLIP's embedding of the picture (B, D)."""
+    latents = movq.encode(batch["pixels"].to(movq.dtype)).latents
+    image = image_encoder(batch["clip_pixels"].to(image_encoder.dtype)).image_embeds
+    return latents.float(), image.float()
+
+
+def training_loss(unet, movq, image_encoder, schedule, batch, snr_gamma=None):
+    """The diffusion loss of each sample of a batch, shape (B,).
+
+    Noise is mixed into MOVQ's latents in float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4); the UNet is told CLIP's
+    embedding of the picture. Of its output only the first C channels get a loss. The other C, the variance that the
+    released decoders predict (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1), get none, as in the original
+    script, so that they follow what the layers before them learn. `snr_gamma` weights by min-SNR.
+    """
+    timesteps, noise = batch["timestep"], batch["noise"]
+    latents, image = encode(movq, image_encoder, batch)
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    kind = schedule.config.prediction_type
+    target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+    prediction = unet(noisy, timesteps, None, added_cond_kwargs={"image_embeds": image}).sample
+    prediction = prediction[:, : latents.shape[1]]
+    loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        snr = losses.signal_to_noise(schedule.alphas_cumprod[timesteps])
+        loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
+    return loss
+
+
+def load_models(args, accelerator):
+    """The two folders and their parts, placed and frozen: (prior's folder, decoder's folder, image_processor,
+    image_encoder, movq, unet, schedule, sampler).
+
+    `schedule` is the noise schedule of the training, `sampler` the decoder's own scheduler.
+    """
+    variant, options = args.variant, (args.variant, args.cache_dir)
+    prior_base = engine.model_folder(
+        args.pretrained_prior_model_name_or_path, KandinskyV22PriorPipeline, args.prior_revision, *options
+    )
+    base = engine.model_folder(
+        args.pretrained_decoder_model_name_or_path, KandinskyV22Pipeline, args.decoder_revision, *options
+    )
+    schedule = engine.load_part(DDPMScheduler, base, "scheduler")
+    if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"the decoder predicts '{schedule.config.prediction_type}'; this script trains epsilon and v")
+    image_processor = engine.load_part(CLIPImageProcessorPil, prior_base, "image_processor")
+    half = engine.frozen_type(accelerator)
+    image_encoder = engine.load_part(CLIPVisionModelWithProjection, prior_base, "image_encoder", variant, dtype=half)
+    movq = engine.load_part(VQModel, base, "movq", variant, dtype=half)
+    unet = engine.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
+
+    schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
+    for frozen in (image_encoder, movq):
+        frozen.requires_grad_(False).eval().to(accelerator.device)
+    unet.to(accelerator.device).train()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        engine.enable_xformers(unet)
+    return prior_base, base, image_processor, image_encoder, movq, unet, schedule, engine.sampling_scheduler(base, {})
+
+
+def latent_shape_of(movq, unet, resolution):
+    """The shape (C, h, w) of the latents of a square picture. Raises UserError for a side that does not come out even
+    in every layer of the UNet."""
+    factor = 2 ** (len(movq.config.block_out_channels) - 1)
+    multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    if resolution % multiple:
+        nearest = max(1, round(resolution / multiple)) * multiple
+        raise UserError(f"--resolution {resolution} is not a multiple of {multiple}, the decoder's; try {nearest}")
+    return movq.config.latent_channels, resolution // factor, resolution // factor
+
+
+def save_result(args, base, unet):
+    """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
+    parts = [path.name for path in base.iterdir() if path.is_dir()]
+    precision = {part: engine.stored_type(base / part, args.variant) for part in parts} | {"default": torch.float32}
+    pipeline = KandinskyV22Pipeline.from_pretrained(base, unet=unet, variant=args.variant, dtype=precision)
+    engine.save_pipeline(pipeline, args.output_dir)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    command = flags.without_secrets(argv)
+
+    # --- processes, seed and where to begin --------------------------------------------------------------------------
+    accelerator = engine.make_accelerator(
+        args.output_dir,
+        args.logging_dir,
+        args.gradient_accumulation_steps,
+        args.mixed_precision,
+        args.report_to,
+        args.process_group_timeout,
+        args.allow_tf32,
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    for notice in args.notices:
+        warn(notice)
+    resume_from, state = engine.from_main(
+        accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
+    )
+    repository = None
+    if args.push_to_hub:
+        repository = engine.from_main(
+            accelerator, lambda: hub.open_repository(args.hub_model_id, args.output_dir, args.hub_token)
+        )
+
+    # --- data and models ---------------------------------------------------------------------------------------------
+    rows = data.load_rows(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.train_data_dir,
+        args.cache_dir,
+        args.image_column,
+        caption_column=None,
+    )
+    rows = data.take(rows, args.max_train_samples, state.seed)
+    engine.from_main(accelerator, lambda: data.check(rows))
+    rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
+    prior_base, base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(args, accelerator)
+    prompts = args.validation_prompts or []
+    drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
+    pairs = prompts and kandinsky.embed_prompts(prior_base, args.variant, image_encoder, prompts, state.seed, *drawing)
+    prompts = prompts if pairs else []
+    latent_shape = latent_shape_of(movq, unet, args.resolution)
+    prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps)
+    samples = data.Samples(rows, prepare, state.seed)
+    if held_out_rows is not None:
+        prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
+        held_out = data.Samples(held_out_rows, prepare, state.seed)
+
+    # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
+    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+    parameters = list(unet.parameters())
+    optimizer = engine.make_optimizer(
+        args.optimizer,
+        parameters,
+        args.learning_rate * (window if args.scale_lr else 1),
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_weight_decay,
+        args.adam_epsilon,
+        loss_scaling=accelerator.scaler is not None,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    ema = EMAWeights([unet], args.ema_decay, args.offload_ema) if args.use_ema else None
+    network, optimizer = accelerator.prepare(unet, optimizer)  # what the loop calls; `unet` stays the bare model
+
+    # --- resume ------------------------------------------------------------------------------------------------------
+    saved = engine.TrainingState(
+        accelerator,
+        optimizer,
+        lr_scheduler,
+        lambda folder: engine.save_model(folder, "unet", unet, ema),
+        lambda folder: engine.load_model(folder, "unet", unet, ema),
+    )
+    about = {
+        "script": Path(__file__).name,
+        "world_size": accelerator.num_processes,
+        "flags": flags.mathematics(args),
+        "data": {"samples": len(rows), "sha256": engine.from_main(accelerator, rows.fingerprint)},
+    }
+    if resume_from:
+        engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
+        saved.read(resume_from, state.step)
+    accelerator.init_trackers(args.tracker_project_name, reporting.tracker_config(flags.public(args)))
+    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    progress = reporting.Progress(
+        state.step,
+        args.max_train_steps,
+        args.logging_steps,
+        window,
+        lambda scalars: engine.fetch_mean(accelerator, scalars),
+        accelerator.log,
+    )
+
+    grids = []  # the last one that this run drew
+
+    def validate():
+        """Held-out loss and pictures with the weights that would be saved now."""
+        progress.flush()
+        unet.eval()
+        with averaged(ema):
+            if held_out_rows is not None:
+                validation.log_held_out_loss(
+                    accelerator,
+                    held_out,
+                    args.train_batch_size,
+                    lambda batch: training_loss(unet, movq, image_encoder, schedule, batch),
+                    state.step,
+                )
+            if prompts:
+                pipeline = KandinskyV22Pipeline(unet, sampler, movq)
+                grids[:] = [
+                    validation.show_pictures(
+                        accelerator,
+                        lambda at, noise: kandinsky.picture(pipeline, pairs[at], noise, args.resolution, *drawing),
+                        prompts,
+                        state,
+                        args.output_dir,
+                    )
+                ]
+        unet.train()
+        progress.pause()
+
+    def checkpoint():
+        progress.flush()
+        folder = saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
+        progress.pause()
+        return folder
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+    batches = engine.training_batches(
+        samples,
+        state,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator,
+        args.dataloader_num_workers,
+    )
+    looks = prompts or held_out_rows is not None
+    cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
+    update_loss, grad_norm, stopped_by = 0.0, None, 0
+    with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        while state.step < args.max_train_steps and not stopped_by:
+            batch = next(batches)
+            torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
+            state.micro_step += 1
+            with accelerator.accumulate(network):
+                sample_losses = training_loss(network, movq, image_encoder, schedule, batch, args.snr_gamma)
+                loss = (sample_losses * batch["weight"]).sum()
+                accelerator.backward(loss)
+                update_loss += loss.detach() / args.gradient_accumulation_steps
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            # Same in every script: the end of an update.
+            state.position = state.position.advance(window, len(samples))
+            finished_loss, update_loss = update_loss, 0.0
+            updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
+            if updated:
+                lr_scheduler.step()
+                if ema is not None:
+                    ema.step()
+                state.step += 1
+                progress.update(state.step, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
+            else:
+                progress.skip()
+            stopped_by = interruption.signal()
+            if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
+                newest = checkpoint()
+            if updated and not stopped_by and validation.due(state, *cadence, args.max_train_steps):
+                validate()
+    progress.close()
+    if stopped_by:
+        engine.finish(accelerator)
+        if newest is None:
+            raise UserError(f"stopped after update {state.step}, which could not be saved", exit_code=1)
+        say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
+        return 128 + stopped_by
+
+    # --- the result --------------------------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        with averaged(ema):
+            save_result(args, base, unet)
+        hub.write_card(
+            args.output_dir,
+            title=repository or Path(args.output_dir).resolve().name,
+            base_model=args.pretrained_decoder_model_name_or_path,
+            data=args.dataset_name,
+            tags=["kandinsky"],
+            facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
+            usage=USAGE.format(
+                model=repository or args.output_dir, prior=hub.public_name(args.pretrained_prior_model_name_or_path)
+            ),
+            prior=args.pretrained_prior_model_name_or_path,
+            pictures=[(grid, prompts) for grid in grids],
+            licence=hub.base_licence(args.pretrained_decoder_model_name_or_path, args.hub_token)
+            if repository
+            else None,
+        )
+        usage = USAGE.format(model=args.output_dir, prior=args.pretrained_prior_model_name_or_path)
+        reporting.conclude(args.output_dir, progress, usage)
+        if repository:
+            hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
+    engine.finish(accelerator)
+    return 0
+
+
+if __name__ == "__main__":
+    reporting.run(main)

@@ -1,0 +1,437 @@
+#!/usr/bin/env python
+"""Fine-tune every weight of a Kandinsky 2.2 prior, which turns a caption into CLIP's embedding of a picture.
+
+accelerate launch train_text_to_image_prior.py --train_data_dir PICTURES
+"""
+
+from training_utils import flags
+
+
+def parse_args(argv=None):
+    groups = [
+        flags.KANDINSKY,
+        (
+            flags.DATA[0],
+            [
+                *flags.without(flags.DATA, "resolution", "center_crop", "image_interpolation_mode"),
+                flags.KANDINSKY_RESOLUTION,
+            ],
+        ),
+        flags.TRAINING,
+        flags.OPTIMIZATION,
+        (flags.OBJECTIVE[0], [flags.SNR_GAMMA]),
+        flags.EMA,
+        (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
+        flags.CHECKPOINTS,
+        flags.HARDWARE,
+        flags.REPORTING,
+    ]
+    defaults = {"output_dir": "kandi_2_2-model-finetuned", **flags.KANDINSKY_DEFAULTS}
+    return flags.parse(argv, __doc__.splitlines()[0], groups, defaults)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take ten seconds
+
+from training_utils import libraries  # noqa: E402
+
+libraries.prepare()
+
+import math  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import DDPMScheduler, KandinskyV22PriorPipeline, PriorTransformer, UnCLIPScheduler  # noqa: E402
+from diffusers.optimization import get_scheduler  # noqa: E402
+from PIL import ImageOps  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPImageProcessorPil,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from training_utils import checkpoints, data, draws, engine, hub, kandinsky, losses, reporting, validation  # noqa: E402
+from training_utils.ema import EMAWeights, averaged  # noqa: E402
+from training_utils.interruption import Interruption  # noqa: E402
+from training_utils.reporting import UserError, say, warn  # noqa: E402
+
+PARTS = ["image_encoder", "image_processor", "prior", "scheduler", "text_encoder", "tokenizer"]
+UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
+USAGE = """
+from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+
+prior = KandinskyV22PriorPipeline.from_pretrained("{model}", use_safetensors=True)
+decoder = KandinskyV22Pipeline.from_pretrained("{decoder}")
+decoder(**prior("what to draw")).images[0].save("picture.png")
+"""
+
+
+class Prepare:
+    """Makes a sample: the picture as CLIP sees it, its caption's tokens, and all that is drawn for it.
+
+    Runs in the data workers.
+    """
+
+    def __init__(self, args, tokenizer, image_processor, width, timesteps, held_out=0):
+        self.args, self.tokenizer, self.image_processor = args, tokenizer, image_processor
+        self.width, self.timesteps = width, timesteps
+        self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+
+    def __call__(self, rows, index, draw):
+        args, train = self.args, not self.held_out
+        picture = rows.picture(index)
+        if train and args.random_flip and draw("flip").random() < 0.5:
+            picture = ImageOps.mirror(picture)
+        caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        tokens = self.tokenizer(
+            caption or "", max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True
+        )
+        if train:
+            timestep = int(draw("timestep").integers(0, self.timesteps))
+        else:  # spread over the whole schedule, so that few pictures make a steady loss
+            timestep = int((index + 0.5) / self.held_out * self.timesteps)
+        return {
+            "clip_pixels": self.image_processor(picture, return_tensors="np").pixel_values[0],
+            "tokens": np.array(tokens.input_ids, dtype=np.int64),
+            "token_mask": np.array(tokens.attention_mask, dtype=bool),
+            "timestep": np.int64(timestep),
+            "noise": draw("noise").standard_normal((self.width,), dtype=np.float32),
+        }
+
+
+@torch.no_grad()
+def encode(text_encoder, image_encoder, statistics, batch):
+    """What the frozen networks make of a batch, in float32: (x0, pooled, states).
+
+    `x0` (B, D) is CLIP's embedding of the picture, shifted and scaled by `statistics`, the embeddings' mean and
+    standard deviation (Ramesh et al. 2022, arXiv 2204.06125, section 2.2, and the released priors); `pooled` (B, D) is
+    CLIP's embedding of the caption and `states` (B, tokens, D) are its last hidden states.
+    """
+    mean, std = statistics
+    image = image_encoder(batch["clip_pixels"].to(image_encoder.dtype)).image_embeds
+    text = text_encoder(batch["tokens"])
+    return (image.float() - mean) / std, text.text_embeds.float(), text.last_hidden_state.float()
+
+
+def training_loss(prior, text_encoder, image_encoder, statistics, schedule, batch, snr_gamma=None):
+    """The diffusion loss of each sample of a batch, shape (B,).
+
+    Noise is mixed into the picture's normalised embedding x0 in float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), and
+    the prior predicts x0 itself (arXiv 2204.06125, eq. 2), told the caption; padding tokens are masked out.
+    `snr_gamma` weights by min-SNR.
+    """
+    timesteps = batch["timestep"]
+    x0, pooled, states = encode(text_encoder, image_encoder, statistics, batch)
+    noisy = schedule.add_noise(x0, batch["noise"], timesteps)
+    prediction = prior(noisy, timesteps, pooled, states, batch["token_mask"]).predicted_image_embedding
+    loss = F.mse_loss(prediction.float(), x0, reduction="none").mean(dim=1)
+    if snr_gamma is not None:
+        snr = losses.signal_to_noise(schedule.alphas_cumprod[timesteps])
+        loss = loss * losses.min_snr_weight(snr, snr_gamma, "sample")
+    return loss
+
+
+def load_models(args, accelerator):
+    """The prior's folder and its parts, placed and frozen: (folder, tokenizer, image_processor, text_encoder,
+    image_encoder, prior, statistics, schedule, sampler).
+
+    `schedule` is the noise schedule of the training, `sampler` the model's own scheduler, `statistics` the mean and
+    standard deviation of CLIP's embeddings, float32, which the prior's file holds.
+    """
+    name, variant = args.pretrained_prior_model_name_or_path, args.variant
+    base = engine.model_folder(name, KandinskyV22PriorPipeline, args.prior_revision, variant, args.cache_dir)
+    sampler = engine.load_part(UnCLIPScheduler, base, "scheduler")
+    check_prediction_type(sampler.config)
+    schedule = DDPMScheduler(
+        num_train_timesteps=sampler.config.num_train_timesteps,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="sample",
+    )
+    tokenizer = engine.load_part(CLIPTokenizer, base, "tokenizer")
+    image_processor = engine.load_part(CLIPImageProcessorPil, base, "image_processor")
+    half = engine.frozen_type(accelerator)
+    text_encoder = engine.load_part(CLIPTextModelWithProjection, base, "text_encoder", variant, dtype=half)
+    image_encoder = engine.load_part(CLIPVisionModelWithProjection, base, "image_encoder", variant, dtype=half)
+    prior = engine.load_part(PriorTransformer, base, "prior", variant, dtype=torch.float32)
+
+    schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
+    for frozen in (text_encoder, image_encoder):
+        frozen.requires_grad_(False).eval().to(accelerator.device)
+    prior.to(accelerator.device).train()
+    statistics = embedding_statistics(prior)
+    if args.gradient_checkpointing:
+        engine.checkpoint_blocks(prior.transformer_blocks)
+    if args.enable_xformers_memory_efficient_attention:
+        engine.enable_xformers(prior)
+    return base, tokenizer, image_processor, text_encoder, image_encoder, prior, statistics, schedule, sampler
+
+
+def embedding_statistics(prior):
+    """The mean and standard deviation (1, D) of CLIP's image embeddings that a prior was trained with. They are no
+    weights, though they lie among them: no forward pass uses them, so they get no gradient and never change."""
+    for statistic in (prior.clip_mean, prior.clip_std):
+        statistic.requires_grad_(False)
+    if not (prior.clip_std > 0).all():
+        raise UserError("the prior's clip_std, the standard deviation of CLIP's embeddings, is not above 0 everywhere")
+    return prior.clip_mean.detach(), prior.clip_std.detach()
+
+
+def check_prediction_type(config):
+    """Refuse a prior whose sampler takes its output for something else than x0."""
+    if config.prediction_type != "sample":
+        raise UserError(
+            f"the prior predicts '{config.prediction_type}'; this script trains priors that predict 'sample'"
+        )
+
+
+def save_result(args, base, prior):
+    """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
+    parts = [path.name for path in base.iterdir() if path.is_dir()]
+    precision = {part: engine.stored_type(base / part, args.variant) for part in parts} | {"default": torch.float32}
+    pipeline = KandinskyV22PriorPipeline.from_pretrained(base, prior=prior, variant=args.variant, dtype=precision)
+    engine.save_pipeline(pipeline, args.output_dir)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    command = flags.without_secrets(argv)
+
+    # --- processes, seed and where to begin --------------------------------------------------------------------------
+    accelerator = engine.make_accelerator(
+        args.output_dir,
+        args.logging_dir,
+        args.gradient_accumulation_steps,
+        args.mixed_precision,
+        args.report_to,
+        args.process_group_timeout,
+        args.allow_tf32,
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    for notice in args.notices:
+        warn(notice)
+    resume_from, state = engine.from_main(
+        accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
+    )
+    repository = None
+    if args.push_to_hub:
+        repository = engine.from_main(
+            accelerator, lambda: hub.open_repository(args.hub_model_id, args.output_dir, args.hub_token)
+        )
+
+    # --- data and models ---------------------------------------------------------------------------------------------
+    rows = data.load_rows(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.train_data_dir,
+        args.cache_dir,
+        args.image_column,
+        args.caption_column,
+    )
+    rows = data.take(rows, args.max_train_samples, state.seed)
+    engine.from_main(accelerator, lambda: data.check(rows))
+    rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
+    base, tokenizer, image_processor, text_encoder, image_encoder, prior, statistics, schedule, sampler = load_models(
+        args, accelerator
+    )
+    frozen = (text_encoder, image_encoder, statistics)
+    prompts, decoder = args.validation_prompts or [], None
+    if prompts:
+        decoder = kandinsky.load_decoder(
+            args.pretrained_decoder_model_name_or_path,
+            args.decoder_revision,
+            args.variant,
+            args.cache_dir,
+            engine.frozen_type(accelerator),
+        )
+        prompts = prompts if decoder is not None else []
+    drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
+    if accelerator.is_main_process:
+        data.warn_of_long_captions(rows, tokenizer)
+    facts = (tokenizer, image_processor, prior.config.embedding_dim)
+    prepare = Prepare(args, *facts, schedule.config.num_train_timesteps)
+    samples = data.Samples(rows, prepare, state.seed)
+    if held_out_rows is not None:
+        prepare = Prepare(args, *facts, schedule.config.num_train_timesteps, len(held_out_rows))
+        held_out = data.Samples(held_out_rows, prepare, state.seed)
+
+    # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
+    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+    parameters = [parameter for parameter in prior.parameters() if parameter.requires_grad]
+    optimizer = engine.make_optimizer(
+        args.optimizer,
+        parameters,
+        args.learning_rate * (window if args.scale_lr else 1),
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_weight_decay,
+        args.adam_epsilon,
+        loss_scaling=accelerator.scaler is not None,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    ema = EMAWeights([prior], args.ema_decay, args.offload_ema) if args.use_ema else None
+    network, optimizer = accelerator.prepare(prior, optimizer)  # what the loop calls; `prior` stays the bare model
+
+    # --- resume ------------------------------------------------------------------------------------------------------
+    saved = engine.TrainingState(
+        accelerator,
+        optimizer,
+        lr_scheduler,
+        lambda folder: engine.save_model(folder, "prior", prior, ema),
+        lambda folder: engine.load_model(folder, "prior", prior, ema),
+    )
+    about = {
+        "script": Path(__file__).name,
+        "world_size": accelerator.num_processes,
+        "flags": flags.mathematics(args),
+        "data": {"samples": len(rows), "sha256": engine.from_main(accelerator, rows.fingerprint)},
+    }
+    if resume_from:
+        engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
+        saved.read(resume_from, state.step)
+    accelerator.init_trackers(args.tracker_project_name, reporting.tracker_config(flags.public(args)))
+    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    progress = reporting.Progress(
+        state.step,
+        args.max_train_steps,
+        args.logging_steps,
+        window,
+        lambda scalars: engine.fetch_mean(accelerator, scalars),
+        accelerator.log,
+    )
+
+    grids = []  # the last one that this run drew
+
+    def validate():
+        """Held-out loss and pictures with the weights that would be saved now."""
+        progress.flush()
+        prior.eval()
+        with averaged(ema):
+            if held_out_rows is not None:
+                validation.log_held_out_loss(
+                    accelerator,
+                    held_out,
+                    args.train_batch_size,
+                    lambda batch: training_loss(prior, *frozen, schedule, batch),
+                    state.step,
+                )
+            if prompts:
+                pipeline = KandinskyV22PriorPipeline(
+                    prior, image_encoder, text_encoder, tokenizer, sampler, image_processor
+                )
+                with kandinsky.visiting(decoder, accelerator.device):
+                    grids[:] = [
+                        validation.show_pictures(
+                            accelerator,
+                            lambda at, noise: kandinsky.picture(
+                                decoder,
+                                kandinsky.embeddings(pipeline, prompts[at], noise, *drawing),
+                                noise,
+                                args.resolution,
+                                *drawing,
+                            ),
+                            prompts,
+                            state,
+                            args.output_dir,
+                        )
+                    ]
+        prior.train()
+        progress.pause()
+
+    def checkpoint():
+        progress.flush()
+        folder = saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
+        progress.pause()
+        return folder
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+    batches = engine.training_batches(
+        samples,
+        state,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator,
+        args.dataloader_num_workers,
+    )
+    looks = prompts or held_out_rows is not None
+    cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
+    update_loss, grad_norm, stopped_by = 0.0, None, 0
+    with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        while state.step < args.max_train_steps and not stopped_by:
+            batch = next(batches)
+            torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
+            state.micro_step += 1
+            with accelerator.accumulate(network):
+                sample_losses = training_loss(network, *frozen, schedule, batch, args.snr_gamma)
+                loss = (sample_losses * batch["weight"]).sum()
+                accelerator.backward(loss)
+                update_loss += loss.detach() / args.gradient_accumulation_steps
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            # Same in every script: the end of an update.
+            state.position = state.position.advance(window, len(samples))
+            finished_loss, update_loss = update_loss, 0.0
+            updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
+            if updated:
+                lr_scheduler.step()
+                if ema is not None:
+                    ema.step()
+                state.step += 1
+                progress.update(state.step, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
+            else:
+                progress.skip()
+            stopped_by = interruption.signal()
+            if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
+                newest = checkpoint()
+            if updated and not stopped_by and validation.due(state, *cadence, args.max_train_steps):
+                validate()
+    progress.close()
+    if stopped_by:
+        engine.finish(accelerator)
+        if newest is None:
+            raise UserError(f"stopped after update {state.step}, which could not be saved", exit_code=1)
+        say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
+        return 128 + stopped_by
+
+    # --- the result --------------------------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        with averaged(ema):
+            save_result(args, base, prior)
+        hub.write_card(
+            args.output_dir,
+            title=repository or Path(args.output_dir).resolve().name,
+            base_model=args.pretrained_prior_model_name_or_path,
+            data=args.dataset_name,
+            tags=["kandinsky"],
+            facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
+            usage=USAGE.format(
+                model=repository or args.output_dir,
+                decoder=hub.public_name(args.pretrained_decoder_model_name_or_path),
+            ),
+            pictures=[(grid, prompts) for grid in grids],
+            licence=hub.base_licence(args.pretrained_prior_model_name_or_path, args.hub_token) if repository else None,
+        )
+        usage = USAGE.format(model=args.output_dir, decoder=args.pretrained_decoder_model_name_or_path)
+        reporting.conclude(args.output_dir, progress, usage)
+        if repository:
+            hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
+    engine.finish(accelerator)
+    return 0
+
+
+if __name__ == "__main__":
+    reporting.run(main)

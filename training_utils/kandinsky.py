@@ -1,0 +1,99 @@
+"""Kandinsky 2.2's two stages at work together, for validation pictures: text to embedding, embedding to picture."""
+
+from contextlib import contextmanager
+
+import torch
+from diffusers import (
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    VQModel,
+)
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from . import engine
+from .reporting import UserError, warn
+
+
+@torch.no_grad()
+def embeddings(pipeline, prompt, noise, steps, guidance_scale):
+    """What a KandinskyV22PriorPipeline makes of a prompt: the embeddings of its picture and of no picture, each of
+    shape (1, width). `noise` is a torch.Generator."""
+    pipeline.set_progress_bar_config(disable=True)
+    steps = max(2, steps)  # its scheduler divides by steps - 1
+    output = pipeline(prompt, generator=noise, num_inference_steps=steps, guidance_scale=guidance_scale)
+    return output.image_embeds, output.negative_image_embeds
+
+
+@torch.no_grad()
+def picture(pipeline, pair, noise, side, steps, guidance_scale):
+    """What a KandinskyV22Pipeline draws for a pair that `embeddings` made: a PIL picture of `side` pixels.
+
+    MOVQ is called here, in its own precision, whatever the UNet's is.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(
+        *pair,
+        height=side,
+        width=side,
+        generator=noise,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+    ).images
+    pixels = pipeline.movq.decode(latents.to(pipeline.movq.dtype), force_not_quantize=True).sample
+    array = (pixels.float() / 2 + 0.5).clip(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    return pipeline.numpy_to_pil(array)[0]
+
+
+def load_decoder(name, revision, variant, cache_dir, dtype):
+    """A decoder that shows what a prior has learned, in host memory; None, and a warning, where it is not at hand."""
+    try:
+        folder = engine.model_folder(name, KandinskyV22Pipeline, revision, variant, cache_dir)
+        return KandinskyV22Pipeline(
+            unet=engine.load_part(UNet2DConditionModel, folder, "unet", variant, dtype=dtype),
+            scheduler=engine.sampling_scheduler(folder, {}),
+            movq=engine.load_part(VQModel, folder, "movq", variant, dtype=dtype),
+        )
+    except UserError as error:
+        warn(f"no validation pictures will be drawn, since there is no decoder to draw them: {error}")
+        return None
+
+
+@contextmanager
+def visiting(pipeline, device):
+    """Within this context the networks of a pipeline are on the device; before and after it, in host memory."""
+    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    for network in networks:
+        network.to(device)
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.to("cpu")
+
+
+def embed_prompts(folder, variant, image_encoder, prompts, seed, steps, guidance_scale):
+    """The pairs of `embeddings` for some prompts, by the prior in a folder, which is loaded, used and let go: in the
+    training of a decoder they never change. None, and a warning, where the folder lacks a part of the prior."""
+    try:
+        parts = dict(
+            prior=engine.load_part(PriorTransformer, folder, "prior", variant, dtype=torch.float32),
+            text_encoder=engine.load_part(
+                CLIPTextModelWithProjection, folder, "text_encoder", variant, dtype=torch.float32
+            ),
+            tokenizer=engine.load_part(CLIPTokenizer, folder, "tokenizer"),
+            scheduler=engine.load_part(UnCLIPScheduler, folder, "scheduler"),
+        )
+    except UserError as error:
+        warn(f"no validation pictures will be drawn, since there is no prior to read their prompts: {error}")
+        return None
+    for name in ("prior", "text_encoder"):
+        parts[name].to(image_encoder.device)
+    pipeline = KandinskyV22PriorPipeline(**parts, image_encoder=image_encoder, image_processor=None)
+    return [
+        embeddings(pipeline, prompt, torch.Generator("cpu").manual_seed(seed + at), steps, guidance_scale)
+        for at, prompt in enumerate(prompts)
+    ]
