@@ -79,7 +79,7 @@ from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 prior = KandinskyV22PriorPipeline.from_pretrained("{prior}")
 decoder = KandinskyV22Pipeline.from_pretrained("{decoder}")
-decoder.unet.load_lora_adapter("{model}", prefix="unet")
+decoder.unet.load_lora_adapter("{model}", prefix="unet", use_safetensors=True)
 decoder(**prior("what to draw")).images[0].save("picture.png")
 """
 

@@ -75,7 +75,7 @@ USAGE = """
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 prior = KandinskyV22PriorPipeline.from_pretrained("{prior}")
-prior.prior.load_lora_adapter("{model}", prefix="prior")
+prior.prior.load_lora_adapter("{model}", prefix="prior", use_safetensors=True)
 decoder = KandinskyV22Pipeline.from_pretrained("{decoder}")
 decoder(**prior("what to draw")).images[0].save("picture.png")
 """

@@ -180,11 +180,11 @@ def relative_difference(out, other):
 
 
 def logged(out, name="train_loss"):
-    """What the run wrote to TensorBoard under a name: {update: value}."""
+    """What the run wrote to TensorBoard under a name: {update: value}, of two runs that of the later."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     values = {}
-    for events in sorted(Path(out).glob("logs/**/events*")):
+    for events in sorted(Path(out).glob("logs/**/events*"), key=lambda path: path.stat().st_mtime_ns):
         log = EventAccumulator(str(events))
         log.Reload()
         if name in log.Tags()["scalars"]:

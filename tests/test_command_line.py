@@ -34,6 +34,13 @@ OURS_FOR_ADAPTERS = {
     "use_dora": (bool, False),
     "save_kohya_format": (bool, False),
 }
+OURS_FOR_KANDINSKY = {
+    "prior_revision": (str, None),
+    "decoder_revision": (str, None),
+    "random_crop": (bool, False),
+    "reducing_gap": (float, 1.0),
+    "validation_guidance_scale": (float, 4.0),
+}
 # Known from one script and taken over by others.
 ELSEWHERE = {
     "use_ema": (bool, False),
@@ -50,7 +57,17 @@ ELSEWHERE = {
     "timestep_bias_begin": (int, 0),
     "timestep_bias_end": (int, 1000),
     "timestep_bias_portion": (float, 0.25),
+    "variant": (str, None),
+    "random_flip": (bool, False),
+    "image_interpolation_mode": (str, "bicubic"),
+    "noise_offset": (float, 0.0),
+    "scale_lr": (bool, False),
+    "gradient_checkpointing": (bool, False),
+    "enable_xformers_memory_efficient_attention": (bool, False),
 }
+EVERY_KANDINSKY = "prior_revision decoder_revision validation_guidance_scale variant random_flip scale_lr".split()
+DECODER = ["image_interpolation_mode", "noise_offset", "random_crop", "reducing_gap"]
+XFORMERS = "enable_xformers_memory_efficient_attention"
 TAKEN_OVER = {
     "train_text_to_image.py": [],
     "train_text_to_image_lora.py": "use_ema input_perturbation dream_training dream_detail_preservation"
@@ -58,7 +75,16 @@ TAKEN_OVER = {
     "train_text_to_image_sdxl.py": ["offload_ema", "foreach_ema", "tracker_project_name"],
     "train_text_to_image_lora_sdxl.py": "use_ema tracker_project_name proportion_empty_prompts timestep_bias_strategy"
     " timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion".split(),
+    "train_text_to_image_prior.py": [
+        *(*EVERY_KANDINSKY, "gradient_checkpointing", XFORMERS, "offload_ema", "foreach_ema")
+    ],
+    "train_text_to_image_lora_prior.py": [
+        *(*EVERY_KANDINSKY, "gradient_checkpointing", XFORMERS, "use_ema", "tracker_project_name")
+    ],
+    "train_text_to_image_decoder.py": [*EVERY_KANDINSKY, *DECODER, "offload_ema", "foreach_ema"],
+    "train_text_to_image_lora_decoder.py": [*EVERY_KANDINSKY, *DECODER, XFORMERS, "use_ema", "tracker_project_name"],
 }
+NOT_FOR_KANDINSKY = {"rescale_betas_zero_snr", "save_kohya_format"}  # its schedules are fixed, WebUI does not read it
 CHOICES_ADDED = {"lr_scheduler", "prediction_type", "report_to", "optimizer"}  # the originals find a typo much later
 SCRIPTS = [name for name in KNOWN if (ROOT / name).exists()]
 MINIMUM = ["--pretrained_model_name_or_path", "model", "--train_data_dir", str(ROOT)]
@@ -95,7 +121,9 @@ def test_command_line_is_frozen(script, monkeypatch):
         if "choices" in fact or name not in CHOICES_ADDED:
             assert sorted(choices or []) == sorted(fact.get("choices", [])), name
     ours = OURS | (OURS_FOR_ADAPTERS if "lora" in script else {})
-    ours |= {name: ELSEWHERE[name] for name in TAKEN_OVER[script]}
+    ours |= {name: (ELSEWHERE | OURS_FOR_KANDINSKY)[name] for name in TAKEN_OVER[script]}
+    if "prior" in script or "decoder" in script:
+        ours = {name: fact for name, fact in ours.items() if name not in NOT_FOR_KANDINSKY}
     assert {name: (kind, default) for name, (kind, default, *_) in have.items()} == ours
 
 

@@ -6,8 +6,12 @@ import inspect
 import pytest
 
 import train_text_to_image
+import train_text_to_image_decoder
 import train_text_to_image_lora
+import train_text_to_image_lora_decoder
+import train_text_to_image_lora_prior
 import train_text_to_image_lora_sdxl
+import train_text_to_image_prior
 import train_text_to_image_sdxl
 
 SAME = [
@@ -17,6 +21,20 @@ SAME = [
         train_text_to_image_lora_sdxl,
         ["load_vae", "encode_captions", "timestep_probabilities", "check_prediction_type"],
     ),
+    (
+        train_text_to_image_prior,
+        train_text_to_image_lora_prior,
+        ["Prepare", "encode", "training_loss", "embedding_statistics", "check_prediction_type"],
+    ),
+    (
+        train_text_to_image_decoder,
+        train_text_to_image_lora_decoder,
+        ["Prepare", "encode", "training_loss", "latent_shape_of"],
+    ),
+]
+OTHERS = [
+    *(train_text_to_image_lora, train_text_to_image_sdxl, train_text_to_image_lora_sdxl, train_text_to_image_prior),
+    *(train_text_to_image_lora_prior, train_text_to_image_decoder, train_text_to_image_lora_decoder),
 ]
 
 
@@ -26,7 +44,7 @@ def test_passages_that_are_the_same(one, two, names):
         assert inspect.getsource(getattr(one, name)) == inspect.getsource(getattr(two, name)), name
 
 
-@pytest.mark.parametrize("script", [train_text_to_image_lora, train_text_to_image_sdxl, train_text_to_image_lora_sdxl])
+@pytest.mark.parametrize("script", OTHERS)
 def test_the_end_of_an_update_is_the_same_in_every_script(script):
     """From the position in the data to the end of the loop."""
     assert end_of_update(script) == end_of_update(train_text_to_image)
@@ -36,8 +54,9 @@ def end_of_update(script):
     return inspect.getsource(script.main).split("# Same in every script", 1)[1].split("progress.close()")[0]
 
 
-def test_lora_differs_from_full_fine_tuning_by_lora():
+@pytest.mark.parametrize(("one", "two"), [pair[:2] for pair in SAME])
+def test_lora_differs_from_full_fine_tuning_by_lora(one, two):
     """The difference stays readable: it is meant to read like a release note."""
-    one, two = (inspect.getsource(module).splitlines() for module in (train_text_to_image, train_text_to_image_lora))
+    one, two = (inspect.getsource(module).splitlines() for module in (one, two))
     changed = [line for line in difflib.ndiff(one, two) if line[0] in "+-"]
     assert len(changed) < 130

@@ -92,7 +92,7 @@ MODEL = ("Base model", [
     Flag("variant", help="which stored copy of the weights to read, for example fp16"),
     Flag("cache_dir", help="where downloads are kept; set it when the home folder is small"),
 ])
-KANDINSKY = ("Base models", [
+KANDINSKY = ("Base model", [
     Flag("pretrained_prior_model_name_or_path", str, "kandinsky-community/kandinsky-2-2-prior",
          "folder or hub id of the prior, which turns text into the embedding of a picture, with CLIP's encoders"),
     Flag("pretrained_decoder_model_name_or_path", str, "kandinsky-community/kandinsky-2-2-decoder",
