@@ -279,13 +279,21 @@ def main(argv=None):
         saved.read(resume_from, state.step)
     accelerator.init_trackers(args.tracker_project_name, reporting.tracker_config(flags.public(args)))
     reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    guard = engine.FiniteGuard(
+        accelerator,
+        optimizer,
+        args.on_nan == "stop",
+        lambda good: saved.keep(args.output_dir, good, about, args.checkpoints_total_limit),
+        lambda before: data.names_after(samples, before.position, window),
+    )
     progress = reporting.Progress(
-        state.step,
+        state,
         args.max_train_steps,
         args.logging_steps,
         window,
         lambda scalars: engine.fetch_mean(accelerator, scalars),
         accelerator.log,
+        guard.report,
     )
 
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
@@ -345,7 +353,7 @@ def main(argv=None):
     dream_p = args.dream_detail_preservation if args.dream_training else None
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    update_loss, grad_norm, stopped_by = 0.0, None, 0
+    update_loss, stopped_by = 0.0, 0
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
         while state.step < args.max_train_steps and not stopped_by:
             batch = next(batches)
@@ -356,8 +364,9 @@ def main(argv=None):
                 loss = (sample_losses * batch["weight"]).sum()
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
-                if accelerator.sync_gradients and args.max_grad_norm:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                    guard.look_at(grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
@@ -371,7 +380,7 @@ def main(argv=None):
                 if ema is not None:
                     ema.step()
                 state.step += 1
-                progress.update(state.step, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
+                progress.update(state, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
             else:
                 progress.skip()
             stopped_by = interruption.signal()

@@ -27,6 +27,7 @@ OURS = {
     "validation_split": (float, 0.0),
     "process_group_timeout": (int, 1800),
     "logging_steps": (int, 10),
+    "on_nan": (str, "stop"),
 }
 OURS_FOR_ADAPTERS = {
     "lora_alpha": (float, None),

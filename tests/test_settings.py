@@ -53,7 +53,7 @@ def test_clipping_and_its_absence(run, tmp_path):
     run(tmp_path / "tiny", *TRACKED, "--max_grad_norm", "1e-9")
     assert result_bytes(tmp_path / "off") == result_bytes(tmp_path / "huge") != result_bytes(tmp_path / "tiny")
     assert logged(tmp_path / "huge", "grad_norm")[1] > 1e-3
-    assert logged(tmp_path / "off", "grad_norm") == {}
+    assert logged(tmp_path / "off", "grad_norm") == logged(tmp_path / "huge", "grad_norm")
 
 
 def test_average_is_what_is_saved(run, tmp_path):

@@ -407,6 +407,12 @@ class Samples:
         return sample | {"weight": np.float32(weight)}
 
 
+def names_after(samples, position, window):
+    """What to call the pictures of the update after a Position: a list of at most `window`."""
+    order = draws.order(samples.seed, position.epoch, len(samples))
+    return [samples.rows.name(int(index)) for index in order[position.sample : position.sample + window]]
+
+
 def collate(samples):
     """Stack samples into one dict of arrays with a leading batch axis; a UserError among them is handed on."""
     for sample in samples:

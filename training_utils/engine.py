@@ -259,6 +259,54 @@ def restart_schedule(optimizer, lr_scheduler, step):
     lr_scheduler._last_lr = rates
 
 
+class FiniteGuard:
+    """Keeps an update whose gradient is not finite from reaching the weights, and says what became of it.
+
+    `look_at` is called between the backward pass and the update. With the fused AdamW it never waits for the device:
+    the kernel itself leaves out an update whose `found_inf` is set, as it does for torch's loss scaling. Other
+    optimizers have no such switch, so for them the norm is fetched. Under fp16 loss scaling accelerate sees to it.
+
+    When to `stop`, one such update also holds back all that follow, so that the weights stay in the last good state
+    until it is noticed, when the losses are fetched; `keep(state)` then writes it. (An average goes on towards these
+    weights meanwhile.) Else the run goes on with the next update. `names(state)` lists the pictures of the update
+    after a RunState.
+    """
+
+    def __init__(self, accelerator, optimizer, stop, keep, names):
+        self.accelerator, self.stop, self.keep, self.names = accelerator, stop, keep, names
+        self.optimizer = optimizer.optimizer  # the one inside accelerate's wrapper
+        self.on_device = all(group.get("fused") for group in self.optimizer.param_groups)
+        self.bad = torch.zeros((), device=accelerator.device)
+
+    def look_at(self, grad_norm):
+        """Hold back the coming update if this norm, of all processes' gradient, is not finite."""
+        if self.accelerator.scaler is not None:
+            return
+        bad = (~grad_norm.isfinite()).float()
+        self.bad = torch.maximum(self.bad, bad) if self.stop else bad
+        if self.on_device:
+            self.optimizer.found_inf = self.bad
+        elif self.bad.item():
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def report(self, step, loss, before):
+        """What `reporting.Progress` calls. Raises UserError when the run is to stop."""
+        names = self.names(before)
+        pictures = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        what = f"the loss or the gradient of update {step} is not finite (loss {loss}; its pictures: {pictures})"
+        if not self.stop:
+            warn(f"{what}; this update was left out")
+            return
+        folder = self.keep(before)
+        kept = f"the state before it is in {folder}" if folder else "the state before it could not be written"
+        finish(self.accelerator)
+        raise UserError(
+            f"{what}; {kept}. Look at these pictures; continue with a lower --learning_rate or --mixed_precision no, "
+            "or with --on_nan skip, which leaves such updates out",
+            exit_code=1,
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +431,11 @@ class TrainingState:
                 if torch.is_tensor(moments.get("step")):  # the fused kernel wants it on the device, the others do not
                     moments["step"] = moments["step"].to(parameter.device if group.get("fused") else "cpu")
         restart_schedule(self.optimizer, self.lr_scheduler, step)
+
+    def keep(self, root, state, about, limit):
+        """`save_checkpoint` for a run that goes back to an earlier RunState, whose weights it still has."""
+        restart_schedule(self.optimizer, self.lr_scheduler, state.step)
+        return self.save_checkpoint(root, state, about, limit)
 
     def save_checkpoint(self, root, state, about, limit):
         """One whole checkpoint of a RunState under `root`; None, and a warning, if it failed. See checkpoints.save."""

@@ -141,6 +141,8 @@ OPTIMIZATION = ("Optimization", [
     Flag("adam_weight_decay", number(), 1e-2, "decoupled weight decay"),
     Flag("adam_epsilon", number(), 1e-8, "added to Adam's denominator"),
     Flag("max_grad_norm", number(), 1.0, "clip the gradient to this norm; 0 means no clipping"),
+    Flag("on_nan", str, "stop", "when the loss or gradient is not finite: stop and keep the last good state, or skip "
+         "that update", ("stop", "skip")),
 ])
 SNR_GAMMA = Flag("snr_gamma", above_zero, None, "min-SNR loss weighting (arXiv 2303.09556); 5.0 is the paper's value")
 NOISE_OFFSET = Flag("noise_offset", number(), 0.0,

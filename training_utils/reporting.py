@@ -1,10 +1,12 @@
 """What a person sees of a run: messages, the progress bar, the curves, the picture grids."""
 
+import math
 import os
 import shlex
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,14 +126,21 @@ class Progress:
     Losses stay where they were computed until `logging_steps` of them are there, or until `flush`: fetching one is a
     wait for the device. `fetch(stack)` turns the list of scalars into numbers averaged over the processes; it is a
     collective call, so every process must flush at the same updates. `log(values, step)` hands one update's values to
-    the trackers.
+    the trackers. `not_finite(step, loss, before)` is called for an update whose loss or gradient turns out not to be
+    finite; `before` is the RunState before it.
     """
 
-    def __init__(self, step, total, logging_steps, samples_per_update, fetch, log):
+    def __init__(self, state, total, logging_steps, samples_per_update, fetch, log, not_finite):
         from tqdm import tqdm
 
-        self.step, self.logging_steps, self.samples = step, logging_steps, samples_per_update
-        self.fetch, self.log = fetch, log
+        step = state.step
+        self.before, self.step, self.logging_steps, self.samples = (
+            replace(state),
+            step,
+            logging_steps,
+            samples_per_update,
+        )
+        self.fetch, self.log, self.not_finite = fetch, log, not_finite
         self.waiting, self.clock, self.last_loss = [], time.perf_counter(), None
         self.began, self.first, self.skipped = self.clock, step, 0
         self.live = sys.stderr.isatty()  # into a file, a line now and then is enough
@@ -145,11 +154,11 @@ class Progress:
             disable=not _first_process(),
         )
 
-    def update(self, step, loss, grad_norm, learning_rate):
-        """Count one update; `loss` and `grad_norm` may be tensors on a device (grad_norm may be None)."""
-        self.waiting.append((step, loss, grad_norm, learning_rate))
-        self.bar.update(step - self.step)
-        self.step, self.skipped = step, 0
+    def update(self, state, loss, grad_norm, learning_rate):
+        """Count the update that led to a RunState; `loss` and `grad_norm` may be tensors on a device."""
+        self.waiting.append((replace(state), loss, grad_norm, learning_rate))
+        self.bar.update(state.step - self.step)
+        self.step, self.skipped = state.step, 0
         if len(self.waiting) >= self.logging_steps:
             self.flush()
 
@@ -174,17 +183,20 @@ class Progress:
         """Fetch and log what is waiting."""
         if not self.waiting:
             return
-        losses = self.fetch([loss for _, loss, _, _ in self.waiting])
-        norms = [norm for _, _, norm, _ in self.waiting]
-        norms = self.fetch(norms) if norms[0] is not None else [None] * len(norms)
-        speed = len(self.waiting) * self.samples / (time.perf_counter() - self.clock)
-        for (step, _, _, rate), loss, norm in zip(self.waiting, losses, norms, strict=True):
-            values = {"train_loss": loss, "lr": rate, "samples_per_second": speed}
-            self.log(values if norm is None else values | {"grad_norm": norm}, step)
+        waiting, self.waiting = self.waiting, []
+        losses = self.fetch([loss for _, loss, _, _ in waiting])
+        norms = self.fetch([norm for _, _, norm, _ in waiting])
+        speed = len(waiting) * self.samples / (time.perf_counter() - self.clock)
         self.last_loss = losses[-1]
-        words = f"loss {losses[-1]:.4f}, lr {self.waiting[-1][3]:.2e}, {speed:.3g} pictures/s"
+        words = f"loss {losses[-1]:.4f}, lr {waiting[-1][3]:.2e}, {speed:.3g} pictures/s"
         self.bar.set_postfix_str(words, refresh=self.live)
-        self.waiting, self.clock = [], time.perf_counter()
+        for (state, _, _, rate), loss, norm in zip(waiting, losses, norms, strict=True):
+            values = {"train_loss": loss, "lr": rate, "samples_per_second": speed, "grad_norm": norm}
+            self.log(values, state.step)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.not_finite(state.step, loss, self.before)
+            self.before = state
+        self.clock = time.perf_counter()
 
     def close(self):
         self.flush()
