@@ -34,7 +34,8 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and a wrong flag are answered before the imports below, which take ten seconds
+    # --help and a wrong flag are answered before the imports below, which take ten seconds.
+    flags.hide_secrets(parse_args())
 
 from training_utils import libraries  # noqa: E402
 
@@ -299,7 +300,7 @@ def main(argv=None):
     if resume_from:
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
-    accelerator.init_trackers(args.tracker_project_name, reporting.tracker_config(flags.public(args)))
+    engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
     reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
     guard = engine.FiniteGuard(
         accelerator,
@@ -314,7 +315,7 @@ def main(argv=None):
         args.logging_steps,
         window,
         lambda scalars: engine.fetch_mean(accelerator, scalars),
-        accelerator.log,
+        lambda values, step: engine.log(accelerator, values, step),
         guard.report,
     )
 
@@ -409,25 +410,26 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        with averaged(ema):
-            lora.save(args.output_dir, adapted)
-        hub.write_card(
-            args.output_dir,
-            title=repository or Path(args.output_dir).resolve().name,
-            base_model=args.pretrained_decoder_model_name_or_path,
-            data=args.dataset_name,
-            tags=["kandinsky", "lora"],
-            facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
-            usage=USAGE.format(
-                prior=hub.public_name(args.pretrained_prior_model_name_or_path),
-                decoder=hub.public_name(args.pretrained_decoder_model_name_or_path),
-                model=repository or args.output_dir,
-            ),
-            pictures=[(grid, prompts) for grid in grids],
-            licence=hub.base_licence(args.pretrained_decoder_model_name_or_path, args.hub_token)
-            if repository
-            else None,
-        )
+        with checkpoints.rescue(args.output_dir, state.step, saved.save_weights):
+            with averaged(ema):
+                lora.save(args.output_dir, adapted)
+            hub.write_card(
+                args.output_dir,
+                title=repository or Path(args.output_dir).resolve().name,
+                base_model=args.pretrained_decoder_model_name_or_path,
+                data=args.dataset_name,
+                tags=["kandinsky", "lora"],
+                facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
+                usage=USAGE.format(
+                    prior=hub.public_name(args.pretrained_prior_model_name_or_path),
+                    decoder=hub.public_name(args.pretrained_decoder_model_name_or_path),
+                    model=repository or args.output_dir,
+                ),
+                pictures=[(grid, prompts) for grid in grids],
+                licence=hub.base_licence(args.pretrained_decoder_model_name_or_path, args.hub_token)
+                if repository
+                else None,
+            )
         usage = USAGE.format(
             prior=args.pretrained_prior_model_name_or_path,
             decoder=args.pretrained_decoder_model_name_or_path,

@@ -1,12 +1,18 @@
 """What goes wrong in the middle of a run costs at most the updates since the last checkpoint, and is said."""
 
 import importlib
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import result_bytes, result_weights
+from conftest import ROOT, result_bytes, result_weights, two_processes
 from safetensors.torch import load_file
 
 from training_utils import checkpoints
@@ -71,3 +77,274 @@ def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(run, tmp_path, m
     assert kept.name == "checkpoint-3" and checkpoints.damage(kept) is None
     weights = load_file(kept / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB; `fill` uses up what is left of it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk):
+    with open(disk / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+
+def around_saves(monkeypatch, before=lambda step: None, after=lambda step: None):
+    """Do something before and after each checkpoint of a run, given its step."""
+    real = checkpoints.save
+
+    def save(root, state, *rest):
+        before(state.step)
+        folder = real(root, state, *rest)
+        after(state.step)
+        return folder
+
+    monkeypatch.setattr(checkpoints, "save", save)
+
+
+def test_a_full_disk_costs_one_checkpoint(each, tmp_path, small_disk, monkeypatch, capsys):
+    """It is full when the second of three checkpoints is due, which the run says; the third one succeeds."""
+    run, out, flags = each, small_disk / "out", ["--checkpointing_steps", "2", "--checkpoints_total_limit", "1"]
+    standing = []
+
+    def before(step):
+        if step == 4:
+            fill(small_disk)
+
+    def after(step):
+        standing.append([folder.name for folder in checkpoints.listed(out) if checkpoints.damage(folder) is None])
+        (small_disk / "filler").unlink(missing_ok=True)
+
+    around_saves(monkeypatch, before, after)
+    run(out, *flags)
+    assert "checkpoint-4 could not be written" in capsys.readouterr().err
+    assert standing == [["checkpoint-2"], ["checkpoint-2"], ["checkpoint-6"]]
+    monkeypatch.undo()
+    run(tmp_path / "whole")
+    assert result_bytes(out) == result_bytes(tmp_path / "whole")
+
+
+def test_a_result_that_does_not_fit_is_in_the_last_checkpoint(each, tmp_path, small_disk, monkeypatch):
+    run, out = each, small_disk / "out"
+    around_saves(monkeypatch, after=lambda step: step == 6 and fill(small_disk))
+    sentence, code = run.fails(out, "--checkpointing_steps", "3")
+    assert code == 1 and f"its weights are in {out / 'checkpoint-6'}" in sentence
+    (small_disk / "filler").unlink()
+    monkeypatch.undo()
+    run(out, "--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
+    run(tmp_path / "whole")
+    assert result_bytes(out) == result_bytes(tmp_path / "whole")
+
+
+def test_a_result_that_does_not_fit_and_has_no_checkpoint_finds_a_place(
+    run, run_lora, tmp_path, small_disk, monkeypatch
+):
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for script, file in (
+        (run, "unet/diffusion_pytorch_model.safetensors"),
+        (run_lora, "pytorch_lora_weights.safetensors"),
+    ):
+        with monkeypatch.context() as patch:
+            name = "save_result"
+            module = importlib.import_module(script.script)
+            real = getattr(module, name)
+            patch.setattr(module, name, lambda *args, real=real: (fill(small_disk), real(*args)))
+            sentence, code = script.fails(small_disk / "out")
+        (small_disk / "filler").unlink()
+        assert code == 1
+        refuge = Path(re.search(r"its weights, alone, are in (\S+)", sentence)[1])
+        script(tmp_path / script.script)
+        expected = result_weights(tmp_path / script.script)
+        assert all(torch.equal(value, expected[key]) for key, value in load_file(refuge / file).items())
+
+
+def test_a_disk_that_becomes_read_only(run, small_disk, monkeypatch, capsys):
+    def before(step):
+        if step == 4:
+            subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+
+    around_saves(monkeypatch, before)
+    look = ["--validation_prompts", "a handwritten one", "--validation_num_inference_steps", "2"]
+    sentence, code = run.fails(small_disk / "out", "--checkpointing_steps", "2", *look, "--validation_steps", "5")
+    said = capsys.readouterr().err
+    assert "checkpoint-4 could not be written" in said and "step-000005.png could not be written" in said
+    assert code == 1 and "its weights, alone, are in" in sentence
+    assert checkpoints.find(small_disk / "out", "latest").name == "checkpoint-2"
+
+
+def test_a_folder_that_is_removed_meanwhile(each, tmp_path, monkeypatch):
+    run = each
+    around_saves(monkeypatch, before=lambda step: step == 4 and shutil.rmtree(tmp_path / "out"))
+    run(tmp_path / "out", "--checkpointing_steps", "2")
+    assert [folder.name for folder in checkpoints.listed(tmp_path / "out")] == ["checkpoint-6", "checkpoint-4"]
+    run(tmp_path / "whole")
+    assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
+
+
+# --- trackers and the hub --------------------------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """What a tracker's client raises when its server is gone."""
+
+
+def test_a_tracker_that_fails_is_left_behind(run, tmp_path, monkeypatch, capsys):
+    from accelerate.tracking import TensorBoardTracker
+
+    def refuse(*_, **__):
+        raise Refused("503 Service Unavailable")
+
+    for method in ("log", "finish"):
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorBoardTracker, method, refuse)
+            run(tmp_path / method, "--report_to", "tensorboard")
+        said = capsys.readouterr().err
+        assert said.count("tensorboard failed (503 Service Unavailable); the run goes on without it") == 1
+    run(tmp_path / "whole")
+    assert result_bytes(tmp_path / "log") == result_bytes(tmp_path / "whole")
+    monkeypatch.setattr(TensorBoardTracker, "__init__", refuse)
+    sentence, code = run.fails(tmp_path / "never", "--report_to", "tensorboard")
+    assert "tensorboard: 503" in sentence and "--report_to none" in sentence and code == 2
+
+
+HUB_FAILURES = {
+    "refused": ConnectionRefusedError(111, "Connection refused"),
+    "unauthorised": Refused("401 Client Error: Unauthorized for url: https://hub/api"),
+    "server": Refused("500 Server Error: Internal Server Error"),
+    "timeout": TimeoutError("timed out"),
+    "half sent": BrokenPipeError(32, "Broken pipe"),
+    "silent": Refused(),
+}
+
+
+@pytest.mark.parametrize("failure", HUB_FAILURES)
+def test_a_hub_that_fails_costs_nothing(each, tmp_path, monkeypatch, failure):
+    """After training the result stands and the sentence says how to push it; before it, nothing has begun."""
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise HUB_FAILURES[failure]
+
+    flags = ["--push_to_hub", "--hub_model_id", "me/model", "--hub_token", "hf_secret", "--max_train_steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "create_repo", refuse)
+        sentence, code = each.fails(tmp_path / "before", *flags)
+        assert code == 2 and "cannot open repository me/model" in sentence and "hf_secret" not in sentence
+        assert not list((tmp_path / "before").rglob("*.safetensors"))
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **_: type("", (), {"repo_id": name}))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", refuse)
+    sentence, code = each.fails(tmp_path / "after", *flags)
+    assert code == 1 and f"hf upload me/model {tmp_path / 'after'}" in sentence and "hf_secret" not in sentence
+    each(tmp_path / "whole", "--max_train_steps", "1")
+    assert result_bytes(tmp_path / "after") == result_bytes(tmp_path / "whole")
+
+
+# --- signals and lost processes --------------------------------------------------------------------------------------
+
+SLOW_SAVE = """
+import runpy, sys, time
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+from training_utils import checkpoints
+real = checkpoints._seal
+def slow(folder, state, about):
+    if state.step > 20:
+        print("saving slowly", flush=True)
+        time.sleep(60)
+    real(folder, state, about)
+checkpoints._seal = slow
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_signal_ends_a_run_at_once_and_damages_nothing(run, tmp_path, processes):
+    """The first one makes it write a checkpoint, which takes a minute here."""
+    wrapper, out = tmp_path / "slow.py", tmp_path / "out"
+    wrapper.write_text(SLOW_SAVE.format(root=str(ROOT)))
+    launcher = [*(two_processes() if processes == 2 else [sys.executable]), str(wrapper)]
+    process = run.start(out, "--max_train_steps", "9000", "--checkpointing_steps", "20", launcher=launcher)
+    began = wait_for(process, out, "checkpoint-20")
+    process.send_signal(signal.SIGTERM)
+    wait_for(process, out, ".checkpoint-*.partial")
+    time.sleep(3)  # within two seconds it would be taken for the same request
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=50)
+    assert process.returncode != 0 and time.monotonic() - began < 55
+    assert not running(out)
+    assert [folder.name for folder in checkpoints.listed(out)] == ["checkpoint-20"]
+    assert checkpoints.damage(out / "checkpoint-20") is None
+    run(out, "--max_train_steps", "22", "--resume_from_checkpoint", "latest")
+    run(tmp_path / "whole", "--max_train_steps", "22", "--train_batch_size", str(4 * processes))
+    if processes == 1:
+        assert result_bytes(out) == result_bytes(tmp_path / "whole")
+
+
+def wait_for(process, folder, pattern):
+    """Wait until something of this name exists in a folder; returns the time."""
+    for _ in range(6000):
+        if any(folder.glob(pattern)):
+            return time.monotonic()
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    raise AssertionError(f"no {pattern} in {folder}")
+
+
+def running(out):
+    """The processes that have this output folder in their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes()
+            if str(out).encode() in words and (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                found.append(int(folder.name))
+        except OSError:  # it has just ended
+            pass
+    return found
+
+
+def test_a_process_that_dies_takes_the_others_with_it_in_order(run, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--max_train_steps", "9000", "--checkpointing_steps", "20", "--train_batch_size", "2"]
+    process = run.start(out, *flags, launcher=two_processes())
+    wait_for(process, out, "checkpoint-20")
+    ranks = {}
+    for pid in running(out):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks |= {word: pid for word in environment if word in (b"RANK=0", b"RANK=1")}
+    os.kill(ranks[b"RANK=1"], signal.SIGKILL)
+    began = time.monotonic()
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert not running(out)
+    assert "process 0 lost another process of this run" in said or "stopped after update" in said, said
+    assert checkpoints.find(out, "latest") is not None
+
+
+def test_the_token_is_not_in_the_list_of_processes(run, tmp_path):
+    """`ps` shows every user of a machine the command lines of all processes."""
+    out = tmp_path / "out"
+    flags = ["--max_train_steps", "9000", "--checkpointing_steps", "20", "--hub_token", "hf_do_not_leak_me"]
+    process = run.start(out, *flags)
+    try:
+        wait_for(process, out, "checkpoint-20")
+        words = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        assert str(out).encode() in words and b"hf_do_not_leak_me" not in words
+    finally:
+        process.kill()
+        process.communicate()

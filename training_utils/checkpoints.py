@@ -16,11 +16,12 @@ import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .data import Position
-from .reporting import UserError, say, warn
+from .reporting import UserError, reason_of, say, warn
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -92,6 +93,32 @@ def save(root, state, write, about, limit=None, main=True, any_of=lambda failed:
         shutil.rmtree(old, ignore_errors=True)
         _prune(root, limit)
     return final
+
+
+@contextmanager
+def rescue(root, step, save_weights):
+    """The context in which the result of a run is written into `root`.
+
+    Where that fails, on a full disk for one, raises UserError that says where the weights are: in the checkpoint of
+    this step or, without one, in a temporary folder that `save_weights(folder)` writes into.
+    """
+    try:
+        yield
+    except Exception as error:  # as in `save`
+        what = f"the result could not be written into {root} ({reason_of(error)})"
+        stands = [folder for folder in listed(root) if step_of(folder) == step and damage(folder) is None]
+        if stands:
+            raise UserError(
+                f"{what}, but its weights are in {stands[0]}: make room, and run the same command once more with "
+                "--resume_from_checkpoint latest",
+                exit_code=1,
+            ) from error
+        refuge = Path(tempfile.mkdtemp(prefix="weights-"))
+        try:
+            save_weights(refuge)
+        except Exception as second:
+            raise UserError(f"{what}, nor its weights into {refuge} ({reason_of(second)})", exit_code=1) from error
+        raise UserError(f"{what}; its weights, alone, are in {refuge}", exit_code=1) from error
 
 
 def _names(step):

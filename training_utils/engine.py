@@ -16,7 +16,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 from . import checkpoints
 from .data import UpdateSampler, collate
 from .interruption import SIGNALS
-from .reporting import UserError, warn
+from .reporting import UserError, reason_of, warn
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -98,14 +98,39 @@ def largest_of_processes(accelerator, timeout):
     return largest
 
 
+def start_trackers(accelerator, project, settings):
+    """Open the trackers of the run. Raises UserError that names them when one cannot be opened."""
+    try:
+        accelerator.init_trackers(project, settings)
+    except Exception as error:  # each tracker's own: no account, no network, another version
+        names = ", ".join(str(name) for name in accelerator.log_with)
+        raise UserError(
+            f"the tracker cannot be opened ({names}: {reason_of(error)}); or give --report_to none"
+        ) from None
+
+
+def tell_trackers(accelerator, action):
+    """Do `action(tracker)` with each tracker. One that fails is named and left out from then on; the run goes on."""
+    for tracker in list(accelerator.trackers):
+        try:
+            action(tracker)
+        except Exception as error:
+            warn(f"{tracker.name} failed ({reason_of(error)}); the run goes on without it")
+            accelerator.trackers.remove(tracker)
+
+
+def log(accelerator, values, step):
+    """Hand a dict of numbers to the trackers, for an update."""
+    tell_trackers(accelerator, lambda tracker: tracker.log(values, step=step))
+
+
 def finish(accelerator):
     """Close the trackers and leave the process group as it is.
 
     Destroyed while DDP's reducer still refers to it, gloo's thread and the interpreter's lock can wait for each other
     for ever; `reporting.run` ends the process without either.
     """
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    tell_trackers(accelerator, lambda tracker: tracker.finish())
 
 
 def fetch_mean(accelerator, scalars):
@@ -126,7 +151,7 @@ def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=No
         try:
             folder = Path(pipeline_class.download(name, revision=revision, variant=variant, cache_dir=cache_dir))
         except Exception as error:  # the hub client raises a dozen kinds, its transport more
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason_of(error)
             raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
     index = folder / "model_index.json"
     if not index.is_file():
@@ -152,7 +177,7 @@ def load_part(cls, folder, subfolder="", variant=None, **options):
     try:
         return cls.from_pretrained(folder, subfolder=subfolder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"part '{subfolder}' of base model {folder} cannot be loaded: {reason}") from None
 
 
@@ -165,7 +190,7 @@ def folder_of_model(name, cache_dir=None):
     try:
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"model {name} is neither a folder nor found on the hub: {reason}") from None
 
 
@@ -229,7 +254,7 @@ def enable_xformers(model):
     try:
         model.enable_xformers_memory_efficient_attention()
     except Exception as error:
-        raise UserError(f"xFormers does not work here ({str(error).splitlines()[0]}); leave its flag out") from None
+        raise UserError(f"xFormers does not work here ({reason_of(error)}); leave its flag out") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,7 +446,7 @@ class TrainingState:
         except UserError:
             raise
         except Exception as error:  # another model's shapes, or files that are not what they should be
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason_of(error)
             raise UserError(f"{folder} cannot be read: {reason}") from None
         self.accelerator.step = 0  # accelerate counts micro-steps; a checkpoint always stands after a whole update
         for group, options in zip(self.optimizer.param_groups, self.options, strict=True):

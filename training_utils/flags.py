@@ -365,6 +365,17 @@ def _contradiction(args):
     return None
 
 
+def hide_secrets(args):
+    """Start this process anew without its secrets in the command line, which every user of a machine can list.
+
+    The token goes on in the environment, which others cannot read, under the name that the hub's client looks for.
+    """
+    if getattr(args, "hub_token", None) and os.name == "posix":
+        os.environ["HF_TOKEN"] = args.hub_token
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *without_secrets(sys.orig_argv[1:])])
+
+
 def public(args):
     """The settings as a plain dict, without the secrets: what trackers, manifests and model cards may see."""
     return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given", "notices"}}

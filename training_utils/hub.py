@@ -4,7 +4,7 @@ import html
 import os
 from pathlib import Path
 
-from .reporting import UserError, say
+from .reporting import UserError, reason_of, say
 
 
 def plain(text, most=300):
@@ -21,7 +21,7 @@ def open_repository(name, output_dir, token):
     try:
         return create_repo(name, exist_ok=True, token=token).repo_id
     except Exception as error:  # refused, unauthorised, unreachable: the client raises a dozen kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"--push_to_hub cannot open repository {name} ({reason}); see `hf auth login`") from None
 
 
@@ -67,6 +67,8 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
     ]
     lines[-1] += f" on {plain(public_name(data))}." if data else "."
     for path, prompts in pictures:
+        if not (Path(folder) / path).exists():  # the disk was full
+            continue
         lines += ["", f"![validation pictures]({path})", ""]
         lines += [f"- {plain(prompt)}" for prompt in prompts]
     lines += ["", "## Use it", "", "```python", usage.strip(), "```", "", "## How it was trained", ""]
@@ -92,7 +94,7 @@ def upload(folder, repository, token, allowed):
             commit_message="End of training",
         )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         patterns = " ".join(f"--include '{pattern}'" for pattern in allowed)
         raise UserError(
             f"the model stands in {folder}, but the upload failed ({reason}); push it later with: "

@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 import time
 import traceback
 from dataclasses import replace
@@ -43,6 +44,11 @@ def warn(message):
     say(f"warning: {message}")
 
 
+def reason_of(error):
+    """An exception as one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run(main):
     """Call `main(argv)` and leave with its exit code; a UserError becomes one sentence, never a stack trace.
 
@@ -51,6 +57,8 @@ def run(main):
     argv = sys.argv[1:]
     sys.argv[1:] = without_secrets(argv)
     follow_launcher()
+    # A tracker writes its files in the background; when it cannot any more, the run goes on without it.
+    threading.excepthook = lambda failed: warn(f"a background thread failed ({reason_of(failed.exc_value)})")
     try:
         code = main(argv)
     except UserError as error:
@@ -58,14 +66,11 @@ def run(main):
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, since torch may not be installed
+        sentence = _diagnosis(error)
+        if sentence is None:
             traceback.print_exc()
         else:
-            print(
-                f"{Path(sys.argv[0]).name}: error: out of device memory ({str(error).splitlines()[0]}); lower "
-                "--train_batch_size, or try --gradient_checkpointing, --mixed_precision or --use_8bit_adam",
-                file=sys.stderr,
-            )
+            print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:  # before the loop, where there is nothing to save yet
         code = 130
@@ -74,6 +79,26 @@ def run(main):
         sys.stderr.flush()
         os._exit(code)  # without the destructors of process groups, see engine.finish
     sys.exit(code)
+
+
+def _diagnosis(error):
+    """A sentence for an error that is no fault of this code but no UserError either, or None.
+
+    The types are told by name, since torch may not be installed.
+    """
+    kind, reason = type(error).__name__, reason_of(error)
+    if kind == "OutOfMemoryError":
+        return (
+            f"out of device memory ({reason}); lower --train_batch_size, or try --gradient_checkpointing, "
+            "--mixed_precision or --use_8bit_adam"
+        )
+    if os.environ.get("WORLD_SIZE", "1") != "1" and (kind.startswith("Dist") or "gloo" in str(error).lower()):
+        rank = os.environ.get("RANK", "?")
+        return (
+            f"process {rank} lost another process of this run ({reason}), whose own message stands above if it could "
+            "leave one; start all of them again with --resume_from_checkpoint latest"
+        )
+    return None
 
 
 def resume_command(argv):
@@ -255,17 +280,16 @@ def grid(pictures, captions, title, columns=4, side=256):
     return sheet
 
 
-def log_pictures(trackers, pictures, captions, step, name="validation"):
-    """Hand pictures (a list of PIL) to every tracker that shows pictures, each at this update."""
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            array = np.stack([np.asarray(picture) for picture in pictures])
-            tracker.writer.add_images(name, array, step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb
+def log_pictures(tracker, pictures, captions, step, name="validation"):
+    """Hand pictures (a list of PIL) to a tracker, if it is one that shows pictures, at this update."""
+    if tracker.name == "tensorboard":
+        array = np.stack([np.asarray(picture) for picture in pictures])
+        tracker.writer.add_images(name, array, step, dataformats="NHWC")
+    elif tracker.name == "wandb":
+        import wandb
 
-            shown = [wandb.Image(picture, caption=caption) for picture, caption in zip(pictures, captions)]
-            tracker.log({name: shown}, step=step)
-        elif tracker.name == "comet_ml":
-            for at, picture in enumerate(pictures):
-                tracker.writer.log_image(picture, name=f"{name} {captions[at]}", step=step)
+        shown = [wandb.Image(picture, caption=caption) for picture, caption in zip(pictures, captions)]
+        tracker.log({name: shown}, step=step)
+    elif tracker.name == "comet_ml":
+        for at, picture in enumerate(pictures):
+            tracker.writer.log_image(picture, name=f"{name} {captions[at]}", step=step)

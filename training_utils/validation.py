@@ -62,7 +62,7 @@ def held_out_loss(accelerator, samples, batch_size, loss_of):
 def log_held_out_loss(accelerator, samples, batch_size, loss_of, step):
     """Compute the held-out loss, print it and hand it to the trackers as val_loss."""
     loss = held_out_loss(accelerator, samples, batch_size, loss_of)
-    accelerator.log({"val_loss": loss}, step)
+    engine.log(accelerator, {"val_loss": loss}, step)
     reporting.say(f"update {step}: val_loss {loss:.4f}")
 
 
@@ -74,8 +74,14 @@ def show_pictures(accelerator, draw, prompts, state, output_dir):
     name = f"validation/step-{state.step:06d}.png"
     if accelerator.is_main_process:
         path = Path(output_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        reporting.grid(pictures, prompts, f"after {state.step:,} updates").save(path)
-        reporting.log_pictures(accelerator.trackers, pictures, prompts, state.step)
-        reporting.say(f"update {state.step}: pictures in {path}")
+        sheet = reporting.grid(pictures, prompts, f"after {state.step:,} updates")
+        engine.tell_trackers(
+            accelerator, lambda tracker: reporting.log_pictures(tracker, pictures, prompts, state.step)
+        )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(path)
+            reporting.say(f"update {state.step}: pictures in {path}")
+        except OSError as error:
+            reporting.warn(f"{path} could not be written ({reporting.reason_of(error)})")
     return name
