@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, result_bytes, result_weights, two_processes
+from conftest import ROOT, RUNNERS, result_bytes, result_weights, two_processes
 from safetensors.torch import load_file
+from tiny import build_sd
 
 from training_utils import checkpoints
 
@@ -77,6 +78,38 @@ def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(run, tmp_path, m
     assert kept.name == "checkpoint-3" and checkpoints.damage(kept) is None
     weights = load_file(kept / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+# --- checkpoints of something else -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run, tmp_path_factory):
+    """A checkpoint of train_text_to_image.py."""
+    out = tmp_path_factory.mktemp("checkpoint")
+    run(out, "--checkpointing_steps", "2", "--max_train_steps", "2")
+    return out / "checkpoint-2"
+
+
+@pytest.mark.parametrize("runner", RUNNERS[1:])
+def test_a_checkpoint_of_another_script(request, checkpoint, tmp_path, runner):
+    sentence, code = request.getfixturevalue(runner).fails(tmp_path, "--resume_from_checkpoint", checkpoint)
+    assert "was made by train_text_to_image.py, not by train_text_to_image_" in sentence and code == 2
+
+
+def test_a_checkpoint_of_another_model(run, checkpoint, tmp_path):
+    base = build_sd(tmp_path / "base", block_out_channels=(8, 8))
+    flags = ["--resume_from_checkpoint", checkpoint, "--pretrained_model_name_or_path", base]
+    sentence, code = run.fails(tmp_path / "out", *flags)
+    assert f"{checkpoint} cannot be read" in sentence and "\n" not in sentence and code == 2
+
+
+@pytest.mark.parametrize("runner", [name for name in RUNNERS if "lora" in name])
+def test_a_checkpoint_of_another_rank(request, tmp_path, runner):
+    run = request.getfixturevalue(runner)
+    run(tmp_path, "--checkpointing_steps", "1", "--max_train_steps", "1")
+    sentence, code = run.fails(tmp_path, "--resume_from_checkpoint", "latest", "--rank", "2")
+    assert "adapters of rank 4, this run has --rank 2" in sentence and code == 2
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
@@ -232,9 +265,10 @@ HUB_FAILURES = {
 }
 
 
-@pytest.mark.parametrize("failure", HUB_FAILURES)
-def test_a_hub_that_fails_costs_nothing(each, tmp_path, monkeypatch, failure):
+@pytest.mark.parametrize(("runner", "failure"), [*zip(RUNNERS, HUB_FAILURES), *zip(RUNNERS[6:], HUB_FAILURES)])
+def test_a_hub_that_fails_costs_nothing(request, tmp_path, monkeypatch, runner, failure):
     """After training the result stands and the sentence says how to push it; before it, nothing has begun."""
+    each = request.getfixturevalue(runner)
     import huggingface_hub
 
     def refuse(*_, **__):

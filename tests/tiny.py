@@ -71,12 +71,13 @@ UNET = dict(
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
 
 
-def build_sd(folder, prediction_type="epsilon"):
-    """Write a tiny Stable Diffusion folder with random weights and return its path as a string."""
+def build_sd(folder, prediction_type="epsilon", **changes):
+    """Write a tiny Stable Diffusion folder with random weights and return its path as a string; `changes` are to the
+    UNet's shape."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**UNET),
+        unet=UNet2DConditionModel(**UNET | changes),
         vae=_vae(),
         text_encoder=CLIPTextModel(_text_config(tokenizer)),
         tokenizer=tokenizer,

@@ -172,6 +172,12 @@ def load_part(cls, folder, subfolder="", variant=None, **options):
     part = Path(folder) / subfolder
     if not part.is_dir():
         raise UserError(f"base model {folder} has no part '{subfolder}'; there must be a folder of that name")
+    pickles = sorted(part.glob("*.bin"))
+    if pickles and not any(part.glob("*.safetensors")):
+        raise UserError(
+            f"part '{subfolder}' of base model {folder} has its weights as a pickle only ({pickles[0].name}), which "
+            "could run code; where you trust it, load the model with diffusers and save it again, as safetensors"
+        )
     if variant is not None and any(part.glob(f"*.{variant}*")):
         options["variant"] = variant
     try:
