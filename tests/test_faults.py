@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -382,3 +383,68 @@ def test_the_token_is_not_in_the_list_of_processes(run, tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+# --- kills -----------------------------------------------------------------------------------------------------------
+
+KILLED_AT = """
+import os, runpy, shutil, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+operation, name, count = {moment!r}
+
+def dies(module, attribute, part_of_name):
+    real, seen = getattr(module, attribute), [0]
+    def call(*args, **options):
+        if part_of_name in " ".join(map(str, args)):
+            seen[0] += 1
+            if seen[0] == count:
+                if attribute == "rmtree":  # half-way through
+                    next(path for path in args[0].rglob("*") if path.is_file()).unlink()
+                os.kill(os.getpid(), 9)
+        return real(*args, **options)
+    setattr(module, attribute, call)
+
+dies(shutil if operation == "rmtree" else os, operation, name)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+MOMENTS = {  # of the third checkpoint, when rotation has begun; `name` is in what the operation is given
+    "while it is flushed": ("fsync", "", 25),
+    "before its rename": ("rename", ".partial", 3),
+    "after its rename, before rotation": ("rename", ".old", 1),
+    "half-way through rotation": ("rmtree", ".old", 3),
+    "as it starts": None,
+    "in its steps": None,
+}
+
+
+@pytest.mark.slow
+def test_killed_six_times_and_equal_to_the_bit(each, tmp_path):
+    """SIGKILL of the process itself, at each of MOMENTS, one after the other in one run."""
+    run, out, after = each, tmp_path / "out", random.Random(each.script)
+    flags = ["--checkpointing_steps", "4", "--max_train_steps", "300", "--checkpoints_total_limit", "2"]
+    run(tmp_path / "whole", *flags)
+    for number, (name, moment) in enumerate(MOMENTS.items()):
+        launcher = [sys.executable]
+        if moment:
+            wrapper = tmp_path / f"{number}.py"
+            wrapper.write_text(KILLED_AT.format(root=str(ROOT), moment=moment))
+            launcher.append(str(wrapper))
+        stood = {folder.name for folder in checkpoints.listed(out)}
+        process = run.start(out, *flags, "--resume_from_checkpoint", "latest", launcher=launcher)
+        if not moment:
+            if name == "in its steps":
+                while stood == {folder.name for folder in checkpoints.listed(out)}:
+                    assert process.poll() is None, process.stdout.read()
+                    time.sleep(0.01)
+            time.sleep(after.uniform(0, 2))
+            process.kill()
+        said, _ = process.communicate(timeout=100)
+        assert process.returncode == -signal.SIGKILL, f"{name}: {said}"
+        whole = [folder for folder in checkpoints.listed(out) if checkpoints.damage(folder) is None]
+        assert whole == checkpoints.listed(out), f"{name}: a half checkpoint stands"
+        assert number == 0 or len(whole) >= 1, f"{name}: fewer than the limit less one"
+    process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert result_bytes(out) == result_bytes(tmp_path / "whole")

@@ -1,11 +1,9 @@
 """A run that is cut anywhere and continued ends in the same weights, to the bit."""
 
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -293,24 +291,3 @@ def test_siblings_on_two_processes(request, tmp_path, sibling):
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", range(10))
-def test_sigkill_at_a_random_moment(each, tmp_path, moment):
-    """Whatever the instant: start-up, a step, the write of a checkpoint, its rename, the rotation, the final save."""
-    run = each
-    flags = ["--checkpointing_steps", "1", "--max_train_steps", "40", "--checkpoints_total_limit", "2", "--use_ema"]
-    run(tmp_path / "whole", *flags)
-    out, after = tmp_path / "killed", random.Random(moment)
-    for _ in range(3):
-        process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
-        try:
-            process.wait(after.uniform(4, 16))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    assert result_bytes(out) == result_bytes(tmp_path / "whole")
