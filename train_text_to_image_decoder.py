@@ -146,15 +146,21 @@ def training_loss(unet, movq, image_encoder, schedule, batch, snr_gamma=None):
     return loss
 
 
-def load_models(args, accelerator):
+def load_models(args, accelerator, draws_pictures):
     """The two folders and their parts, placed and frozen: (prior's folder, decoder's folder, image_processor,
     image_encoder, movq, unet, schedule, sampler).
 
-    `schedule` is the noise schedule of the training, `sampler` the decoder's own scheduler.
+    `schedule` is the noise schedule of the training, `sampler` the decoder's own scheduler. Of the prior, only what
+    sees pictures is fetched, unless it `draws_pictures`.
     """
     variant, options = args.variant, (args.variant, args.cache_dir)
     prior_base = engine.model_folder(
-        args.pretrained_prior_model_name_or_path, KandinskyV22PriorPipeline, args.prior_revision, *options
+        args.pretrained_prior_model_name_or_path,
+        KandinskyV22PriorPipeline,
+        args.prior_revision,
+        *options,
+        left_out=[] if draws_pictures else ["prior", "scheduler", "text_encoder", "tokenizer"],
+        trained=False,
     )
     base = engine.model_folder(
         args.pretrained_decoder_model_name_or_path, KandinskyV22Pipeline, args.decoder_revision, *options
@@ -171,6 +177,7 @@ def load_models(args, accelerator):
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for frozen in (image_encoder, movq):
         frozen.requires_grad_(False).eval().to(accelerator.device)
+    kandinsky.check_decoder(unet, movq)
     unet.to(accelerator.device).train()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -218,6 +225,9 @@ def main(argv=None):
     resume_from, state = engine.from_main(
         accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
     )
+    engine.from_main(
+        accelerator, lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="KandinskyV22Pipeline")
+    )
     repository = None
     if args.push_to_hub:
         repository = engine.from_main(
@@ -236,11 +246,12 @@ def main(argv=None):
     rows = data.take(rows, args.max_train_samples, state.seed)
     engine.from_main(accelerator, lambda: data.check(rows))
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
-    prior_base, base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(args, accelerator)
     prompts = args.validation_prompts or []
+    prior_base, base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(
+        args, accelerator, draws_pictures=bool(prompts)
+    )
     drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
     pairs = prompts and kandinsky.embed_prompts(prior_base, args.variant, image_encoder, prompts, state.seed, *drawing)
-    prompts = prompts if pairs else []
     latent_shape = latent_shape_of(movq, unet, args.resolution)
     prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed)

@@ -15,7 +15,7 @@ def parse_args(argv=None):
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.RECTIFICATION),
         flags.LORA,
-        (flags.EMA[0], flags.EMA[1][:2]),
+        (flags.EMA[0], flags.without(flags.EMA, "offload_ema", "foreach_ema")),
         (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
         flags.HARDWARE,
@@ -205,6 +205,7 @@ def main(argv=None):
     resume_from, state = engine.from_main(
         accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
     )
+    engine.from_main(accelerator, lambda: checkpoints.refuse_another_result(args.output_dir, adapted=["unet"]))
     repository = None
     if args.push_to_hub:
         repository = engine.from_main(

@@ -17,8 +17,8 @@ def parse_args(argv=None):
         flags.TRAINING,
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], [flags.SNR_GAMMA, flags.NOISE_OFFSET]),
-        (flags.LORA[0], flags.LORA[1][:4]),
-        (flags.EMA[0], flags.EMA[1][:2]),
+        (flags.LORA[0], flags.without(flags.LORA, "train_text_encoder", "save_kohya_format")),
+        (flags.EMA[0], flags.without(flags.EMA, "offload_ema", "foreach_ema")),
         (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
         flags.HARDWARE,
@@ -159,15 +159,21 @@ def training_loss(unet, movq, image_encoder, schedule, batch, snr_gamma=None):
     return loss
 
 
-def load_models(args, accelerator, seed):
+def load_models(args, accelerator, draws_pictures, seed):
     """The prior's folder and the parts, placed, frozen, adapted: (folder, image_processor, image_encoder, movq, unet,
     schedule, sampler).
 
-    `schedule` is the noise schedule of the training, `sampler` the decoder's own scheduler.
+    `schedule` is the noise schedule of the training, `sampler` the decoder's own scheduler. Of the prior, only what
+    sees pictures is fetched, unless it `draws_pictures`.
     """
     variant, options = args.variant, (args.variant, args.cache_dir)
     prior_base = engine.model_folder(
-        args.pretrained_prior_model_name_or_path, KandinskyV22PriorPipeline, args.prior_revision, *options
+        args.pretrained_prior_model_name_or_path,
+        KandinskyV22PriorPipeline,
+        args.prior_revision,
+        *options,
+        left_out=[] if draws_pictures else ["prior", "scheduler", "text_encoder", "tokenizer"],
+        trained=False,
     )
     base = engine.model_folder(
         args.pretrained_decoder_model_name_or_path, KandinskyV22Pipeline, args.decoder_revision, *options
@@ -184,6 +190,7 @@ def load_models(args, accelerator, seed):
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for frozen in (image_encoder, movq):
         frozen.requires_grad_(False).eval().to(accelerator.device)
+    kandinsky.check_decoder(unet, movq)
     unet.to(accelerator.device).train()
     layers = [*lora.UNET_LAYERS, *lora.ADDED_KV_LAYERS]
     lora.add_adapter(unet, layers, args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)
@@ -225,6 +232,7 @@ def main(argv=None):
     resume_from, state = engine.from_main(
         accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
     )
+    engine.from_main(accelerator, lambda: checkpoints.refuse_another_result(args.output_dir, adapted=["unet"]))
     repository = None
     if args.push_to_hub:
         repository = engine.from_main(
@@ -243,14 +251,13 @@ def main(argv=None):
     rows = data.take(rows, args.max_train_samples, state.seed)
     engine.from_main(accelerator, lambda: data.check(rows))
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
+    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     prior_base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(
-        args, accelerator, state.seed
+        args, accelerator, bool(prompts), state.seed
     )
     adapted = {"unet": unet}
-    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
     pairs = prompts and kandinsky.embed_prompts(prior_base, args.variant, image_encoder, prompts, state.seed, *drawing)
-    prompts = prompts if pairs else []
     latent_shape = latent_shape_of(movq, unet, args.resolution)
     prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed)

@@ -20,8 +20,8 @@ def parse_args(argv=None):
         flags.TRAINING,
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], [flags.SNR_GAMMA]),
-        (flags.LORA[0], flags.LORA[1][:4]),
-        (flags.EMA[0], flags.EMA[1][:2]),
+        (flags.LORA[0], flags.without(flags.LORA, "train_text_encoder", "save_kohya_format")),
+        (flags.EMA[0], flags.without(flags.EMA, "offload_ema", "foreach_ema")),
         (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
         flags.HARDWARE,
@@ -224,6 +224,7 @@ def main(argv=None):
     resume_from, state = engine.from_main(
         accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
     )
+    engine.from_main(accelerator, lambda: checkpoints.refuse_another_result(args.output_dir, adapted=["prior"]))
     repository = None
     if args.push_to_hub:
         repository = engine.from_main(
@@ -256,7 +257,6 @@ def main(argv=None):
             args.cache_dir,
             engine.frozen_type(accelerator),
         )
-        prompts = prompts if decoder is not None else []
     drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
     if accelerator.is_main_process:
         data.warn_of_long_captions(rows, tokenizer)

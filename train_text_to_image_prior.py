@@ -216,6 +216,9 @@ def main(argv=None):
     resume_from, state = engine.from_main(
         accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
     )
+    engine.from_main(
+        accelerator, lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="KandinskyV22PriorPipeline")
+    )
     repository = None
     if args.push_to_hub:
         repository = engine.from_main(
@@ -247,7 +250,6 @@ def main(argv=None):
             args.cache_dir,
             engine.frozen_type(accelerator),
         )
-        prompts = prompts if decoder is not None else []
     drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
     if accelerator.is_main_process:
         data.warn_of_long_captions(rows, tokenizer)
@@ -262,7 +264,7 @@ def main(argv=None):
     window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
-    parameters = [parameter for parameter in prior.parameters() if parameter.requires_grad]
+    parameters = list(prior.parameters())  # with the two statistics, as in the original's optimizer state
     optimizer = engine.make_optimizer(
         args.optimizer,
         parameters,

@@ -247,6 +247,9 @@ def main(argv=None):
     resume_from, state = engine.from_main(
         accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
     )
+    engine.from_main(
+        accelerator, lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="StableDiffusionXLPipeline")
+    )
     repository = None
     if args.push_to_hub:
         repository = engine.from_main(

@@ -4,6 +4,7 @@ other, and the conditions are those that the pipelines feed."""
 import copy
 import importlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusers import (
     KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
+    UNet2DConditionModel,
 )
 from PIL import Image
 from safetensors import safe_open
@@ -461,25 +463,51 @@ def test_gradient_checkpointing_keeps_less(stages):
     assert kept(prior) < whole / 2
 
 
-def test_losses_of_one_stage_do_not_need_the_other(run_prior, tmp_path, capsys):
-    """A decoder is only for the look of it: without one a prior trains all the same, and says what is missing."""
+def test_a_prior_trains_without_a_decoder(run_prior, run_lora_prior, tmp_path):
+    """A decoder is only for the look of it; one that is asked for and not there is said before training."""
     flags = ["--pretrained_decoder_model_name_or_path", "nowhere/decoder"]
-    assert run_prior(tmp_path / "quiet", *flags) == 0
-    assert "no validation pictures" not in capsys.readouterr().err
-    assert run_prior(tmp_path / "told", *flags, *PROMPTS[False]) == 0
-    assert "no validation pictures will be drawn" in capsys.readouterr().err
-    assert not (tmp_path / "told" / "validation").exists()
+    for run in (run_prior, run_lora_prior):
+        assert run(tmp_path / run.script, *flags) == 0
+        sentence, code = run.fails(tmp_path / "told", *flags, *PROMPTS["lora" in run.script])
+        assert "validation pictures need both networks, and base model nowhere/decoder" in sentence and code == 2
 
 
-def test_a_decoder_trains_with_the_image_encoder_alone(run_decoder, kandinsky, tmp_path, capsys):
-    import shutil
-
+def test_a_decoder_trains_with_the_image_encoder_alone(run_decoder, run_lora_decoder, kandinsky, tmp_path):
     shutil.copytree(kandinsky[0], tmp_path / "prior")
-    for part in ("prior", "text_encoder"):
+    for part in ("prior", "text_encoder", "tokenizer", "scheduler"):
         shutil.rmtree(tmp_path / "prior" / part)
-    flags = ["--pretrained_prior_model_name_or_path", tmp_path / "prior", *PROMPTS[False]]
-    assert run_decoder(tmp_path / "out", *flags) == 0
-    assert "no validation pictures will be drawn" in capsys.readouterr().err
+    flags = ["--pretrained_prior_model_name_or_path", tmp_path / "prior"]
+    for run in (run_decoder, run_lora_decoder):
+        assert run(tmp_path / run.script, *flags) == 0
+        sentence, code = run.fails(tmp_path / "told", *flags, *PROMPTS["lora" in run.script])
+        assert "validation pictures need both networks" in sentence and "no part 'prior'" in sentence and code == 2
+
+
+def test_what_is_not_used_is_not_fetched(run_decoder, kandinsky, tmp_path, monkeypatch):
+    """Of a prior on the hub a decoder's training needs what sees pictures, unless it draws some."""
+    asked = []
+
+    def download(name, **options):
+        asked.append(
+            {part for part, value in options.items() if value is None} & {"prior", "text_encoder", "tokenizer"}
+        )
+        return kandinsky[0]
+
+    monkeypatch.setattr(KandinskyV22PriorPipeline, "download", download)
+    flags = ["--pretrained_prior_model_name_or_path", "some/prior", "--max_train_steps", "1"]
+    run_decoder(tmp_path / "quiet", *flags)
+    run_decoder(tmp_path / "looks", *flags, *PROMPTS[False], *LOOK)
+    assert asked == [{"prior", "text_encoder", "tokenizer"}, set()]
+
+
+def test_a_variant_of_the_trained_stage_alone(run_prior, run_decoder, kandinsky, tmp_path):
+    for run, cls, folder in zip(
+        (run_prior, run_decoder), (KandinskyV22PriorPipeline, KandinskyV22Pipeline), kandinsky
+    ):
+        base = tmp_path / run.script
+        cls.from_pretrained(folder).to(torch.float16).save_pretrained(base, variant="fp16")
+        flags = [run.models[0 if run is run_prior else 2], base, "--variant", "fp16"]
+        assert run(tmp_path / f"{run.script}-out", *flags, *PROMPTS[False], *LOOK) == 0
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -544,8 +572,6 @@ def test_the_wrong_folder(any_script, kandinsky, sd, tmp_path):
 
 
 def test_a_prior_without_its_normalisation(run_prior, run_lora_prior, kandinsky, tmp_path):
-    import shutil
-
     shutil.copytree(kandinsky[0], tmp_path / "prior")
     weights = tmp_path / "prior" / "prior" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(weights) | {"clip_std": torch.zeros(1, 16)}, weights)
@@ -555,13 +581,62 @@ def test_a_prior_without_its_normalisation(run_prior, run_lora_prior, kandinsky,
 
 
 def test_a_prior_that_predicts_noise(run_prior, kandinsky, tmp_path):
-    import shutil
-
     shutil.copytree(kandinsky[0], tmp_path / "prior")
     config = tmp_path / "prior" / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"sample"', '"epsilon"'))
     sentence, code = run_prior.fails(tmp_path / "out", "--pretrained_prior_model_name_or_path", tmp_path / "prior")
     assert "predicts 'epsilon'" in sentence and code == 2
+
+
+def test_a_decoder_for_another_task(any_script, kandinsky, tmp_path):
+    """An inpainting decoder's UNet takes the mask and the masked picture as well."""
+    pipeline = KandinskyV22Pipeline.from_pretrained(kandinsky[1])
+    unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"in_channels": 9})
+    pipeline.register_modules(unet=unet)
+    pipeline.save_pretrained(tmp_path / "decoder")
+    flags = ["--pretrained_decoder_model_name_or_path", tmp_path / "decoder", *PROMPTS["lora" in any_script.script]]
+    sentence, code = any_script.fails(tmp_path / "out", *flags)
+    assert "takes 9 channels and not MOVQ's 4" in sentence and code == 2
+
+
+def test_a_decoder_without_a_scheduler(any_script, kandinsky, tmp_path):
+    shutil.copytree(kandinsky[1], tmp_path / "decoder")
+    shutil.rmtree(tmp_path / "decoder" / "scheduler")
+    flags = ["--pretrained_decoder_model_name_or_path", tmp_path / "decoder", *PROMPTS["lora" in any_script.script]]
+    sentence, code = any_script.fails(tmp_path / "out", *flags)
+    assert "part 'scheduler'" in sentence or "no part 'scheduler'" in sentence
+    assert code == 2
+
+
+def test_one_stage_does_not_overwrite_the_other(run_prior, run_decoder, run_lora_prior, run_lora_decoder, tmp_path):
+    """Both stages' scripts have the same default --output_dir, and an adapter file or an index has one name."""
+    for one, two in ((run_prior, run_decoder), (run_lora_prior, run_lora_decoder)):
+        out = tmp_path / one.script
+        one(out, "--max_train_steps", "1")
+        before = result_bytes(out)
+        sentence, code = two.fails(out, "--max_train_steps", "1")
+        assert "holds the result of another run" in sentence and code == 2
+        one(out, "--max_train_steps", "2")
+        assert result_bytes(out) != before
+
+
+def test_a_checkpoint_of_the_original_prior_script_continues(run_prior, kandinsky, tmp_path, capsys):
+    """Its Adam holds every parameter, the two statistics too, which never get a gradient."""
+    prior = KandinskyV22PriorPipeline.from_pretrained(kandinsky[0]).prior
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-3)
+    prior.proj_in.weight.sum().backward()
+    optimizer.step()
+    folder = tmp_path / "checkpoint-2"
+    prior.save_pretrained(folder / "prior")
+    torch.save(optimizer.state_dict(), folder / "optimizer.bin")
+    assert run_prior(tmp_path, "--resume_from_checkpoint", "latest", "--adam_weight_decay", "0.5") == 0
+    assert "was not made by this suite" in capsys.readouterr().err
+    stock, trained = (
+        load_file(f"{base}/prior/diffusion_pytorch_model.safetensors") for base in (kandinsky[0], tmp_path)
+    )
+    assert torch.equal(stock["clip_mean"], trained["clip_mean"]) and torch.equal(
+        stock["clip_std"], trained["clip_std"]
+    )
 
 
 def test_a_resolution_that_the_decoder_cannot_halve():

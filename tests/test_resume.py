@@ -281,10 +281,8 @@ def test_one_process_two_and_accumulation_agree(run, tmp_path):
 def test_siblings_on_two_processes(request, tmp_path, sibling):
     run = request.getfixturevalue(sibling)
     flags = ["--max_train_steps", "4", *(["--train_text_encoder"] if sibling == "run_lora_sdxl" else [])]
-    flags += [
-        "--adam_epsilon",
-        "1e-5",
-    ]  # the prior's key biases have no gradient but rounding, which Adam would scale up
+    # the prior's key biases have no gradient but rounding, which Adam would scale up
+    flags += ["--adam_epsilon", "1e-5"]
     run(tmp_path / "one", *flags)
     two = [*flags, "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     process = run.start(tmp_path / "two", *two, launcher=two_processes())

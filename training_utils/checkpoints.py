@@ -335,6 +335,28 @@ def start(root, wanted, seed):
     return folder, state
 
 
+def refuse_another_result(root, pipeline=None, adapted=()):
+    """Raise UserError where `root` holds the result of another kind of run, which this run's would damage.
+
+    `pipeline` is the class that the result will load as, `adapted` the names of the networks that get adapters.
+    """
+    index, adapters = Path(root) / "model_index.json", Path(root) / "pytorch_lora_weights.safetensors"
+    have = None
+    if pipeline and index.is_file():
+        have = json.loads(index.read_text()).get("_class_name")
+        have = have if have != pipeline else None
+    elif adapted and adapters.is_file():
+        from safetensors import safe_open
+
+        with safe_open(adapters, "np") as file:
+            parts = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        have = f"adapters of {', '.join(sorted(parts))}" if not parts & set(adapted) else None
+    if have:
+        raise UserError(
+            f"--output_dir {root} holds the result of another run, {have}; give this one a folder of its own"
+        )
+
+
 def due(state, every, last):
     """Whether a checkpoint is due after this update: each `every` updates (0: never) and at the `last` one."""
     return every and (state.step % every == 0 or state.step == last)

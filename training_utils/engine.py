@@ -143,13 +143,20 @@ def fetch_mean(accelerator, scalars):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=None):
-    """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError."""
+def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=None, left_out=(), trained=True):
+    """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError.
+
+    Parts that are `left_out` are not fetched; of a model that is not `trained`, `variant` is read where there is one.
+    """
     if os.path.isdir(name):
         folder = Path(name)
     else:
         try:
-            folder = Path(pipeline_class.download(name, revision=revision, variant=variant, cache_dir=cache_dir))
+            folder = Path(
+                pipeline_class.download(
+                    name, revision=revision, variant=variant, cache_dir=cache_dir, **dict.fromkeys(left_out)
+                )
+            )
         except Exception as error:  # the hub client raises a dozen kinds, its transport more
             reason = reason_of(error)
             raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
@@ -159,7 +166,7 @@ def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=No
     family, wanted = json.loads(index.read_text()).get("_class_name", ""), pipeline_class.__name__
     if any((word in family) != (word in wanted) for word in ("XL", "Kandinsky", "V22", "Prior")):
         raise UserError(f"base model {name} is for {family}; this script trains {wanted} models")
-    if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
+    if trained and variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(f"base model {name} has no weights of --variant {variant}")
     return folder
 
@@ -222,11 +229,15 @@ def stored_type(folder, variant=None):
 def sampling_scheduler(folder, changes):
     """The base model's own sampler with `changes` to its configuration, so that it samples what was trained.
 
-    A sampler that cannot end in pure noise (zero terminal SNR) is replaced by DDIM.
+    A sampler that cannot end in pure noise (zero terminal SNR) is replaced by DDIM. Raises UserError where the
+    folder has none.
     """
     import diffusers
 
-    config = dict(diffusers.DDPMScheduler.load_config(folder, subfolder="scheduler"))
+    try:
+        config = dict(diffusers.DDPMScheduler.load_config(folder, subfolder="scheduler"))
+    except OSError as error:
+        raise UserError(f"part 'scheduler' of base model {folder} cannot be loaded: {reason_of(error)}") from None
     cls = getattr(diffusers, config.get("_class_name", "DDPMScheduler"))
     if changes.get("rescale_betas_zero_snr"):
         if "rescale_betas_zero_snr" not in inspect.signature(cls.__init__).parameters:

@@ -81,6 +81,12 @@ def multiple_of_8(text):
 
 multiple_of_8.kind = int
 
+
+def without(group, *names):
+    """The flags of a group, (title, [Flag]), but for those of these names: a list."""
+    return [flag for flag in group[1] if flag.name not in names]
+
+
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
 INTERPOLATIONS = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
@@ -100,7 +106,7 @@ KANDINSKY = ("Base model", [
     Flag("prior_revision", help="branch, tag or commit of a prior on the hub; pin one so that no later upload changes "
          "the run"),
     Flag("decoder_revision", help="branch, tag or commit of a decoder on the hub"),
-    *MODEL[1][2:],
+    *without(MODEL, "pretrained_model_name_or_path", "revision"),
 ])
 DATA = ("Data", [
     Flag("dataset_name", help="hub id or local path that the datasets library can load"),
@@ -219,8 +225,8 @@ KANDINSKY_RESOLUTION = Flag("resolution", whole(1), 512, "side of the validation
                             "sizes the training pictures")
 KANDINSKY_DECODER = [
     Flag("random_crop", bool, False, "train on a random square of each picture instead of its middle"),
-    Flag("reducing_gap", number(1), 1.0, "how exactly large pictures are made smaller: 1 is quickest, from 3 on "
-         "nothing is lost"),
+    Flag("reducing_gap", number(1), 1.0, "how exactly large pictures are made smaller: 1 is quickest, 3 hardly "
+         "differs from exact"),
     Flag("caption_dropout", number(0, 1), 0.0, "share of samples that are conditioned on no picture, drawn anew each "
          "epoch; 0.1 keeps classifier-free guidance working in long runs"),
 ]
@@ -251,11 +257,6 @@ MATHEMATICS = frozenset(
     """.split()
 )
 SECRETS = frozenset(["hub_token"])
-
-
-def without(group, *names):
-    """The flags of a group, (title, [Flag]), but for those of these names: a list."""
-    return [flag for flag in group[1] if flag.name not in names]
 
 
 class _Parser(argparse.ArgumentParser):

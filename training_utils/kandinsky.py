@@ -14,7 +14,7 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from . import engine
-from .reporting import UserError, warn
+from .reporting import UserError
 
 
 @torch.no_grad()
@@ -48,18 +48,36 @@ def picture(pipeline, pair, noise, side, steps, guidance_scale):
     return pipeline.numpy_to_pil(array)[0]
 
 
-def load_decoder(name, revision, variant, cache_dir, dtype):
-    """A decoder that shows what a prior has learned, in host memory; None, and a warning, where it is not at hand."""
-    try:
-        folder = engine.model_folder(name, KandinskyV22Pipeline, revision, variant, cache_dir)
-        return KandinskyV22Pipeline(
-            unet=engine.load_part(UNet2DConditionModel, folder, "unet", variant, dtype=dtype),
-            scheduler=engine.sampling_scheduler(folder, {}),
-            movq=engine.load_part(VQModel, folder, "movq", variant, dtype=dtype),
+def check_decoder(unet, movq):
+    """Refuse the decoders of other tasks, whose UNets are told a mask or a depth map as well."""
+    takes, gives = unet.config.in_channels, movq.config.latent_channels
+    if takes != gives:
+        raise UserError(
+            f"the decoder's UNet takes {takes} channels and not MOVQ's {gives}: it is one for another task, such as "
+            "inpainting; name a text-to-image decoder"
         )
-    except UserError as error:
-        warn(f"no validation pictures will be drawn, since there is no decoder to draw them: {error}")
-        return None
+
+
+def load_decoder(name, revision, variant, cache_dir, dtype):
+    """A decoder that shows what a prior has learned, in host memory. Raises UserError where it is not at hand."""
+    with _for_pictures():
+        folder = engine.model_folder(name, KandinskyV22Pipeline, revision, variant, cache_dir, trained=False)
+        unet = engine.load_part(UNet2DConditionModel, folder, "unet", variant, dtype=dtype)
+        movq = engine.load_part(VQModel, folder, "movq", variant, dtype=dtype)
+        check_decoder(unet, movq)
+        return KandinskyV22Pipeline(unet, engine.sampling_scheduler(folder, {}), movq)
+
+
+@contextmanager
+def _for_pictures():
+    try:
+        yield
+    except UserError as error:  # on each process by itself: one alone may fail
+        raise UserError(
+            f"the validation pictures need both networks, and {error}; name one that is there, or leave the "
+            "validation prompt out",
+            everywhere=False,
+        ) from None
 
 
 @contextmanager
@@ -77,8 +95,8 @@ def visiting(pipeline, device):
 
 def embed_prompts(folder, variant, image_encoder, prompts, seed, steps, guidance_scale):
     """The pairs of `embeddings` for some prompts, by the prior in a folder, which is loaded, used and let go: in the
-    training of a decoder they never change. None, and a warning, where the folder lacks a part of the prior."""
-    try:
+    training of a decoder they never change. Raises UserError where the folder lacks a part of the prior."""
+    with _for_pictures():
         parts = dict(
             prior=engine.load_part(PriorTransformer, folder, "prior", variant, dtype=torch.float32),
             text_encoder=engine.load_part(
@@ -87,9 +105,6 @@ def embed_prompts(folder, variant, image_encoder, prompts, seed, steps, guidance
             tokenizer=engine.load_part(CLIPTokenizer, folder, "tokenizer"),
             scheduler=engine.load_part(UnCLIPScheduler, folder, "scheduler"),
         )
-    except UserError as error:
-        warn(f"no validation pictures will be drawn, since there is no prior to read their prompts: {error}")
-        return None
     for name in ("prior", "text_encoder"):
         parts[name].to(image_encoder.device)
     pipeline = KandinskyV22PriorPipeline(**parts, image_encoder=image_encoder, image_processor=None)
