@@ -14,9 +14,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
 from . import checkpoints
-from .data import UpdateSampler, collate
+from .data import UpdateSampler, collate, note_skipped
 from .interruption import SIGNALS
-from .reporting import UserError, warn
+from .reporting import UserError, say, warn
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -272,11 +272,14 @@ def _as_worker(_):
 
 def _collate(samples):
     batch = collate(samples)
-    return batch if isinstance(batch, UserError) else {key: torch.from_numpy(value) for key, value in batch.items()}
+    if isinstance(batch, UserError):
+        return batch
+    return {key: value if key == "skipped" else torch.from_numpy(value) for key, value in batch.items()}
 
 
 def batches(samples, batch_sampler, device, workers=0):
-    """Batches on the device, as dicts of tensors. Raises UserError for a picture that cannot be read."""
+    """Batches on the device, as dicts of tensors. Raises UserError for a picture that cannot be read, unless the
+    samples skip it."""
     loader = torch.utils.data.DataLoader(
         samples,
         batch_sampler=batch_sampler,
@@ -290,6 +293,7 @@ def batches(samples, batch_sampler, device, workers=0):
         if isinstance(batch, UserError):
             batch.everywhere = False  # the other processes have other pictures
             raise batch
+        note_skipped(samples.rows, batch.pop("skipped", []))
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
@@ -299,6 +303,14 @@ def training_batches(samples, state, batch_size, accumulation, accelerator, work
     state.position = state.position.within(len(samples))
     sampler = UpdateSampler(len(samples), state.seed, state.position, batch_size, accumulation, rank, world)
     return batches(samples, sampler, accelerator.device, workers)
+
+
+def say_skipped(accelerator, skipped):
+    """Say how many pictures others stood in for, in any process; `skipped` is this one's set. A collective call."""
+    if accelerator.num_processes > 1:
+        skipped = set(gather_object(sorted(skipped)))
+    if skipped:
+        say(f"{len(skipped)} pictures could not be used in training; each time the next one stood in for it")
 
 
 def gather_in_order(accelerator, mine):
