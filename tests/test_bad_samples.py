@@ -2,30 +2,18 @@
 --check_data tells everything about a data set without a model."""
 
 import json
-import struct
 import sys
-import zlib
 
 import numpy as np
 import pytest
-from conftest import result_bytes, two_processes
+from conftest import relative_difference, result_bytes, two_processes
 from PIL import Image
-from tiny import picture, write_pictures
+from tiny import picture, png, write_pictures
 
 from training_utils import data, inspection
 from training_utils.draws import SampleDraws
 from training_utils.problems import BadSample
 from training_utils.reporting import UserError
-
-
-def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def claiming(width, height):
-    """A PNG of a few bytes whose header claims this size."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def cut_off(path):
@@ -46,7 +34,7 @@ def spoiled(tmp_path):
     cut_off(folder / "4.png")
     (folder / "5.png").write_bytes(b"")
     (folder / "6.png").write_bytes(b"no picture")
-    (folder / "7.png").write_bytes(claiming(30_000, 30_000))
+    (folder / "7.png").write_bytes(png(30_000, 30_000, 8, 2, b""))
     Image.new("RGB", (4, 201)).save(folder / "8.png")
     add_line(folder, file_name="absent.png", text="x")
     for caption in (None, [], ["a", None], 7):
@@ -217,7 +205,7 @@ def test_two_processes_skip_the_same(run, partly_damaged, tmp_path):
     assert "3 pictures could not be used in training" in said
     for index in (1, 5, 6):
         assert f"{index}.png cannot be read as a picture" in said
-    assert result_bytes(tmp_path / "one")[1].keys() == result_bytes(tmp_path / "two")[1].keys()
+    assert relative_difference(tmp_path / "one", tmp_path / "two") < 1e-4
 
 
 def odd_pictures(folder):

@@ -2,15 +2,13 @@
 
 import json
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import result_bytes, two_processes
 from PIL import Image
-from tiny import picture, write_pictures
+from tiny import picture, png, write_pictures
 
 from training_utils import data
 from training_utils.draws import SampleDraws
@@ -44,6 +42,7 @@ BAD_METADATA = {
     "no file_name": ([entry(0), {"text": "x"}], ['metadata.jsonl line 2 has no "file_name"']),
     "no caption": ([{"file_name": "0.png", "title": "x"}], ["line 1 has no caption column 'text'", "it has title"]),
     "absent pictures": ([entry(0), entry(7), entry(8)], ["2 pictures named", "7.png", "8.png"]),
+    "no line": ([], ["metadata.jsonl names no picture"]),
     "half a character": ([r'{"file_name": "0.png", "text": "\ud800"}'], ["0.png ('\\ud800')"]),
     "name with a zero byte": ([r'{"file_name": "0\u0000.png", "text": "x"}'], ["1 pictures named"]),
     "brackets without end": (["[" * 100_000], ["metadata.jsonl line 1"]),
@@ -371,25 +370,14 @@ def test_sixteen_bit_grey_is_scaled(tmp_path):
     assert got[..., 0].tolist() == (values >> 8).tolist()
 
 
-def png(kind, width, samples):
-    """A PNG of 16 bits a channel, which Pillow does not write: colour type, width, rows of big-endian samples."""
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-    header = struct.pack(">IIBBBBB", width, len(samples), 16, kind, 0, 0, 0)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
 @pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
 def test_sixteen_bit_colour_and_grey_with_alpha(tmp_path, kind, channels):
     samples = np.linspace(0, 65535, 4 * 4 * channels).astype(np.uint16).reshape(4, 4, channels)
     if channels != 3:
         samples[..., -1] = 65535  # opaque
     folder_with(tmp_path, [entry(0)], count=1)
-    (tmp_path / "0.png").write_bytes(png(kind, 4, samples))
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in samples)
+    (tmp_path / "0.png").write_bytes(png(4, 4, 16, kind, lines))
     got = np.asarray(rows_of(tmp_path).picture(0)).astype(int)
     want = samples[..., :3] if channels > 2 else samples[..., :1].repeat(3, axis=-1)
     assert np.abs(got - want / 257).max() <= 1

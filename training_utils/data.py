@@ -94,8 +94,7 @@ class Rows:
 
     def captions(self, index):
         """The captions of a row, a list of at least one string."""
-        value = self._captions[index]
-        return [value] if isinstance(value, str) else list(value)
+        return texts_of(self._captions[index])
 
     def picture(self, index):
         """The picture of a row, upright, in RGB. Raises BadSample, or UserError where the file cannot be reached."""
@@ -258,6 +257,8 @@ def _read_captions(folder, found, caption_column, findings):
                 named.append((_place(table.parent, entry["file_name"]), entry[caption_column]))
         same = 1 < len(lacking) == lines  # it is the flag that is wrong, or the name of the column
         malformed += [f"{lacking[0]}; nor has any other line"] if same else lacking
+    if tables and not named and not malformed:
+        malformed.append(f"{tables[0]} names no picture; each line names a picture and its caption")
     if tables:
         return named
     for path in found:
@@ -321,8 +322,8 @@ def _read_table(path, malformed):
 
 
 def texts_of(value):
-    """The captions in a usable caption cell, a list of strings."""
-    return [value] if isinstance(value, str) else value
+    """The captions in a usable cell, a list of strings."""
+    return [value] if isinstance(value, str) else list(value)
 
 
 def caption_problems(rows):
@@ -391,7 +392,7 @@ def warn_of_long_captions(rows, tokenizer, most=100_000):
     """Say how many captions are longer than the tokenizer's limit, whose rest the text encoder never sees."""
     count = min(len(rows), most)
     values = rows.dataset.select(range(count))[rows.caption_column]
-    texts = [text for value in values for text in ([value] if isinstance(value, str) else value)]
+    texts = [text for value in values for text in texts_of(value)]
     limit = tokenizer.model_max_length
     long = sum(
         len(ids) > limit
