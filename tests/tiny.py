@@ -197,8 +197,8 @@ def picture(index, size=(20, 16)):
 
 
 def png(width, height, depth, kind, lines):
-    """The bytes of a PNG as its header claims to be: `depth` bits a channel, `kind` the colour type, `lines` the pixels'
-    bytes, each line behind a zero. Pillow writes neither 16-bit colour nor what is not true."""
+    """The bytes of a PNG whose header claims what it is told: `depth` bits a channel, `kind` the colour type; `lines`
+    are the pixels' bytes, each line behind a zero. Pillow writes neither 16-bit colour nor what is not true."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

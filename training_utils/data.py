@@ -26,7 +26,7 @@ from .problems import (
     problem_of,
     shortened,
 )
-from .reporting import UserError, warn
+from .reporting import UserError, say, warn
 
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TRANSPARENT_BECOMES = (255, 255, 255)  # what lies under transparent pixels is arbitrary; white is what viewers show
@@ -573,6 +573,12 @@ def note_skipped(rows, sentences):
         if sentence not in rows.findings.skipped:
             rows.findings.skipped.add(sentence)
             warn(f"{sentence}; the next picture stands in for it", everywhere=True)
+
+
+def say_skipped(skipped):
+    """Say at the end of a run how many pictures others stood in for; `skipped` is the set in the findings."""
+    if skipped:
+        say(f"{len(skipped)} pictures could not be used in training; each time the next one stood in for it")
 
 
 def held_out_samples(size, batch_size, rank=0, world_size=1):

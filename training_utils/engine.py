@@ -13,10 +13,10 @@ import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
-from . import checkpoints
-from .data import UpdateSampler, collate, note_skipped
+from . import checkpoints, data
+from .data import UpdateSampler, collate
 from .interruption import SIGNALS
-from .reporting import UserError, say, warn
+from .reporting import UserError, warn
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -293,7 +293,7 @@ def batches(samples, batch_sampler, device, workers=0):
         if isinstance(batch, UserError):
             batch.everywhere = False  # the other processes have other pictures
             raise batch
-        note_skipped(samples.rows, batch.pop("skipped", []))
+        data.note_skipped(samples.rows, batch.pop("skipped", []))
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
@@ -306,11 +306,8 @@ def training_batches(samples, state, batch_size, accumulation, accelerator, work
 
 
 def say_skipped(accelerator, skipped):
-    """Say how many pictures others stood in for, in any process; `skipped` is this one's set. A collective call."""
-    if accelerator.num_processes > 1:
-        skipped = set(gather_object(sorted(skipped)))
-    if skipped:
-        say(f"{len(skipped)} pictures could not be used in training; each time the next one stood in for it")
+    """`data.say_skipped` for all processes together; `skipped` is this one's set. A collective call."""
+    data.say_skipped(set(gather_object(sorted(skipped))) if accelerator.num_processes > 1 else skipped)
 
 
 def gather_in_order(accelerator, mine):
