@@ -373,7 +373,8 @@ def check(rows, on_bad_sample="error"):
     if problems and on_bad_sample == "error":
         captionless = any(problem.kind == "no usable caption" for problem in problems)
         advice = "give each picture a caption" if captionless else "mend or remove them"
-        raise UserError(f"{listing(problems)}; {advice}, or leave such samples out with --on_bad_sample skip")
+        rest = " (--check_data lists all of them)" if len(problems) > 10 else ""
+        raise UserError(f"{listing(problems)}; {advice}, or leave such samples out with --on_bad_sample skip{rest}")
     if len(bad) == len(rows):
         raise UserError(f"not one sample can be used: {listing(problems)}")
     if problems:
