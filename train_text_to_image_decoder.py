@@ -56,7 +56,7 @@ from diffusers.optimization import get_scheduler  # noqa: E402
 from PIL import ImageOps  # noqa: E402
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection  # noqa: E402
 
-from training_utils import checkpoints, data, draws, engine, hub, kandinsky, losses, reporting, validation  # noqa: E402
+from training_utils import checkpoints, data, draws, engine, hub, inspection, kandinsky, losses, reporting, validation  # noqa: E402
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
@@ -208,6 +208,8 @@ def save_result(args, base, unet):
 def main(argv=None):
     args = parse_args(argv)
     command = flags.without_secrets(argv)
+    if args.check_data:
+        return inspection.check_data(flags.data_source(args), args.resolution)
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
     accelerator = engine.make_accelerator(
@@ -235,16 +237,10 @@ def main(argv=None):
         )
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = data.load_rows(
-        args.dataset_name,
-        args.dataset_config_name,
-        args.train_data_dir,
-        args.cache_dir,
-        args.image_column,
-        caption_column=None,
-    )
+    rows = data.load_rows(**flags.data_source(args))
     rows = data.take(rows, args.max_train_samples, state.seed)
-    engine.from_main(accelerator, lambda: data.check(rows))
+    unusable = engine.from_main(accelerator, lambda: data.check(rows, args.on_bad_sample))
+    rows = rows.without(unusable)
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     prompts = args.validation_prompts or []
     prior_base, base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(
@@ -254,10 +250,10 @@ def main(argv=None):
     pairs = prompts and kandinsky.embed_prompts(prior_base, args.variant, image_encoder, prompts, state.seed, *drawing)
     latent_shape = latent_shape_of(movq, unet, args.resolution)
     prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps)
-    samples = data.Samples(rows, prepare, state.seed)
+    samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
         prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
-        held_out = data.Samples(held_out_rows, prepare, state.seed)
+        held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
     window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -408,6 +404,7 @@ def main(argv=None):
             raise UserError(f"stopped after update {state.step}, which could not be saved", exit_code=1)
         say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
         return 128 + stopped_by
+    engine.say_skipped(accelerator, rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:

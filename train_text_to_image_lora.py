@@ -48,7 +48,7 @@ from diffusers.optimization import get_scheduler  # noqa: E402
 from diffusers.training_utils import compute_dream_and_update_latents  # noqa: E402
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from training_utils import checkpoints, data, draws, engine, hub, lora, losses, reporting, validation  # noqa: E402
+from training_utils import checkpoints, data, draws, engine, hub, inspection, lora, losses, reporting, validation  # noqa: E402
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
@@ -188,6 +188,8 @@ def save_result(args, adapted):
 def main(argv=None):
     args = parse_args(argv)
     command = flags.without_secrets(argv)
+    if args.check_data:
+        return inspection.check_data(flags.data_source(args), args.resolution)
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
     accelerator = engine.make_accelerator(
@@ -213,16 +215,10 @@ def main(argv=None):
         )
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = data.load_rows(
-        args.dataset_name,
-        args.dataset_config_name,
-        args.train_data_dir,
-        args.cache_dir,
-        args.image_column,
-        args.caption_column,
-    )
+    rows = data.load_rows(**flags.data_source(args))
     rows = data.take(rows, args.max_train_samples, state.seed)
-    engine.from_main(accelerator, lambda: data.check(rows))
+    unusable = engine.from_main(accelerator, lambda: data.check(rows, args.on_bad_sample))
+    rows = rows.without(unusable)
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     tokenizer, text_encoder, vae, unet, schedule, sampler = load_models(args, accelerator, state.seed)
     adapted = {"unet": unet} | ({"text_encoder": text_encoder} if args.train_text_encoder else {})
@@ -231,10 +227,10 @@ def main(argv=None):
     side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     latent_shape = (vae.config.latent_channels, side, side)
     prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps)
-    samples = data.Samples(rows, prepare, state.seed)
+    samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
         prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
-        held_out = data.Samples(held_out_rows, prepare, state.seed)
+        held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
     window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -397,6 +393,7 @@ def main(argv=None):
             raise UserError(f"stopped after update {state.step}, which could not be saved", exit_code=1)
         say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
         return 128 + stopped_by
+    engine.say_skipped(accelerator, rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:

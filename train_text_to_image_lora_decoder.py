@@ -64,6 +64,7 @@ from training_utils import (  # noqa: E402
     draws,
     engine,
     hub,
+    inspection,
     kandinsky,
     lora,
     losses,
@@ -215,6 +216,8 @@ def latent_shape_of(movq, unet, resolution):
 def main(argv=None):
     args = parse_args(argv)
     command = flags.without_secrets(argv)
+    if args.check_data:
+        return inspection.check_data(flags.data_source(args), args.resolution)
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
     accelerator = engine.make_accelerator(
@@ -240,16 +243,10 @@ def main(argv=None):
         )
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = data.load_rows(
-        args.dataset_name,
-        args.dataset_config_name,
-        args.train_data_dir,
-        args.cache_dir,
-        args.image_column,
-        caption_column=None,
-    )
+    rows = data.load_rows(**flags.data_source(args))
     rows = data.take(rows, args.max_train_samples, state.seed)
-    engine.from_main(accelerator, lambda: data.check(rows))
+    unusable = engine.from_main(accelerator, lambda: data.check(rows, args.on_bad_sample))
+    rows = rows.without(unusable)
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     prior_base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(
@@ -260,10 +257,10 @@ def main(argv=None):
     pairs = prompts and kandinsky.embed_prompts(prior_base, args.variant, image_encoder, prompts, state.seed, *drawing)
     latent_shape = latent_shape_of(movq, unet, args.resolution)
     prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps)
-    samples = data.Samples(rows, prepare, state.seed)
+    samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
         prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
-        held_out = data.Samples(held_out_rows, prepare, state.seed)
+        held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
     window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -414,6 +411,7 @@ def main(argv=None):
             raise UserError(f"stopped after update {state.step}, which could not be saved", exit_code=1)
         say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
         return 128 + stopped_by
+    engine.say_skipped(accelerator, rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:

@@ -28,6 +28,8 @@ OURS = {
     "process_group_timeout": (int, 1800),
     "logging_steps": (int, 10),
     "on_nan": (str, "stop"),
+    "on_bad_sample": (str, "error"),
+    "check_data": (bool, False),
 }
 OURS_FOR_ADAPTERS = {
     "lora_alpha": (float, None),
@@ -148,7 +150,7 @@ def test_help_and_a_wrong_flag_answer_within_a_second(script, words):
 
 
 def test_shared_modules_import_no_torch():
-    names = "flags data draws losses checkpoints interruption reporting hub".split()
+    names = "flags data problems inspection draws losses checkpoints interruption reporting hub".split()
     code = f"import sys, {', '.join(f'training_utils.{name}' for name in names)}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
 
@@ -176,6 +178,7 @@ REFUSED = {
     "--lr_scheduler cosin": "invalid choice",
     "--prediction_type v": "invalid choice",
     "--report_to tensorbord": "invalid choice",
+    "--on_bad_sample ignore": "invalid choice",
     "--report_to dvclive": "pip install dvclive, or give --report_to none",
     "--max_train_step_count 3": "there is no flag --max_train_step_count; did you mean --max_train_steps",
     "--hub_tok hf_x": "there is no flag --hub_tok; did you mean --hub_token?",

@@ -1,13 +1,14 @@
 """Every data set that can be read is read right; every one that cannot gets a sentence that names what to mend."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import result_bytes, two_processes
 from PIL import Image
-from tiny import picture, write_pictures
+from tiny import picture, png, write_pictures
 
 from training_utils import data
 from training_utils.draws import SampleDraws
@@ -41,6 +42,10 @@ BAD_METADATA = {
     "no file_name": ([entry(0), {"text": "x"}], ['metadata.jsonl line 2 has no "file_name"']),
     "no caption": ([{"file_name": "0.png", "title": "x"}], ["line 1 has no caption column 'text'", "it has title"]),
     "absent pictures": ([entry(0), entry(7), entry(8)], ["2 pictures named", "7.png", "8.png"]),
+    "no line": ([], ["metadata.jsonl names no picture"]),
+    "half a character": ([r'{"file_name": "0.png", "text": "\ud800"}'], ["0.png ('\\ud800')"]),
+    "name with a zero byte": ([r'{"file_name": "0\u0000.png", "text": "x"}'], ["1 pictures named"]),
+    "brackets without end": (["[" * 100_000], ["metadata.jsonl line 1"]),
 }
 
 
@@ -70,6 +75,90 @@ def test_metadata_that_is_not_utf8(tmp_path):
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "é"}'.encode("latin-1"))
     with pytest.raises(UserError, match="metadata.jsonl is not UTF-8 text"):
         rows_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "0.txt"])
+def test_other_captions_that_are_not_utf8(tmp_path, name):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / name).write_bytes("file_name,text\n0.png,é".encode("latin-1"))
+    with pytest.raises(UserError, match=f"{name} is not UTF-8 text"):
+        rows_of(tmp_path)
+
+
+BAD_CSV = {
+    "file_name,title\n0.png,x\n": "metadata.csv line 2 has no caption column 'text' (--caption_column); it has title",
+    "file,text\n0.png,x\n": 'metadata.csv line 2 has no "file_name"',
+    "file_name,text\n0.png\n": "0.png (None)",  # the line ends early
+    f'file_name,text\n0.png,"{"x" * 200_000}"\n': "metadata.csv line 1 is not CSV: field larger than field limit",
+}
+
+
+@pytest.mark.parametrize("text", BAD_CSV, ids=range(len(BAD_CSV)))
+def test_a_csv_that_lacks_something(tmp_path, text):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(UserError) as caught:
+        rows_of(tmp_path)
+    assert BAD_CSV[text] in str(caught.value)
+
+
+def test_an_empty_caption_is_one(tmp_path, capsys):
+    rows = rows_of(folder_with(tmp_path, [entry(0, ""), entry(1, ["a", " "]), entry(2)]))
+    assert [rows.captions(index) for index in range(3)] == [[""], ["a", " "], ["a caption"]]
+    assert "2 captions are empty and are trained as such: " in capsys.readouterr().err
+
+
+def test_a_name_may_lead_out_of_the_folder(tmp_path):
+    write_pictures(tmp_path / "elsewhere", 1)
+    folder = folder_with(tmp_path / "here", [{"file_name": "../elsewhere/0.png", "text": "x"}], count=1)
+    rows = rows_of(folder)
+    assert rows.name(0) == str(tmp_path / "elsewhere" / "0.png") and rows.picture(0).size == (20, 16)
+
+
+def test_links_that_lead_in_circles(tmp_path):
+    folder = folder_with(tmp_path, [entry(0), {"file_name": "round.png", "text": "x"}], count=1)
+    (folder / "again").symlink_to(folder)
+    (folder / "round.png").symlink_to(folder / "round.png")
+    with pytest.raises(UserError, match="1 pictures named in the metadata do not exist: .*round.png"):
+        rows_of(folder)
+    assert len(rows_of(folder_with(tmp_path, [entry(0)], count=1))) == 1
+    assert len(rows_of(folder, caption_column=None)) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["0.png", "metadata.jsonl", "."])
+def test_what_may_not_be_read(tmp_path, name):
+    folder = folder_with(tmp_path / "train", [entry(0)], count=1)
+    (folder / name).chmod(0)
+    try:
+        with pytest.raises(UserError):
+            rows_of(folder)
+    finally:
+        (folder / name).chmod(0o700)
+
+
+def test_what_may_not_be_read_is_a_sentence(tmp_path, monkeypatch):
+    """The same as far as it can be seen by root."""
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    folder = folder_with(tmp_path, [entry(0)], count=1)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="0.png .Permission denied"):
+        patch.setattr(Image, "open", refuse)
+        rows_of(folder)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: refuse())
+    with pytest.raises(UserError, match="metadata.jsonl cannot be read: Permission denied"):
+        rows_of(folder)
+
+
+def test_a_file_whose_name_is_no_text(tmp_path):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "0.png").rename(tmp_path / "caf\udce9.png")  # a Latin-1 é, as old archives have it
+    with pytest.raises(UserError, match="1 files have a name that is not UTF-8"):
+        rows_of(tmp_path, caption_column=None)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
@@ -199,6 +288,20 @@ def test_parquet_with_custom_and_extra_columns(run, tmp_path, table, capsys):
     assert "not pictures" in sentence
 
 
+def test_a_table_with_columns_named_like_ours(run_sdxl, tmp_path):
+    """... and its own two named unlike ours: SDXL's original removed columns by their default names."""
+    import datasets
+
+    ours = ["pixels", "weight", "index", "tokens", "skipped", "timestep", "file_name", "noise"]
+    rows = {name: ["x"] * 4 for name in ours} | {"photo": [picture(i) for i in range(4)], "legend": list("abcd")}
+    features = {name: datasets.Value("string") for name in rows} | {"photo": datasets.Image()}
+    (tmp_path / "table").mkdir()
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    table.to_parquet(tmp_path / "table" / "train.parquet")
+    flags = ["--image_column", "photo", "--caption_column", "legend", "--cache_dir", tmp_path / "cache"]
+    assert run_sdxl(tmp_path / "out", "--dataset_name", tmp_path / "table", *flags, "--max_train_steps", "1") == 0
+
+
 def test_no_train_split(run, tmp_path, table):
     Path(table, "train.parquet").rename(Path(table, "test.parquet"))
     sentence, code = run.fails(tmp_path / "out", "--dataset_name", table)
@@ -265,6 +368,39 @@ def test_sixteen_bit_grey_is_scaled(tmp_path):
     values = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
     got = read(tmp_path, Image.fromarray(values))
     assert got[..., 0].tolist() == (values >> 8).tolist()
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_colour_and_grey_with_alpha(tmp_path, kind, channels):
+    samples = np.linspace(0, 65535, 4 * 4 * channels).astype(np.uint16).reshape(4, 4, channels)
+    if channels != 3:
+        samples[..., -1] = 65535  # opaque
+    folder_with(tmp_path, [entry(0)], count=1)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in samples)
+    (tmp_path / "0.png").write_bytes(png(4, 4, 16, kind, lines))
+    got = np.asarray(rows_of(tmp_path).picture(0)).astype(int)
+    want = samples[..., :3] if channels > 2 else samples[..., :1].repeat(3, axis=-1)
+    assert np.abs(got - want / 257).max() <= 1
+
+
+def test_sixteen_bit_grey_in_a_tiff(tmp_path):
+    values = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    got = read(tmp_path, Image.fromarray(values), "0.tiff")
+    assert got[..., 0].tolist() == (values >> 8).tolist()
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "tiff"])
+def test_of_an_animation_the_first_frame_is_seen(tmp_path, ending):
+    first, second = Image.new("RGB", (20, 16), (200, 0, 0)), Image.new("RGB", (20, 16), (0, 0, 200))
+    lossless = {"lossless": True} if ending == "webp" else {}
+    got = read(tmp_path, first, f"0.{ending}", save_all=True, append_images=[second], **lossless)
+    assert got.tolist() == np.asarray(first).tolist()
+
+
+def test_a_dot_is_a_picture(tmp_path):
+    got = read(tmp_path, Image.new("RGB", (1, 1), (7, 8, 9)))
+    assert got.tolist() == [[[7, 8, 9]]]
+    assert data.resize(Image.fromarray(got), 16, "lanczos").size == (16, 16)
 
 
 def test_cmyk_grey_and_one_bit(tmp_path):

@@ -17,7 +17,7 @@ COMMANDS = [
     shlex.split(line)
     for block in BLOCKS
     for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith("accelerate launch")
+    if line.startswith(("accelerate launch", "python train"))
 ]
 SMALLER = ["--max_train_steps", "2", "--resolution", "16", "--report_to", "none", "--checkpointing_steps", "2"]
 
@@ -31,6 +31,10 @@ def test_command(command, sd, sdxl, kandinsky, pictures, tmp_path, monkeypatch):
     """In process: the launcher's own flags are tested with real processes elsewhere."""
     script = next(at for at, word in enumerate(command) if word.endswith(".py"))
     main, words = importlib.import_module(command[script].removesuffix(".py")).main, command[script + 1 :]
+    if "--check_data" in words:
+        words[words.index("--train_data_dir") + 1] = pictures
+        assert main(words) == 0
+        return
     if "--pretrained_model_name_or_path" in words:
         words[words.index("--pretrained_model_name_or_path") + 1] = sdxl if "sdxl" in command[script] else sd
     else:

@@ -1,6 +1,8 @@
 """Base models of a few hundred kilobytes and a handful of pictures, for tests."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import torch
@@ -193,6 +195,18 @@ def picture(index, size=(20, 16)):
     """A picture that differs from every other index in each pixel."""
     values = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(values)
+
+
+def png(width, height, depth, kind, lines):
+    """The bytes of a PNG whose header claims what it is told: `depth` bits a channel, `kind` the colour type; `lines`
+    are the pixels' bytes, each line behind a zero. Pillow writes neither 16-bit colour nor what is not true."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def write_pictures(folder, count=10):

@@ -1,6 +1,6 @@
 """What the nine training scripts share: flags, data, draws, losses, EMA weights, checkpoints, reporting.
 
-`flags`, `data`, `draws`, `losses`, `checkpoints`, `interruption`, `reporting` and `hub` import no torch when they are
-imported, so that `--help` answers at once and the JAX script can use them without it. `engine`, `ema`, `lora`,
-`validation` and `libraries` are for the eight torch scripts.
+`flags`, `data`, `problems`, `inspection`, `draws`, `losses`, `checkpoints`, `interruption`, `reporting` and `hub`
+import no torch when they are imported, so that `--help` answers at once and the JAX script can use them without it.
+`engine`, `ema`, `lora`, `kandinsky`, `validation` and `libraries` are for the eight torch scripts.
 """

@@ -15,7 +15,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from . import draws
-from .reporting import UserError, warn
+from .problems import (
+    BadSample,
+    Findings,
+    Problem,
+    caption_fault,
+    is_unicode,
+    listing,
+    open_picture,
+    problem_of,
+    shortened,
+)
+from .reporting import UserError, say, warn
 
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TRANSPARENT_BECOMES = (255, 255, 255)  # what lies under transparent pixels is arbitrary; white is what viewers show
@@ -34,11 +45,14 @@ class Rows:
     """The pictures and captions of a data set; both are read when they are asked for.
 
     `dataset` is a datasets.Dataset whose picture column is not decoded; `caption_column` is None where only the
-    pictures matter; `root` is the folder of the pictures, resolved, where they are files.
+    pictures matter; `root` is the folder of the pictures, resolved, where they are files; `findings` are shared with
+    the rows that are selected from these; `numbers` are the rows' places in the whole data set.
     """
 
-    def __init__(self, dataset, image_column, caption_column, root=None):
+    def __init__(self, dataset, image_column, caption_column, root=None, findings=None, numbers=None):
         self.dataset, self.image_column, self.caption_column, self.root = dataset, image_column, caption_column, root
+        self.findings = Findings() if findings is None else findings
+        self.numbers = np.arange(len(dataset)) if numbers is None else numbers
         self._pictures = dataset[image_column]  # read when they are indexed, like the captions
         self._captions = None if caption_column is None else dataset[caption_column]
 
@@ -47,27 +61,50 @@ class Rows:
 
     def select(self, indices):
         """The rows with these indices, in this order."""
-        return Rows(self.dataset.select(indices), self.image_column, self.caption_column, self.root)
+        indices = np.asarray(indices, dtype=np.int64)
+        columns = (self.image_column, self.caption_column)
+        return Rows(self.dataset.select(indices), *columns, self.root, self.findings, self.numbers[indices])
+
+    def without(self, indices):
+        """The rows but for those with these indices."""
+        return self.select(np.delete(np.arange(len(self)), indices)) if len(indices) else self
 
     def name(self, index):
         """What to call a row in a message: its file where it has one."""
-        cell = self._pictures[index]
+        return self._name(index, self._pictures[index])
+
+    def _name(self, index, cell):
         path = cell.get("path") if isinstance(cell, dict) else None
-        return str(path) if path else f"row {index}"
+        return str(path) if path else f"row {self.numbers[index]}"
+
+    def cells(self):
+        """(name, cell) of every row: what `open_picture` opens."""
+        return ((self._name(index, cell), cell) for index, cell in enumerate(self._pictures))
+
+    def are_files(self):
+        """Whether every picture is a file by itself, whose header can be read without all the rest."""
+        chunks = self.dataset.data.column(self.image_column).chunks
+        return all(chunk.field("bytes").null_count == len(chunk) for chunk in chunks)
+
+    def without_picture(self):
+        """The indices of the rows whose picture is null."""
+        chunks = self.dataset.data.column(self.image_column).chunks  # of the whole data set, whatever was selected
+        null = np.concatenate([np.zeros(0, bool), *(chunk.is_null().to_numpy(False) for chunk in chunks)])
+        return np.flatnonzero(null[self.numbers])
 
     def captions(self, index):
         """The captions of a row, a list of at least one string."""
-        value = self._captions[index]
-        return [value] if isinstance(value, str) else list(value)
+        return texts_of(self._captions[index])
 
     def picture(self, index):
-        """The picture of a row, upright, in RGB. Raises UserError that names it when it cannot be read."""
+        """The picture of a row, upright, in RGB. Raises BadSample, or UserError where the file cannot be reached."""
         cell = self._pictures[index]
         try:
-            with Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]) as picture:
-                return to_rgb(ImageOps.exif_transpose(picture))
+            with open_picture(cell) as picture:
+                return upright_rgb(picture)
         except Exception as error:  # Pillow raises a dozen kinds for a damaged file
-            raise UserError(f"{self.name(index)} cannot be read as a picture ({error}); mend or remove it") from None
+            problem = problem_of(error, self._name(index, cell))
+        raise (UserError if problem.kind in ("absent", "not readable") else BadSample)(problem.sentence())
 
     def fingerprint(self):
         """SHA-256 over the captions, and over the file names of a folder: a resumed run compares it."""
@@ -76,6 +113,11 @@ class Rows:
             name = os.path.relpath(self.name(index), self.root) if self.root else ""
             digest.update(json.dumps([name, caption]).encode())
         return digest.hexdigest()
+
+
+def upright_rgb(picture):
+    """The first frame of a PIL picture, decoded, upright, in RGB."""
+    return to_rgb(ImageOps.exif_transpose(picture))
 
 
 def to_rgb(picture):
@@ -93,6 +135,13 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
+def is_transparent(picture):
+    """Whether `to_rgb` shows the ground anywhere in a PIL picture."""
+    if picture.mode.startswith(("I", "F")) or not picture.has_transparency_data:
+        return False
+    return picture.convert("RGBA").getextrema()[3][0] < 255
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a data set
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,13 +155,17 @@ def load_rows(
     `dataset_name` (a hub id or local path, through the datasets library, `folder` passed on as data_dir) or else
     `folder`, a folder of pictures. With `caption_column` None no captions are read, and none are needed. A column of
     the default name that is missing is taken to be the first (picture) or second (caption) one, with a notice. Raises
-    UserError for everything that a user can mend.
+    UserError for a data set that cannot be opened. What is wrong with its samples is for `check` to say, which must
+    follow: of a folder the samples whose caption or file is missing are left out already, and noted in the findings.
     """
     import datasets
 
     datasets.disable_progress_bars()
+    findings = Findings()
     if dataset_name is None:
-        dataset = _read_folder(Path(folder), image_column, caption_column)
+        dataset = _read_folder(Path(folder), image_column, caption_column, findings)
+        if caption_column not in dataset.column_names:
+            caption_column = None
     else:
         try:
             splits = datasets.load_dataset(dataset_name, config_name, cache_dir=cache_dir, data_dir=folder)
@@ -131,9 +184,11 @@ def load_rows(
     except Exception:
         kind = dataset.features[image_column]
         raise UserError(f"--image_column {image_column} holds {kind}, not pictures; there are {columns}") from None
+    if dataset_name is None:
+        return Rows(dataset, image_column, caption_column, Path(folder).resolve(), findings)
     if not len(dataset):
-        raise UserError(f"{dataset_name or folder} holds no pictures")
-    return Rows(dataset, image_column, caption_column, Path(folder).resolve() if dataset_name is None else None)
+        raise UserError(f"--dataset_name {dataset_name} holds no pictures")
+    return Rows(dataset, image_column, caption_column, None, findings)
 
 
 def _column(columns, name, default, place, flag):
@@ -145,121 +200,200 @@ def _column(columns, name, default, place, flag):
     return columns[place]
 
 
-def _read_folder(folder, image_column, caption_column):
+def _read_folder(folder, image_column, caption_column, findings):
     """A folder of pictures as a Dataset of two columns, absolute paths and captions; of all its paths alone where
-    `caption_column` is None."""
+    `caption_column` is None, or where nothing can be made of the captions. Adds to the findings."""
     import datasets
 
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in PICTURE_ENDINGS)
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_ENDINGS and os.path.isfile(p))
     if not found:
         raise UserError(f"--train_data_dir {folder} holds no pictures ({', '.join(sorted(PICTURE_ENDINGS))})")
-    if caption_column is None:
-        return datasets.Dataset.from_dict({image_column: [str(path.resolve()) for path in found]})
+    places = [os.path.realpath(path) for path in found]
+    findings.pictures = len(found)
+    captioned = caption_column is not None
+    named = _read_captions(folder, found, caption_column, findings) if captioned else []
+    if findings.malformed and not named:
+        captioned = False
+    if captioned:
+        known = {place for place, _ in named}
+        findings.unnamed = [place for place in places if place not in known]
+        findings.repeats = len(named) - len(known)
+    usable = []
+    for place, caption in named if captioned else [(place, "") for place in places]:
+        if not os.path.isfile(place):
+            findings.problems.append(Problem("absent", place))
+        elif caption_fault(caption):
+            findings.problems.append(Problem("no usable caption", place, caption_fault(caption)))
+        elif not is_unicode(place):
+            findings.problems.append(Problem("name not UTF-8", place))
+        else:
+            usable.append((place, caption))
+    rows = {image_column: [place for place, _ in usable]}
+    features = {image_column: datasets.Value("string")}
+    if captioned:
+        rows[caption_column] = [caption for _, caption in usable]
+        features[caption_column] = datasets.Value("string")
+        if any(isinstance(caption, list) for caption in rows[caption_column]):
+            rows[caption_column] = [[c] if isinstance(c, str) else c for c in rows[caption_column]]
+            features[caption_column] = datasets.List(datasets.Value("string"))
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def _read_captions(folder, found, caption_column, findings):
+    """[(absolute path, caption)] in the order of the metadata, a picture once for each line that names it; `found` are
+    the folder's pictures. What is malformed is added to the findings."""
+    named, malformed = [], findings.malformed
     tables = sorted(folder.rglob("metadata.jsonl")) + sorted(folder.rglob("metadata.csv"))
-    named = []  # (path, caption), a picture once for each line that names it
     for table in tables:
-        for line, entry in _read_table(table):
-            where = f"{table} line {line}"
+        lacking, lines = [], 0
+        for line, entry in _read_table(table, malformed):
+            where, lines = f"{table} line {line}", lines + 1
             if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-                raise UserError(f'{where} has no "file_name"; each line names a picture and its caption')
-            if caption_column not in entry:
+                malformed.append(f'{where} has no "file_name"; each line names a picture and its caption')
+            elif caption_column not in entry:
                 have = ", ".join(key for key in entry if key != "file_name") or "none beside file_name"
-                raise UserError(f"{where} has no caption column '{caption_column}' (--caption_column); it has {have}")
-            named.append(((table.parent / entry["file_name"]).resolve(), entry[caption_column]))
-    if not tables:
-        for path in found:
-            text = path.with_suffix(".txt")
-            if text.is_file():
-                named.append((path.resolve(), _read_text(text).strip()))
-        if not named:
-            raise UserError(
-                f"{folder} has no captions: write a metadata.jsonl with lines like "
-                f'{{"file_name": "{found[0].name}", "{caption_column}": "what it shows"}}, '
-                f"or a {found[0].stem}.txt beside each picture"
-            )
-    paths = [path for path, _ in named]
-    absent = [str(path) for path in paths if not path.is_file()]
-    if absent:
-        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-        raise UserError(f"{len(absent)} pictures named in the metadata do not exist: {', '.join(absent[:10])}{more}")
-    unnamed = len({path.resolve() for path in found} - set(paths))
-    if unnamed:
-        warn(f"{unnamed} of {len(found)} pictures in {folder} have no caption and are left out")
-    if len(set(paths)) < len(paths):
-        warn(f"{len(paths) - len(set(paths))} lines of the metadata name a picture again; each line is a sample")
-    rows = {image_column: [str(path) for path in paths], caption_column: [caption for _, caption in named]}
-    _check_captions(rows[caption_column], lambda index: rows[image_column][index])
-    if any(isinstance(value, list) for value in rows[caption_column]):
-        rows[caption_column] = [[v] if isinstance(v, str) else v for v in rows[caption_column]]
-    return datasets.Dataset.from_dict(rows)
+                lacking.append(f"{where} has no caption column '{caption_column}' (--caption_column); it has {have}")
+            else:
+                named.append((_place(table.parent, entry["file_name"]), entry[caption_column]))
+        same = 1 < len(lacking) == lines  # it is the flag that is wrong, or the name of the column
+        malformed += [f"{lacking[0]}; nor has any other line"] if same else lacking
+    if tables and not named and not malformed:
+        malformed.append(f"{tables[0]} names no picture; each line names a picture and its caption")
+    if tables:
+        return named
+    for path in found:
+        text = path.with_suffix(".txt")
+        if text.is_file():
+            content = _read_text(text, malformed)
+            if content is not None:
+                named.append((os.path.realpath(path), content.strip()))
+    if not named and not malformed:
+        malformed.append(
+            f"{folder} has no captions: write a metadata.jsonl with lines like "
+            f'{{"file_name": "{found[0].name}", "{caption_column}": "what it shows"}}, '
+            f"or a {found[0].stem}.txt beside each picture"
+        )
+    return named
 
 
-def _read_text(path):
+def _place(folder, name):
+    try:
+        return os.path.realpath(folder / name)
+    except ValueError:  # a zero byte or half a character, which no file's name can hold
+        return f"{folder}{os.sep}{name}"
+
+
+def _read_text(path, malformed):
+    """The text of a file, or None, and the reason among `malformed`."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        malformed.append(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8")
+    except OSError as error:
+        malformed.append(f"{path} cannot be read: {error.strerror}")
 
 
-def _read_table(path):
-    """(line number, entry) for each line of a metadata.jsonl or metadata.csv."""
-    text = _read_text(path)
+def _read_table(path, malformed):
+    """(line number, entry) for each line of a metadata.jsonl or metadata.csv that is one; adds to `malformed`."""
+    text = _read_text(path, malformed) or ""
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            if None in row:
-                raise UserError(
-                    f"{path} line {reader.line_num} has more fields than the header; quote commas in captions"
-                )
-            yield reader.line_num, row
+        try:
+            for row in reader:
+                if None in row:
+                    malformed.append(
+                        f"{path} line {reader.line_num} has more fields than the header; quote commas in captions"
+                    )
+                else:
+                    yield reader.line_num, row
+        except csv.Error as error:
+            malformed.append(f"{path} line {reader.line_num} is not CSV: {error}")
         return
     for line, content in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028
         if content.strip():
             try:
-                yield line, json.loads(content)
+                entry = json.loads(content)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {line} is not JSON: {error.msg} at column {error.colno}") from None
+                malformed.append(f"{path} line {line} is not JSON: {error.msg} at column {error.colno}")
+            except (RecursionError, ValueError) as error:  # brackets without end, a number of thousands of digits
+                malformed.append(f"{path} line {line} cannot be read: {error}")
+            else:
+                yield line, entry
 
 
-def _check_captions(values, name):
-    bad = []
-    for index, value in enumerate(values):
-        several = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
-        if not isinstance(value, str) and not several:
-            bad.append(f"{name(index)} ({'an empty list' if value == [] else repr(value)})")
-    if bad:
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise UserError(
-            f"{len(bad)} captions are neither a string nor a list of strings: {', '.join(bad[:10])}{more}; "
-            "give each picture a caption"
-        )
+def texts_of(value):
+    """The captions in a usable cell, a list of strings."""
+    return [value] if isinstance(value, str) else list(value)
 
 
-def check(rows):
-    """Look at every caption, and open the header of every picture in a folder. Raises UserError that lists what is
-    wrong. Pictures that lie inside a table are opened in training only: reading all of them would take as long."""
-    if rows.caption_column is not None:
-        _check_captions(rows.dataset[rows.caption_column], rows.name)
-    absent = rows.dataset.data.column(rows.image_column).null_count
-    if absent:
-        raise UserError(f"column '{rows.image_column}' has {absent} rows without a picture")
-    bad = []
-    for cell in rows.dataset[rows.image_column] if rows.root else []:
-        try:
-            with Image.open(cell["path"]):
-                pass
-        except Exception as error:
-            bad.append(f"{cell['path']} ({str(error).splitlines()[0]})")
-    if bad:
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise UserError(f"{len(bad)} files cannot be read as pictures: {', '.join(bad[:10])}{more}")
+def caption_problems(rows):
+    """The captions of a data set that cannot be used, {index: Problem}, and the indices of the rows with an empty one,
+    a list. Both are empty where captions are not read."""
+    problems, empty = {}, []
+    for index, value in enumerate([] if rows.caption_column is None else rows.dataset[rows.caption_column]):
+        fault = caption_fault(value)
+        if fault:
+            problems[index] = Problem("no usable caption", rows.name(index), fault)
+        elif not all(text.strip() for text in texts_of(value)):
+            empty.append(index)
+    return problems, empty
+
+
+def header_problems(rows):
+    """The pictures that cannot be used as far as it shows without decoding them, {index: Problem}.
+
+    Pictures that lie inside a table are not opened: reading all of them would take as long as decoding them.
+    """
+    problems = {int(at): Problem("no picture", f"row {rows.numbers[at]}") for at in rows.without_picture()}
+    if rows.are_files():
+        for index, (name, cell) in enumerate(rows.cells()):
+            try:
+                with open_picture(cell):
+                    pass
+            except Exception as error:
+                problems.setdefault(index, problem_of(error, name))
+    return problems
+
+
+def check(rows, on_bad_sample="error"):
+    """Look at every caption, and open the header of every picture that is a file.
+
+    Samples that cannot be used raise a UserError that lists them, or with `on_bad_sample` "skip" are listed in a
+    warning. Returns the indices of those among the rows, for `Rows.without`. Metadata that are malformed, and a data
+    set of which nothing can be used, are errors either way.
+    """
+    findings = rows.findings
+    if findings.malformed:
+        more = len(findings.malformed) - 1
+        rest = f" (and {more} more such lines, which --check_data lists)" if more else ""
+        raise UserError(findings.malformed[0] + rest)
+    captions, empty = caption_problems(rows)
+    bad = header_problems(rows) | captions
+    problems = [*findings.problems, *(bad[index] for index in sorted(bad))]
+    if problems and on_bad_sample == "error":
+        captionless = any(problem.kind == "no usable caption" for problem in problems)
+        advice = "give each picture a caption" if captionless else "mend or remove them"
+        rest = " (--check_data lists all of them)" if len(problems) > 10 else ""
+        raise UserError(f"{listing(problems)}; {advice}, or leave such samples out with --on_bad_sample skip{rest}")
+    if len(bad) == len(rows):
+        raise UserError(f"not one sample can be used: {listing(problems)}")
+    if problems:
+        warn(f"{len(problems)} of {len(findings.problems) + len(rows)} samples are left out: {listing(problems)}")
+    if findings.unnamed:
+        where = f"{len(findings.unnamed)} of {findings.pictures} pictures in {rows.root}"
+        warn(f"{where} have no caption and are left out")
+    if findings.repeats:
+        warn(f"{findings.repeats} lines of the metadata name a picture again; each line is a sample")
+    if empty:
+        warn(f"{len(empty)} captions are empty and are trained as such: {shortened([rows.name(i) for i in empty])}")
+    return sorted(bad)
 
 
 def warn_of_long_captions(rows, tokenizer, most=100_000):
     """Say how many captions are longer than the tokenizer's limit, whose rest the text encoder never sees."""
     count = min(len(rows), most)
     values = rows.dataset.select(range(count))[rows.caption_column]
-    texts = [text for value in values for text in ([value] if isinstance(value, str) else value)]
+    texts = [text for value in values for text in texts_of(value)]
     limit = tokenizer.model_max_length
     long = sum(
         len(ids) > limit
@@ -390,21 +524,35 @@ class UpdateSampler:
 
 
 class Samples:
-    """Rows, prepared: item (epoch, index, weight) is the dict of arrays that `prepare(rows, index, draw)` makes."""
+    """Rows, prepared: item (epoch, index, weight) is the dict of arrays that `prepare(rows, index, draw)` makes.
 
-    def __init__(self, rows, prepare, seed):
-        self.rows, self.prepare, self.seed = rows, prepare, seed
+    With `on_bad_sample` "skip", the next usable row stands in for one that turns out to be a BadSample, with the draws
+    of the place: so what is trained is still a function of the data, seed, epoch and index alone. The sample then
+    also holds "skipped", sentences about the rows that were passed over.
+    """
+
+    def __init__(self, rows, prepare, seed, on_bad_sample="error"):
+        self.rows, self.prepare, self.seed, self.on_bad_sample = rows, prepare, seed, on_bad_sample
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, key):
         epoch, index, weight = key
-        try:
-            sample = self.prepare(self.rows, index, draws.SampleDraws(self.seed, epoch, index))
-        except UserError as error:
-            return error  # raised in a worker it would arrive as a stack trace
-        return sample | {"weight": np.float32(weight)}
+        draw, skipped = draws.SampleDraws(self.seed, epoch, index), []
+        for at in range(index, index + len(self)):
+            try:
+                sample = self.prepare(self.rows, at % len(self), draw)
+            except BadSample as error:
+                if self.on_bad_sample == "error":
+                    return UserError(f"{error}; mend or remove it, or leave it out with --on_bad_sample skip")
+                skipped.append(str(error))
+            except UserError as error:
+                return error  # raised in a worker it would arrive as a stack trace
+            else:
+                sample["weight"] = np.float32(weight)
+                return sample | {"skipped": skipped} if skipped else sample
+        return UserError(f"not one of {len(self)} samples can be used; the first: {skipped[0]}")
 
 
 def names_after(samples, position, window):
@@ -414,11 +562,30 @@ def names_after(samples, position, window):
 
 
 def collate(samples):
-    """Stack samples into one dict of arrays with a leading batch axis; a UserError among them is handed on."""
+    """Stack samples into one dict of arrays with a leading batch axis; a UserError among them is handed on.
+
+    Where rows were skipped, "skipped" holds the sentences about them, a list for `note_skipped`.
+    """
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
-    return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+    skipped = [sentence for sample in samples for sentence in sample.pop("skipped", [])]
+    batch = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+    return batch | {"skipped": skipped} if skipped else batch
+
+
+def note_skipped(rows, sentences):
+    """Warn of rows that others stood in for, each once in this process, and count them in the findings."""
+    for sentence in sentences:
+        if sentence not in rows.findings.skipped:
+            rows.findings.skipped.add(sentence)
+            warn(f"{sentence}; the next picture stands in for it", everywhere=True)
+
+
+def say_skipped(skipped):
+    """Say at the end of a run how many pictures others stood in for; `skipped` is the set in the findings."""
+    if skipped:
+        say(f"{len(skipped)} pictures could not be used in training; each time the next one stood in for it")
 
 
 def held_out_samples(size, batch_size, rank=0, world_size=1):

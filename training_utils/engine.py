@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
-from . import checkpoints
+from . import checkpoints, data
 from .data import UpdateSampler, collate
 from .interruption import SIGNALS
 from .reporting import UserError, reason_of, warn
@@ -362,11 +362,14 @@ def _as_worker(_):
 
 def _collate(samples):
     batch = collate(samples)
-    return batch if isinstance(batch, UserError) else {key: torch.from_numpy(value) for key, value in batch.items()}
+    if isinstance(batch, UserError):
+        return batch
+    return {key: value if key == "skipped" else torch.from_numpy(value) for key, value in batch.items()}
 
 
 def batches(samples, batch_sampler, device, workers=0):
-    """Batches on the device, as dicts of tensors. Raises UserError for a picture that cannot be read."""
+    """Batches on the device, as dicts of tensors. Raises UserError for a picture that cannot be read, unless the
+    samples skip it."""
     loader = torch.utils.data.DataLoader(
         samples,
         batch_sampler=batch_sampler,
@@ -380,6 +383,7 @@ def batches(samples, batch_sampler, device, workers=0):
         if isinstance(batch, UserError):
             batch.everywhere = False  # the other processes have other pictures
             raise batch
+        data.note_skipped(samples.rows, batch.pop("skipped", []))
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
@@ -389,6 +393,11 @@ def training_batches(samples, state, batch_size, accumulation, accelerator, work
     state.position = state.position.within(len(samples))
     sampler = UpdateSampler(len(samples), state.seed, state.position, batch_size, accumulation, rank, world)
     return batches(samples, sampler, accelerator.device, workers)
+
+
+def say_skipped(accelerator, skipped):
+    """`data.say_skipped` for all processes together; `skipped` is this one's set. A collective call."""
+    data.say_skipped(set(gather_object(sorted(skipped))) if accelerator.num_processes > 1 else skipped)
 
 
 def gather_in_order(accelerator, mine):

@@ -123,6 +123,9 @@ DATA = ("Data", [
     Flag("caption_dropout", number(0, 1), 0.0, "share of samples whose caption is left empty, drawn anew each epoch; "
          "0.1 keeps classifier-free guidance working in long runs"),
     Flag("dataloader_num_workers", whole(0), 0, "processes that read pictures ahead; 0 reads in the training process"),
+    Flag("on_bad_sample", str, "error", "what a caption or picture that cannot be used does: stop the run, or have it "
+         "left out with a warning", ("error", "skip")),
+    Flag("check_data", bool, False, "only look at every caption and picture and print a report; needs no model"),
 ])
 TRAINING = ("Training", [
     Flag("output_dir", str, None, "folder for the result, the checkpoints, the logs and the validation pictures"),
@@ -274,8 +277,11 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=36, width=119)
 
 
-def build(description, groups, defaults=None):
-    """The parser for `groups`, a list of (title, [Flag]). A value the user did not give is absent from its result."""
+def build(description, groups, defaults=None, complete=True):
+    """The parser for `groups`, a list of (title, [Flag]). A value the user did not give is absent from its result.
+
+    With `complete` False no flag is required.
+    """
     parser = _Parser(
         usage="%(prog)s [flags]",
         description=description,
@@ -294,7 +300,8 @@ def build(description, groups, defaults=None):
                 kind["choices"] = flag.choices
             elif flag.kind is not bool:
                 kind["metavar"] = {int: "N", float: "X"}.get(getattr(flag.kind, "kind", flag.kind), "TEXT")
-            section.add_argument(f"--{flag.name}", help=text.replace("%", "%%"), required=flag.required, **kind)
+            required = flag.required and complete
+            section.add_argument(f"--{flag.name}", help=text.replace("%", "%%"), required=required, **kind)
     return parser
 
 
@@ -304,7 +311,8 @@ def parse(argv, description, groups, defaults=None):
 
     Exits with 2 and one sentence for a wrong flag, a wrong value or flags that contradict each other.
     """
-    parser = build(description, groups, defaults)
+    words = sys.argv[1:] if argv is None else argv
+    parser = build(description, groups, defaults, complete="--check_data" not in words)  # no model is looked at
     given = vars(parser.parse_args(argv))
     values = {flag.name: flag.default for _, flags in groups for flag in flags} | (defaults or {}) | given
     args = argparse.Namespace(**values, given=frozenset(given))
@@ -380,6 +388,18 @@ def hide_secrets(args):
 def public(args):
     """The settings as a plain dict, without the secrets: what trackers, manifests and model cards may see."""
     return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given", "notices"}}
+
+
+def data_source(args):
+    """Where the data are, as data.load_rows takes it; the Kandinsky decoders read no captions."""
+    return {
+        "dataset_name": args.dataset_name,
+        "config_name": args.dataset_config_name,
+        "folder": args.train_data_dir,
+        "cache_dir": args.cache_dir,
+        "image_column": args.image_column,
+        "caption_column": getattr(args, "caption_column", None),
+    }
 
 
 def mathematics(args):

@@ -30,18 +30,18 @@ def _first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(message):
-    """Print a line once, whatever the number of processes, without breaking a progress bar."""
-    if _first_process():
+def say(message, everywhere=False):
+    """Print a line without breaking a progress bar: once, whatever the number of processes, or `everywhere`."""
+    if everywhere or _first_process():
         from tqdm import tqdm
 
         tqdm.write(str(message), file=sys.stderr)
         sys.stderr.flush()
 
 
-def warn(message):
-    """Print a warning once, whatever the number of processes."""
-    say(f"warning: {message}")
+def warn(message, everywhere=False):
+    """Print a warning once, whatever the number of processes, or `everywhere`: what only one of them may know."""
+    say(f"warning: {message}", everywhere)
 
 
 def reason_of(error):

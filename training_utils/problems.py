@@ -1,0 +1,135 @@
+"""What can be wrong with a sample: how it is found, what it is called, how it is said.
+
+The fault of a caption or of a picture's header shows before training, that of a picture's content when it is decoded.
+"""
+
+import io
+import os
+import warnings
+from dataclasses import dataclass, field
+
+from PIL import Image, UnidentifiedImageError
+
+from .reporting import UserError
+
+LONGEST = 50  # times the shorter side: a longer picture, resized to the resolution, would take gigabytes
+
+# Pillow refuses a picture above twice its limit and only speaks of one above it; those are large scans.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# What can be wrong with a sample, and what to say of several such.
+UNREADABLE = "files cannot be read as pictures"
+KINDS = {
+    "absent": "pictures named in the metadata do not exist",
+    "no usable caption": "captions are neither a string nor a list of strings",
+    "no picture": "rows hold no picture",
+    "zero bytes": UNREADABLE,
+    "not a picture": UNREADABLE,
+    "damaged": UNREADABLE,
+    "too large": UNREADABLE,
+    "not readable": UNREADABLE,
+    "too narrow": f"pictures are more than {LONGEST} times as long as they are wide",
+    "name not UTF-8": "files have a name that is not UTF-8",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a sample cannot be used: a kind of KINDS, the sample's name, and what was found where that says more."""
+
+    kind: str
+    name: str
+    found: str = ""
+
+    def __str__(self):
+        return f"{self.name} ({self.found})" if self.found else self.name
+
+    def sentence(self):
+        """What to say of this sample alone."""
+        what = "read as a picture" if KINDS[self.kind] == UNREADABLE else "used"
+        return f"{self.name} cannot be {what} ({self.found or self.kind})"
+
+
+class BadSample(UserError):
+    """A sample that cannot be used, at this time or any other: the fault lies in the data and not in the machine."""
+
+
+@dataclass
+class Findings:
+    """What is known about a data set beyond its rows: `malformed`, sentences about its metadata; `problems` of samples
+    that are therefore not among the rows; `pictures`, how many the folder holds; `unnamed`, the paths of those without
+    a caption; `repeats`, how many lines name a picture again; `skipped`, what `note_skipped` was told."""
+
+    malformed: list = field(default_factory=list)
+    problems: list = field(default_factory=list)
+    pictures: int = 0
+    unnamed: list = field(default_factory=list)
+    repeats: int = 0
+    skipped: set = field(default_factory=set)
+
+
+class _Refused(Exception):
+    """A picture that Pillow would read and training cannot use: (kind, what was found)."""
+
+
+def open_picture(cell):
+    """The PIL picture, its header read, of a row's cell: a dict that holds "bytes" or else "path"."""
+    content, path = (None, None) if cell is None else (cell.get("bytes"), cell.get("path"))
+    if content is None and path is None:
+        raise _Refused("no picture", "")
+    if not (os.path.getsize(path) if content is None else len(content)):
+        raise _Refused("zero bytes", "zero bytes")
+    picture = Image.open(path if content is None else io.BytesIO(content))
+    width, height = picture.size
+    if max(picture.size) > LONGEST * min(picture.size):
+        picture.close()
+        raise _Refused("too narrow", f"{width} x {height} pixels, more than {LONGEST} to 1")
+    return picture
+
+
+def problem_of(error, name):
+    """The Problem that an exception from `open_picture`, or from decoding what it returned, stands for."""
+    if isinstance(error, _Refused):
+        return Problem(error.args[0], name, error.args[1])
+    if isinstance(error, Image.DecompressionBombError):
+        return Problem("too large", name, str(error).split(",")[0])
+    if isinstance(error, UnidentifiedImageError):
+        return Problem("not a picture", name, "not a picture")
+    if isinstance(error, FileNotFoundError):
+        return Problem("absent", name, error.strerror)
+    if isinstance(error, OSError) and error.errno is not None:  # decoders give none, the system does
+        return Problem("not readable", name, error.strerror)
+    if isinstance(error, MemoryError):
+        return Problem("not readable", name, "out of memory")
+    return Problem("damaged", name, (str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def is_unicode(text):
+    """Whether a string can be stored: half a surrogate pair, from JSON or from a file's name, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def caption_fault(value):
+    """What was found in place of a caption, as a phrase; None for one that can be used."""
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and texts and all(isinstance(text, str) and is_unicode(text) for text in texts):
+        return None
+    return "an empty list" if value == [] else repr(value)[:80]
+
+
+def listing(problems):
+    """Problems as one clause: how many of each sort, and up to ten of each by name."""
+    groups = {}
+    for problem in problems:
+        groups.setdefault(KINDS[problem.kind], []).append(problem)
+    return "; ".join(f"{len(group)} {what}: {shortened(group)}" for what, group in groups.items())
+
+
+def shortened(names, most=10):
+    """At most `most` names, separated by commas, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
