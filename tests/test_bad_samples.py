@@ -76,7 +76,8 @@ def test_only_ten_of_a_kind_are_named_in_a_sentence(tmp_path):
     write_pictures(tmp_path, 1)
     for at in range(13):
         add_line(tmp_path, file_name=f"absent{at}.png", text="x")
-    with pytest.raises(UserError, match="13 pictures named.*absent9.png and 3 more; mend or remove them.*--check_data lists all"):
+    long = "13 pictures named.*absent9.png and 3 more; mend or remove them.*--check_data lists all"
+    with pytest.raises(UserError, match=long):
         data.check(data.load_rows(folder=tmp_path))
 
 
