@@ -76,8 +76,8 @@ def test_only_ten_of_a_kind_are_named_in_a_sentence(tmp_path):
     write_pictures(tmp_path, 1)
     for at in range(13):
         add_line(tmp_path, file_name=f"absent{at}.png", text="x")
-    expected = "13 pictures named.*absent9.png and 3 more; mend or remove them.*--check_data lists all"
-    with pytest.raises(UserError, match=expected):
+    long = "13 pictures named.*absent9.png and 3 more; mend or remove them.*--check_data lists all"
+    with pytest.raises(UserError, match=long):
         data.check(data.load_rows(folder=tmp_path))
 
 
@@ -251,7 +251,7 @@ def test_every_script_checks_data_without_a_model(each, spoiled, tmp_path, capsy
     for part in ("zero bytes: 1\n", "not a picture: 1\n", "damaged: 1\n", "too large: 1\n", "too narrow: 1\n"):
         assert f"  {part}" in report
     assert ("no usable caption: 4\n" in report) == reads_captions
-    assert ("absent: 1\n" in report) == reads_captions
+    assert "absent: 1\n" in report
     assert not (tmp_path / "out").exists()
     for index in range(4, 9):
         (spoiled / f"{index}.png").unlink()

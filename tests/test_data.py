@@ -156,6 +156,7 @@ def test_what_may_not_be_read_is_a_sentence(tmp_path, monkeypatch):
 
 def test_a_file_whose_name_is_no_text(tmp_path):
     write_pictures(tmp_path, 1)
+    (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "0.png").rename(tmp_path / "caf\udce9.png")  # a Latin-1 é, as old archives have it
     with pytest.raises(UserError, match="1 files have a name that is not UTF-8"):
         rows_of(tmp_path, caption_column=None)

@@ -5,6 +5,7 @@ import copy
 import importlib
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from diffusers import (
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import picture, write_pictures
 
 import train_text_to_image_decoder
 import train_text_to_image_lora_prior
@@ -254,6 +256,36 @@ def test_the_decoder_needs_no_captions(run_decoder, tmp_path):
     for index in range(5):
         Image.new("RGB", (20, 20), (index * 40, 0, 90)).save(folder / f"{index}.png")
     assert run_decoder(tmp_path / "out", "--train_data_dir", folder, "--max_train_steps", "2") == 0
+
+
+def test_which_pictures_of_a_folder_the_decoder_sees(tmp_path, capsys):
+    """Those that the metadata name, where there are some, as in the original; no hidden ones."""
+    write_pictures(tmp_path, 3)
+    (tmp_path / ".checkpoints").mkdir()
+    shutil.copy(tmp_path / "0.png", tmp_path / ".checkpoints" / "0-copy.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "2.png"}\n{"file_name": "0.png"}\n')
+    rows = data.load_rows(folder=tmp_path, caption_column=None)
+    data.check(rows)
+    assert [Path(rows.name(index)).name for index in range(len(rows))] == ["2.png", "0.png"]
+    assert "1 of 3 pictures" in capsys.readouterr().err
+    (tmp_path / "metadata.jsonl").unlink()
+    rows = data.load_rows(folder=tmp_path, caption_column=None)
+    assert [Path(rows.name(index)).name for index in range(len(rows))] == ["0.png", "1.png", "2.png"]
+
+
+def test_a_table_of_pictures_alone_is_told_from_another(tmp_path):
+    """A resumed decoder notices other pictures, though there are neither captions nor file names to compare."""
+    import datasets
+
+    prints = []
+    for name, order in (("one", range(4)), ("two", (1, 0, 2, 3)), ("three", range(4))):
+        (tmp_path / name).mkdir()
+        rows = {"image": [picture(index) for index in order]}
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name / "train.parquet")
+        source = dict(dataset_name=str(tmp_path / name), cache_dir=tmp_path / "cache", caption_column=None)
+        prints.append(data.load_rows(**source).fingerprint())
+    assert prints[0] == prints[2] != prints[1]
 
 
 # --- saving and loading ----------------------------------------------------------------------------------------------

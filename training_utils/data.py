@@ -107,11 +107,15 @@ class Rows:
         raise (UserError if problem.kind in ("absent", "not readable") else BadSample)(problem.sentence())
 
     def fingerprint(self):
-        """SHA-256 over the captions, and over the file names of a folder: a resumed run compares it."""
+        """SHA-256 over the captions, and over the file names of a folder: a resumed run compares it. Without either,
+        over up to a thousand pictures."""
         digest = hashlib.sha256()
         for index, caption in enumerate([None] * len(self) if self._captions is None else self._captions):
             name = os.path.relpath(self.name(index), self.root) if self.root else ""
             digest.update(json.dumps([name, caption]).encode())
+        if self._captions is None and not self.root:
+            for index in range(0, len(self), -(-len(self) // 1000)):
+                digest.update(self._pictures[index].get("bytes") or b"")
         return digest.hexdigest()
 
 
@@ -205,21 +209,27 @@ def _read_folder(folder, image_column, caption_column, findings):
     `caption_column` is None, or where nothing can be made of the captions. Adds to the findings."""
     import datasets
 
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_ENDINGS and os.path.isfile(p))
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURE_ENDINGS
+        and os.path.isfile(path)
+        # Editors and systems leave thumbnails and copies in such folders, which nobody sees.
+        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    )
     if not found:
         raise UserError(f"--train_data_dir {folder} holds no pictures ({', '.join(sorted(PICTURE_ENDINGS))})")
     places = [os.path.realpath(path) for path in found]
     findings.pictures = len(found)
+    named = _read_captions(folder, found, caption_column, findings)
     captioned = caption_column is not None
-    named = _read_captions(folder, found, caption_column, findings) if captioned else []
     if findings.malformed and not named:
-        captioned = False
-    if captioned:
-        known = {place for place, _ in named}
-        findings.unnamed = [place for place in places if place not in known]
-        findings.repeats = len(named) - len(known)
+        captioned, named = False, [(place, "") for place in places]
+    known = {place for place, _ in named}
+    findings.unnamed = [place for place in places if place not in known]
+    findings.repeats = len(named) - len(known)
     usable = []
-    for place, caption in named if captioned else [(place, "") for place in places]:
+    for place, caption in named:
         if not os.path.isfile(place):
             findings.problems.append(Problem("absent", place))
         elif caption_fault(caption):
@@ -241,7 +251,8 @@ def _read_folder(folder, image_column, caption_column, findings):
 
 def _read_captions(folder, found, caption_column, findings):
     """[(absolute path, caption)] in the order of the metadata, a picture once for each line that names it; `found` are
-    the folder's pictures. What is malformed is added to the findings."""
+    the folder's pictures. With `caption_column` None the captions are empty, and without metadata all pictures are
+    named. What is malformed is added to the findings."""
     named, malformed = [], findings.malformed
     tables = sorted(folder.rglob("metadata.jsonl")) + sorted(folder.rglob("metadata.csv"))
     for table in tables:
@@ -250,6 +261,8 @@ def _read_captions(folder, found, caption_column, findings):
             where, lines = f"{table} line {line}", lines + 1
             if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
                 malformed.append(f'{where} has no "file_name"; each line names a picture and its caption')
+            elif caption_column is None:
+                named.append((_place(table.parent, entry["file_name"]), ""))
             elif caption_column not in entry:
                 have = ", ".join(key for key in entry if key != "file_name") or "none beside file_name"
                 lacking.append(f"{where} has no caption column '{caption_column}' (--caption_column); it has {have}")
@@ -261,6 +274,8 @@ def _read_captions(folder, found, caption_column, findings):
         malformed.append(f"{tables[0]} names no picture; each line names a picture and its caption")
     if tables:
         return named
+    if caption_column is None:
+        return [(os.path.realpath(path), "") for path in found]
     for path in found:
         text = path.with_suffix(".txt")
         if text.is_file():
@@ -381,7 +396,8 @@ def check(rows, on_bad_sample="error"):
         warn(f"{len(problems)} of {len(findings.problems) + len(rows)} samples are left out: {listing(problems)}")
     if findings.unnamed:
         where = f"{len(findings.unnamed)} of {findings.pictures} pictures in {rows.root}"
-        warn(f"{where} have no caption and are left out")
+        lack = "are not in the metadata" if rows.caption_column is None else "have no caption"
+        warn(f"{where} {lack} and are left out")
     if findings.repeats:
         warn(f"{findings.repeats} lines of the metadata name a picture again; each line is a sample")
     if empty:
