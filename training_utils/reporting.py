@@ -1,5 +1,6 @@
 """What a person sees of a run: messages, the progress bar, the curves, the picture grids."""
 
+import math
 import os
 import shlex
 import sys
@@ -56,8 +57,8 @@ def run(main):
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, since torch may not be installed
-            traceback.print_exc()
+        if type(error).__name__ != "OutOfMemoryError" and "RESOURCE_EXHAUSTED" not in str(error):
+            traceback.print_exc()  # not torch's kind, by name since it may not be installed, and not JAX's status
         else:
             print(
                 f"{Path(sys.argv[0]).name}: error: out of device memory ({str(error).splitlines()[0]}); lower "
@@ -95,7 +96,7 @@ def _launcher():
 
 def announce(parameters, pictures, total, window, state):
     """The lines before the progress bar: what is about to be trained."""
-    size = sum(parameter.numel() for parameter in parameters)
+    size = sum(math.prod(parameter.shape) for parameter in parameters)
     say(f"training {size / 1e6:,.3g} M parameters on {pictures:,} pictures")
     epochs = total / -(-pictures // window)
     say(f"{total:,} updates of {window} pictures are {epochs:,.1f} epochs; update {state.step:,}, seed {state.seed}")
@@ -191,6 +192,20 @@ class Progress:
         self.bar.close()
 
 
+def due(state, steps, epochs, last):
+    """Whether to validate after this update: each `steps` updates, or without it each `epochs` epochs; and at the end.
+
+    0 means never.
+    """
+    if not (epochs if steps is None else steps):
+        return False
+    if state.step == last:
+        return True
+    if steps is not None:
+        return state.step % steps == 0
+    return state.position.sample == 0 and state.position.epoch % epochs == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,3 +272,17 @@ def log_pictures(trackers, pictures, captions, step, name="validation"):
         elif tracker.name == "comet_ml":
             for at, picture in enumerate(pictures):
                 tracker.writer.log_image(picture, name=f"{name} {captions[at]}", step=step)
+
+
+def grid_name(step):
+    """Where the validation pictures of an update lie inside the output folder."""
+    return f"validation/step-{step:06d}.png"
+
+
+def publish_pictures(trackers, pictures, prompts, step, output_dir):
+    """Write pictures (a list of PIL) as one captioned grid under `output_dir` and hand them to the trackers."""
+    path = Path(output_dir) / grid_name(step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(pictures, prompts, f"after {step:,} updates").save(path)
+    log_pictures(trackers, pictures, prompts, step)
+    say(f"update {step}: pictures in {path}")

@@ -1,24 +1,9 @@
 """Looking at a run: pictures for the same prompts from the same noise, and the loss on held-out pictures."""
 
-from pathlib import Path
-
 import torch
 
 from . import data, engine, reporting
-
-
-def due(state, steps, epochs, last):
-    """Whether to validate after this update: each `steps` updates, or without it each `epochs` epochs; and at the end.
-
-    0 means never.
-    """
-    if not (epochs if steps is None else steps):
-        return False
-    if state.step == last:
-        return True
-    if steps is not None:
-        return state.step % steps == 0
-    return state.position.sample == 0 and state.position.epoch % epochs == 0
+from .reporting import due  # noqa: F401 (scripts call it as validation.due; the JAX script does without torch)
 
 
 @torch.no_grad()
@@ -63,11 +48,6 @@ def show_pictures(accelerator, pipeline, prompts, state, output_dir, **options):
     """Draw a picture a prompt, write them as one captioned grid under `output_dir`/validation, hand them to the
     trackers. Returns the grid's path inside `output_dir`, which carries the update."""
     pictures = draw_pictures(accelerator, pipeline, prompts, state.seed, **options)
-    name = f"validation/step-{state.step:06d}.png"
     if accelerator.is_main_process:
-        path = Path(output_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        reporting.grid(pictures, prompts, f"after {state.step:,} updates").save(path)
-        reporting.log_pictures(accelerator.trackers, pictures, prompts, state.step)
-        reporting.say(f"update {state.step}: pictures in {path}")
-    return name
+        reporting.publish_pictures(accelerator.trackers, pictures, prompts, state.step, output_dir)
+    return reporting.grid_name(state.step)

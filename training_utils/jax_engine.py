@@ -1,0 +1,683 @@
+"""What the JAX script sets up: hosts and devices, models' folders, batches, optimizer, saved state, trackers.
+
+Imports no torch. The mesh has one axis, "batch", over the devices of this host; an array is either whole on each of
+them or split along its first axis. `jax.pmap` joins the hosts.
+"""
+
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from flax_diffusion import weights
+
+from . import data
+from .reporting import UserError, warn
+
+AXIS = "batch"
+TYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+INDEX, STATE = "model_index.json", "optimizer.safetensors"
+PICKLES, OTHER_FORMATS = {".bin", ".ckpt", ".pt"}, {".msgpack", ".onnx", ".h5"}  # further copies of the same weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hosts and devices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def connect_hosts():
+    """Join the other processes of this run, where its environment says that there are any.
+
+    That is JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, a Slurm job of several tasks, or a TPU
+    pod. It must come before anything else asks JAX for a device.
+    """
+    environment = os.environ
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which `Interruption` handles
+    try:
+        if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_PROCESS_ID" in environment:
+            jax.distributed.initialize(
+                num_processes=int(environment.get("JAX_NUM_PROCESSES", "1")),
+                process_id=int(environment["JAX_PROCESS_ID"]),
+                cluster_detection_method="deactivate",
+            )
+        elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "," in environment.get(
+            "TPU_WORKER_HOSTNAMES", ""
+        ):
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the processes of this run do not find each other: {str(error).splitlines()[0]}") from None
+    if jax.process_count() > 1:
+        os.environ["RANK"] = str(jax.process_index())  # `reporting` lets the first process speak
+
+
+def is_main():
+    """Whether this is the process that writes files."""
+    return jax.process_index() == 0
+
+
+def local_mesh():
+    """The devices of this host."""
+    return Mesh(np.array(jax.local_devices()), (AXIS,))
+
+
+def keep_compiled(folder):
+    """Keep what is compiled in `folder`, for the next start."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def over_devices(function, in_axes, donate=()):
+    """`function` on every device of every host: arguments of in_axes 0 are split over the devices, those of None and
+    the result are alike on all. This is the one place that knows how; `jax.lax.pmean(x, AXIS)` joins the devices."""
+    return jax.pmap(function, AXIS, in_axes=in_axes, out_axes=None, donate_argnums=donate)
+
+
+def on_every_device(tree, mesh):
+    """The arrays of `tree` whole on each device. Named like pmap's axis, else a step would compile twice."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def split_over_devices(tree, mesh):
+    """The arrays of `tree`, whose first axis has the length of the mesh, one piece on each device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def on_one_device(tree):
+    """Arrays that lie on every device, as arrays of the first one; nothing is copied."""
+    return jax.tree.map(lambda array: array.addressable_data(0), tree)
+
+
+def from_main(make):
+    """`make()` as the main process evaluates it, on every process. A UserError in it is raised on all of them."""
+    result = None
+    if is_main():
+        try:
+            result = make()
+        except UserError as error:
+            result = error
+    if jax.process_count() > 1:
+        packed = np.frombuffer(pickle.dumps(result), dtype=np.uint8)
+        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(packed))))
+        packed = packed if is_main() else np.zeros(length, dtype=np.uint8)
+        result = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(packed), dtype=np.uint8).tobytes())
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def any_process(failed):
+    """Whether `failed` is true on any process; waits for all of them."""
+    if jax.process_count() == 1:
+        return failed
+    return bool(np.any(multihost_utils.process_allgather(np.array(failed))))
+
+
+def largest_of_processes(mesh, lag=2):
+    """A function from an int to the largest that any process passed `lag` calls ago (0 until then).
+
+    The number travels over the devices behind the updates that are under way. Looking at one that has long arrived
+    costs no waiting, and every process learns of it at the same update. One process alone gets its own at once.
+    """
+    if jax.process_count() == 1:
+        return lambda number: number
+    largest = over_devices(lambda number: jax.lax.pmax(number, AXIS), in_axes=(0,))
+    under_way = deque()
+
+    def ask(number):
+        under_way.append(largest(split_over_devices(np.full(mesh.size, number, dtype=np.int32), mesh)))
+        return int(under_way.popleft()) if len(under_way) > lag else 0
+
+    return ask
+
+
+class Pace:
+    """Lets the host run at most `ahead` updates in front of the devices.
+
+    They always have work queued, so they never wait for the host; without a bound the batches of all queued updates
+    would lie in their memory.
+    """
+
+    def __init__(self, ahead=2):
+        self.ahead, self.under_way = ahead, deque()
+
+    def __call__(self, result):
+        self.under_way.append(result)
+        if len(self.under_way) > self.ahead:
+            jax.block_until_ready(self.under_way.popleft())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_folder(name, revision=None, variant=None, cache_dir=None):
+    """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError.
+
+    The safety checker is not fetched: nothing here runs it, and it is larger than the rest of the text side.
+    """
+    folder = Path(name) if os.path.isdir(name) else _fetch(name, revision, variant, cache_dir)
+    index = folder / INDEX
+    if not index.is_file():
+        raise UserError(f"base model {name} has no {INDEX}; it must be a folder in diffusers' layout")
+    family = json.loads(index.read_text()).get("_class_name", "")
+    if "XL" in family or "Kandinsky" in family:
+        raise UserError(f"base model {name} is for {family}; this script trains StableDiffusionPipeline models")
+    if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
+        raise UserError(f"base model {name} has no weights of --variant {variant}")
+    return folder
+
+
+def _fetch(name, revision, variant, cache_dir):
+    from huggingface_hub import snapshot_download
+
+    options = {"revision": revision, "cache_dir": cache_dir}
+    copies = [] if variant else ["*.fp16*", "*.bf16*", "*.non_ema*", "*-non_ema*"]
+    plain = ["*.json", "*/*.json", "*/*.txt"]
+    try:
+        for ending in ("safetensors", "msgpack"):  # old Flax folders hold nothing but the latter
+            folder = Path(
+                snapshot_download(
+                    name,
+                    allow_patterns=[*plain, f"*/*.{ending}"],
+                    ignore_patterns=["safety_checker/*", *copies],
+                    **options,
+                )
+            )
+            if any(folder.glob(f"unet/*.{ending}")):
+                break
+    except Exception as error:  # the hub client raises a dozen kinds, its transport more
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
+    return folder
+
+
+def load_part(folder, part, dtype=jnp.float32, variant=None):
+    """(module, parameters) of one part of a base model. Raises UserError that names the part when it cannot.
+
+    A part that is not stored in this variant (`non_ema` exists for UNets alone) is read without it.
+    """
+    if not (Path(folder) / part).is_dir():
+        raise UserError(f"base model {folder} has no part '{part}'; there must be a folder of that name")
+    try:
+        return weights.load_part(folder, part, dtype, variant)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"part '{part}' of base model {folder} cannot be loaded: {reason}") from None
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a base model."""
+    from transformers import CLIPTokenizer
+
+    if not (Path(folder) / "tokenizer").is_dir():
+        raise UserError(f"base model {folder} has no part 'tokenizer'; there must be a folder of that name")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"part 'tokenizer' of base model {folder} cannot be loaded: {reason}") from None
+
+
+def scheduler_config(folder):
+    """The configuration of a base model's sampler, a dict whose `_class_name` is diffusers' without Flax."""
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"base model {folder} has no part 'scheduler' that can be read ({path.name})") from None
+    return config | {"_class_name": config.get("_class_name", "DDPMScheduler").removeprefix("Flax")}
+
+
+# Of diffusers' samplers these can begin at pure noise, where the signal-to-noise ratio is 0.
+PURE_NOISE = {
+    *("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler"),
+}
+
+
+def sampling_config(config, changes):
+    """A sampler's configuration with `changes`, so that it samples what was trained.
+
+    A sampler that cannot begin at pure noise (zero terminal SNR) is replaced by DDIM.
+    """
+    if changes.get("rescale_betas_zero_snr"):
+        if config["_class_name"] not in PURE_NOISE:
+            config = {key: value for key, value in config.items() if key != "skip_prk_steps"}
+            # DDIM's default is for pixels: it would cut latents at 1
+            changes = changes | {"_class_name": "DDIMScheduler", "clip_sample": False}
+        changes = changes | {"timestep_spacing": "trailing"}  # sampling must begin at the noisy end (2305.08891, 3.3)
+    return config | changes
+
+
+def save_pipeline(folder, base, variant, unet, sampler, others):
+    """Write a whole pipeline that diffusers loads: frozen parts byte for byte as in `base`, what was trained anew.
+
+    Args: unet, (parameters, config); sampler, the scheduler's configuration; others, {"vae": (parameters, config),
+    "text_encoder": ...}, written where `base` holds old Flax files, which diffusers cannot read.
+    """
+    folder, base = Path(folder), Path(base)
+    index = json.loads((base / INDEX).read_text())
+    for name, entry in index.items():
+        if not isinstance(entry, list):
+            continue
+        flax_only = any((base / name).glob("*.msgpack")) and not any((base / name).glob("*.safetensors"))
+        if name == "unet":
+            weights.save_part(folder, name, *unet)
+        elif name == "scheduler":
+            _write_scheduler(folder / name, base / name, sampler)
+            entry = ["diffusers", sampler["_class_name"]]
+        elif flax_only and name in others:
+            weights.save_part(folder, name, *others[name])
+        elif flax_only or not (base / name).is_dir():
+            entry = [None, None]
+        else:
+            _copy_part(folder / name, base / name, variant)
+        index[name] = [word and word.removeprefix("Flax") for word in entry]
+    if index.get("safety_checker") == [None, None]:
+        index["requires_safety_checker"] = False
+    index["_class_name"] = "StableDiffusionPipeline"
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_scheduler(target, source, config):
+    name = "scheduler_config.json"
+    target.mkdir(parents=True, exist_ok=True)
+    if json.loads((source / name).read_text()) == config:
+        shutil.copyfile(source / name, target / name)
+    else:
+        (target / name).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _copy_part(target, source, variant):
+    """Copy a frozen part: of several stored copies of its weights the one that was read, under its plain name."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    files = [path for path in source.iterdir() if path.is_file()]
+    safe = [path for path in files if ".safetensors" in path.name]
+    mark = f".{variant}" if variant is not None and any(f".{variant}" in path.name for path in safe) else None
+    for path in files:
+        name = path.name
+        if path in safe:
+            plain = name.count(".") == 1 or name.endswith(".safetensors.index.json")
+            if not (mark in name if mark else plain):
+                continue
+            name = name.replace(mark, "") if mark else name
+        elif path.suffix in PICKLES and safe or path.suffix in OTHER_FORMATS:
+            continue
+        if mark and name.endswith(".index.json"):
+            (target / name).write_text(path.read_text().replace(mark, ""))  # it names the files
+        else:
+            shutil.copyfile(path, target / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_ahead(read, items, workers):
+    """`read(item)` of each item, in order; with `workers` threads that stay two items each in front."""
+    if not workers:
+        yield from map(read, items)
+        return
+    pool, under_way = ThreadPoolExecutor(workers), deque()
+    try:
+        for item in items:
+            under_way.append(pool.submit(read, item))
+            if len(under_way) > 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _reader(samples, batch_size):
+    """A function from a list of at most `batch_size` keys to a batch of just that size, filled up with weight 0."""
+
+    def read(keys):
+        batch = data.collate([samples[key] for key in keys])
+        if isinstance(batch, UserError):
+            return batch
+        lacking = batch_size - len(keys)
+        batch = {name: np.concatenate([value, *[value[:1]] * lacking]) for name, value in batch.items()}
+        batch["weight"][len(keys) :] = 0
+        # JAX computes with 32-bit integers
+        return {name: value.astype(np.int32) if value.dtype == np.int64 else value for name, value in batch.items()}
+
+    return read
+
+
+def _stacked(batches, lead):
+    """Batches as one dict of arrays with the leading axes `lead`. Raises the UserError of a picture that failed."""
+    for batch in batches:
+        if isinstance(batch, UserError):
+            batch.everywhere = False  # the other processes have other pictures
+            raise batch
+    return {
+        name: np.stack([batch[name] for batch in batches]).reshape(*lead, *value.shape)
+        for name, value in batches[0].items()
+    }
+
+
+def training_batches(samples, state, batch_size, accumulation, mesh, workers):
+    """The endless updates of this host from a RunState's position on: arrays (devices, accumulation, batch_size, ...).
+
+    Each device is a rank of data.UpdateSampler. Every batch has the same shape, so a step compiles once; where an
+    epoch's last update has fewer samples, it is filled up with samples of weight 0.
+    """
+    state.position = state.position.within(len(samples))
+    first, world = jax.process_index() * mesh.size, jax.process_count() * mesh.size
+    ranks = [
+        iter(data.UpdateSampler(len(samples), state.seed, state.position, batch_size, accumulation, rank, world))
+        for rank in range(first, first + mesh.size)
+    ]
+    keys = (next(rank) for _ in itertools.count() for rank in ranks for _ in range(accumulation))
+    batches = _read_ahead(_reader(samples, batch_size), keys, workers)
+    while True:
+        update = list(itertools.islice(batches, mesh.size * accumulation))
+        yield split_over_devices(_stacked(update, (mesh.size, accumulation)), mesh)
+
+
+def held_out_batches(samples, batch_size, mesh):
+    """All held-out samples once, as arrays (devices, batch_size, ...), the same number of them on every host."""
+    first, world = jax.process_index() * mesh.size, jax.process_count() * mesh.size
+    read, none = _reader(samples, batch_size), [(0, 0, 0.0)]
+    shares = [data.held_out_samples(len(samples), batch_size, rank, world) for rank in range(first, first + mesh.size)]
+    for at in range(math.ceil(math.ceil(len(samples) / world) / batch_size)):
+        batches = [read(share[at] if at < len(share) else none) for share in shares]
+        yield split_over_devices(_stacked(batches, (mesh.size,)), mesh)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer: pieces of a step, pure functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate_curve(name, peak, warmup, total, cycles=1, power=1.0):
+    """A function from the number of updates made to the learning rate of the next one; floats on the host.
+
+    The curves are those of `--lr_scheduler` in the torch scripts. The rate is handed to the step, which therefore
+    need not be compiled again for another rate, warm-up or length.
+    """
+    lowest = 1e-7  # where the polynomial ends
+
+    def curve(step):
+        if name == "constant":
+            return peak
+        if step < warmup:
+            return peak * step / warmup
+        if name == "constant_with_warmup":
+            return peak
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        if name == "linear":
+            return peak * (1 - progress)
+        if name == "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))
+        if name == "cosine_with_restarts":
+            return 0.0 if progress == 1 else peak * 0.5 * (1 + math.cos(math.pi * ((cycles * progress) % 1)))
+        return (peak - lowest) * (1 - progress) ** power + lowest
+
+    return curve
+
+
+def make_optimizer(betas, weight_decay, epsilon):
+    """AdamW without its learning rate, by which the step multiplies: an optax.GradientTransformation."""
+    return optax.chain(optax.scale_by_adam(*betas, eps=epsilon), optax.add_decayed_weights(weight_decay))
+
+
+def accumulated(gradient_of, params, batch):
+    """(loss, gradient), the mean of `gradient_of(params, micro_batch)` over the leading axis of `batch`."""
+    count = batch["weight"].shape[0]
+    if count == 1:
+        return gradient_of(params, jax.tree.map(lambda array: array[0], batch))
+
+    def add(so_far, micro_batch):
+        return jax.tree.map(jnp.add, so_far, gradient_of(params, micro_batch)), None
+
+    nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, nothing, batch)
+    return jax.tree.map(lambda value: value / count, total)
+
+
+def clip(gradients, most):
+    """(gradients scaled down to norm `most` where theirs is larger, their norm); with the 1e-6 of torch's formula."""
+    norm = optax.global_norm(gradients)
+    scale = jnp.minimum(1.0, most / (norm + 1e-6))
+    return jax.tree.map(lambda gradient: gradient * scale, gradients), norm
+
+
+def new_average(params):
+    """The start of an average of the weights."""
+    return {"weights": jax.tree.map(np.array, params), "updates": np.int32(0)}
+
+
+def move_average(average, params, decay):
+    """An average of the weights after one more update; the decay is min(decay, (1 + n) / (10 + n)) as in ema.py."""
+    earlier = average["updates"].astype(jnp.float32)  # diffusers counts the first update as 0
+    weight = 1 - jnp.where(earlier == 0, 0.0, jnp.minimum(decay, (1 + earlier) / (10 + earlier)))
+    moved = jax.tree.map(lambda shadow, value: shadow + weight * (value - shadow), average["weights"], params)
+    return {"weights": moved, "updates": average["updates"] + 1}
+
+
+GROW_AFTER = 2000  # updates without an overflow, after which the loss scale is doubled; torch's GradScaler's number
+
+
+def new_loss_scale():
+    """The state of dynamic loss scaling: fp16 gradients are computed of the loss times `scale`."""
+    return {"scale": np.float32(65536), "good": np.int32(0)}
+
+
+def move_loss_scale(loss_scale, finite):
+    """Halve the scale after an overflow, double it after many updates without one."""
+    good = jnp.where(finite, loss_scale["good"] + 1, 0)
+    grown = jnp.where(good == GROW_AFTER, 2.0, 1.0)
+    scale = loss_scale["scale"] * jnp.where(finite, grown, 0.5)
+    return {"scale": scale, "good": jnp.where(good == GROW_AFTER, 0, good)}
+
+
+def where(condition, yes, no):
+    """Tree `yes` where the scalar `condition` is true, else `no`."""
+    return jax.tree.map(lambda one, other: jnp.where(condition, one, other), yes, no)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saved state
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _named(tree):
+    """The leaves of a tree as {path: array}; the path's parts are joined by slashes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def save_state(folder, trained, unet):
+    """Write the weights, their average and the optimizer's state of a training state; the main process alone does.
+
+    The files are unet/ and unet_ema/, model folders of diffusers, and optimizer.safetensors. `unet` is the module.
+    """
+    if not is_main():
+        return
+    config = dict(unet.config)
+    if "average" in trained:
+        average = jax.device_get(trained["average"])
+        weights.save_part(folder, "unet", average["weights"], config)
+        facts = {"optimization_step": int(average["updates"])}  # where diffusers' EMAModel keeps it
+        (folder / "unet" / "config.json").write_text(json.dumps(config | facts, indent=2, sort_keys=True) + "\n")
+        os.rename(folder / "unet", folder / "unet_ema")
+    weights.save_part(folder, "unet", jax.device_get(trained["params"]), config)
+    rest = {key: value for key, value in trained.items() if key not in ("params", "average")}
+    save_file({name: np.array(leaf, order="C") for name, leaf in _named(jax.device_get(rest)).items()}, folder / STATE)
+
+
+def load_state(folder, trained, unet):
+    """What `save_state` wrote, in the shape of `trained`, a fresh training state. Raises UserError.
+
+    Without an average in `folder` it begins at the weights.
+    """
+    folder = Path(folder)
+    try:
+        read = {"params": _read_weights(folder / "unet", unet)}
+        if "average" in trained and (folder / "unet_ema").is_dir():
+            updates = weights.read_config(folder / "unet_ema", "unet_ema")["optimization_step"]
+            read["average"] = {"weights": _read_weights(folder / "unet_ema", unet), "updates": np.int32(updates)}
+        elif "average" in trained:
+            warn(f"{folder} holds no EMA weights; the average starts from its weights")
+            read["average"] = new_average(read["params"])
+        saved = load_file(folder / STATE)
+        if "loss_scale" in trained and "loss_scale/scale" not in saved:
+            raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
+        rest = {key: value for key, value in trained.items() if key not in read}
+        return read | jax.tree.unflatten(
+            jax.tree.structure(rest), [_of(saved, *pair) for pair in _named(rest).items()]
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # another model's shapes, or other files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder} cannot be read: {reason}") from None
+
+
+def _read_weights(folder, unet):
+    files = weights.weight_files(folder, "unet")
+    return weights.to_params(unet, weights.read_safetensors(files, folder.name))
+
+
+def _of(saved, name, like):
+    if name not in saved:
+        raise ValueError(f"{STATE} holds no {name}")
+    if saved[name].shape != like.shape or saved[name].dtype != like.dtype:
+        raise ValueError(f"{name} in {STATE} has shape {saved[name].shape} instead of {like.shape}")
+    return saved[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trackers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TensorBoard:
+    """Writes TensorBoard's files without torch or TensorFlow; the interface is that of accelerate's trackers."""
+
+    name = "tensorboard"
+
+    def __init__(self, folder, project, settings):
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self.folder, self.writer = Path(folder) / project, self
+        self.events = EventFileWriter(str(self.folder))
+        (self.folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+    def _add(self, step, **value):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(**value)])
+        self.events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def log(self, values, step):
+        """Curves: {name: number} at an update."""
+        for name, value in values.items():
+            self._add(step, tag=name, simple_value=value)
+        self.events.flush()
+
+    def add_images(self, name, pictures, step, dataformats="NHWC"):
+        """Pictures side by side, uint8 of shape (N, H, W, 3)."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        assert dataformats == "NHWC"
+        sheet, file = Image.fromarray(np.concatenate(pictures, axis=1)), io.BytesIO()
+        sheet.save(file, "PNG")
+        image = Summary.Image(
+            height=sheet.height, width=sheet.width, colorspace=3, encoded_image_string=file.getvalue()
+        )
+        self._add(step, tag=name, image=image)
+        self.events.flush()
+
+    def finish(self):
+        self.events.close()
+
+
+class WandB:
+    """Logs to Weights & Biases; the interface is that of accelerate's trackers."""
+
+    name = "wandb"
+
+    def __init__(self, folder, project, settings):
+        import wandb
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(project=project, config=settings, dir=str(folder))
+
+    def log(self, values, step):
+        self.run.log(values, step=step)
+
+    def finish(self):
+        self.run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def make_trackers(report_to, folder, project, settings):
+    """The trackers that `--report_to` names, of the main process; `all` means those that are installed."""
+    if not is_main() or report_to == "none":
+        return []
+    names = [name for name in TRACKERS if find_spec(name)] if report_to == "all" else [report_to]
+    return [TRACKERS[name](folder, project, settings) for name in names]
+
+
+def log(trackers, values, step):
+    """Hand {name: number} of an update to every tracker."""
+    for tracker in trackers:
+        tracker.log(values, step)
+
+
+def finish(trackers):
+    """Close the trackers."""
+    for tracker in trackers:
+        tracker.finish()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def held_out_loss(evaluate, params, frozen, samples, batch_size, mesh):
+    """Mean over all held-out samples of the losses whose sum over a batch `evaluate(params, frozen, batch)` gives."""
+    sums = [evaluate(params, frozen, batch) for batch in held_out_batches(samples, batch_size, mesh)]
+    return float(sum(jax.device_get(sums))) / len(samples)
+
+
+def draw_pictures(draw, prompts, seed, latent_shape):
+    """One PIL picture a prompt by `draw(prompt, latents)`, pixels of shape (H, W, 3) in [0, 1].
+
+    The noise of a prompt depends on the seed and its place alone and is drawn on the CPU, so that pictures of two
+    updates, or of two machines, differ by the weights alone.
+    """
+    pictures = []
+    for at, prompt in enumerate(prompts):
+        noise = np.random.Generator(np.random.Philox(seed + at)).standard_normal(latent_shape, dtype=np.float32)
+        pixels = np.asarray(draw(prompt, noise))
+        pictures.append(Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8)))
+    return pictures
