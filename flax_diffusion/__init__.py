@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x in JAX: networks, noise schedules and a pipeline. Needs no torch."""
 
 from .networks import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel, ModelError
+from .pipeline import FlaxStableDiffusionPipeline
 from .schedulers import FlaxDDIMScheduler, FlaxDDPMScheduler, FlaxPNDMScheduler
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "FlaxDDIMScheduler",
     "FlaxDDPMScheduler",
     "FlaxPNDMScheduler",
+    "FlaxStableDiffusionPipeline",
     "FlaxUNet2DConditionModel",
     "ModelError",
 ]

@@ -7,6 +7,7 @@ autoencoder's attention, and the msgpack files that Flax models were once publis
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -56,6 +57,29 @@ def save_part(folder, part, params, config):
     save_file(tensors, folder / f"{STEMS[part]}.safetensors", metadata={"format": "pt"})
 
 
+def copy_part(source, folder, part, params, variant=None):
+    """Copy a part from one pipeline's folder into another's if its weights are `params`; returns whether it did.
+
+    Its bytes stay, and so does its precision. A variant loses its tag. Parts in several files and msgpack are not
+    copied.
+    """
+    source, folder = Path(source) / part, Path(folder) / part
+    try:
+        (file,) = files = weight_files(source, part, variant)
+    except ValueError:  # no weights any more, or several files
+        return False
+    if file.suffix != ".safetensors":
+        return False
+    stored = to_params(PARTS[part].from_config(read_config(source, part)), read_safetensors(files, part))
+    given, stored = flatten_dict(params), flatten_dict(stored)
+    if given.keys() != stored.keys() or not all(np.array_equal(given[path], stored[path]) for path in stored):
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    shutil.copyfile(file, folder / f"{STEMS[part]}.safetensors")
+    return True
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,32 +95,54 @@ def read_config(folder, part):
         raise ModelError(f"{part}: {folder / 'config.json'} is not valid JSON: {error}") from None
 
 
+def file_patterns(part, variant=None):
+    """Names of the files that may hold a part's weights, most wanted first: those of the variant, then the plain ones,
+    then Flax's msgpack. For each, patterns of a whole file, of an index of several, and of those."""
+    stem = STEMS[part]
+    for tag in [f".{variant}", ""] if variant else [""]:
+        yield (
+            f"{stem}{tag}.safetensors",
+            f"{stem}.safetensors.index{tag}.json",
+            f"{stem}-?????-of-?????{tag}.safetensors",
+        )
+    yield (f"{MSGPACK[part]}.msgpack",)
+
+
+def has_weights(folder, part, variant=None):
+    """Whether a part's folder holds weights that `weight_files` finds."""
+    try:
+        return bool(weight_files(folder, part, variant))
+    except ModelError:
+        return False
+
+
 def weight_files(folder, part, variant=None):
     """The files that hold the weights of a part: those of the variant, else the plain ones, else Flax's msgpack.
 
     Raises ModelError where there are none, or only pickles.
     """
-    stem = STEMS[part]
-    for tag in ([f".{variant}"] if variant else []) + [""]:
-        if (single := folder / f"{stem}{tag}.safetensors").is_file():
-            return [single]
-        if (index := folder / f"{stem}.safetensors.index{tag}.json").is_file():
-            names = json.loads(index.read_text())["weight_map"].values()
-            missing = [name for name in set(names) if not (folder / name).is_file()]
-            if missing:
-                raise ModelError(f"{part}: {index.name} names {missing[0]}, which is not in {folder}")
-            return sorted({folder / name for name in names})
-    if (old := folder / f"{MSGPACK[part]}.msgpack").is_file():
-        return [old]
-    variants = [path.name for path in folder.glob(f"{stem}.*.safetensors")]
-    if variants:
-        raise ModelError(f"{part}: {folder} holds only the variant {variants[0]}; ask for that variant")
+    for whole, *several in file_patterns(part, variant):
+        if (folder / whole).is_file():
+            return [folder / whole]
+        if several and (folder / several[0]).is_file():
+            return _indexed_files(folder, part, several[0])
+    if variants := sorted(folder.glob(f"{STEMS[part]}.*.safetensors")):
+        raise ModelError(f"{part}: {folder} holds only the variant {variants[0].name}; ask for that variant")
     if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
         raise ModelError(
             f"{part}: {folder} holds only pickled weights, which could run code and are not read; convert them once "
             'where torch is installed: StableDiffusionPipeline.from_pretrained("MODEL").save_pretrained("FOLDER")'
         )
-    raise ModelError(f"{part}: {folder} holds no {stem}.safetensors")
+    raise ModelError(f"{part}: {folder} holds no {STEMS[part]}.safetensors")
+
+
+def _indexed_files(folder, part, index):
+    """The files that an index names. Raises ModelError when one is not there."""
+    names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(f"{part}: {index} names {name}, which is not in {folder}")
+    return [folder / name for name in names]
 
 
 def read_safetensors(files, part):
