@@ -60,7 +60,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from flax_diffusion import FlaxDDPMScheduler  # noqa: E402
+from flax_diffusion import FlaxDDPMScheduler, FlaxStableDiffusionPipeline  # noqa: E402
 from training_utils import checkpoints, data, hub, losses, reporting  # noqa: E402
 from training_utils import jax_engine as engine  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
@@ -130,7 +130,7 @@ def training_loss(unet, vae, text_encoder, schedule, batch, scaling_factor, snr_
     latents = latents * scaling_factor
     text_states = text_encoder(batch["tokens"])
     noisy = schedule.add_noise(latents, batch.get("input_noise", noise), timesteps)
-    kind = schedule.config["prediction_type"]
+    kind = schedule.config.prediction_type
     target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
     prediction = unet(noisy, timesteps, text_states)
     loss = jnp.square(prediction.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
@@ -144,7 +144,7 @@ def sample_losses(params, frozen, batch, networks, schedule, snr_gamma=None):
     """`training_loss` with the networks' parameters put in."""
     unet = partial(networks["unet"].apply, {"params": params})
     vae, text_encoder = (partial(networks[part].apply, {"params": frozen[part]}) for part in ("vae", "text_encoder"))
-    scaling_factor = networks["vae"].config["scaling_factor"]
+    scaling_factor = networks["vae"].config.scaling_factor
     return training_loss(unet, vae, text_encoder, schedule, batch, scaling_factor, snr_gamma)
 
 
@@ -166,7 +166,7 @@ def train_step(
     loss, gradients = engine.accumulated(jax.value_and_grad(scaled_loss), params, batch)
     loss, gradients = jax.lax.pmean((loss, gradients), engine.AXIS)
     loss, gradients = jax.tree.map(lambda value: value / scale, (loss, gradients))
-    gradients, norm = engine.clip(gradients, max_grad_norm or jnp.inf)
+    gradients, norm = engine.clip(gradients, max_grad_norm)
     steps, optimizer_state = optimizer.update(gradients, trained["optimizer"], params)
     params = jax.tree.map(lambda value, step: value - learning_rate * step, params, steps)
     after = {"params": params, "optimizer": optimizer_state}
@@ -187,46 +187,37 @@ def held_out_step(params, frozen, batch, *, networks, schedule):
 
 
 def load_models(args):
-    """The parts of the base model: (folder, tokenizer, networks, parameters, schedule, sampler).
+    """The base model: (pipeline, parameters, schedule).
 
-    `networks` and `parameters` are dicts by part. `schedule` is the noise schedule of the training, `sampler` the
-    configuration of the model's own scheduler with the same changes.
+    `pipeline` holds the networks and the model's own sampler, `parameters` is a dict by part, `schedule` the noise
+    schedule of the training.
     """
     base = engine.model_folder(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
     changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     if args.rescale_betas_zero_snr:
         changes["rescale_betas_zero_snr"] = True
-    config = engine.scheduler_config(base)
+    config = engine.load_scheduler_config(base)
     schedule = FlaxDDPMScheduler.from_config(config | changes)
     check_prediction_type(schedule.config)
-    sampler = engine.sampling_config(config, changes)
-    tokenizer = engine.load_tokenizer(base)
-    networks, parameters, half = {}, {}, engine.TYPES[args.mixed_precision]
+    steps = args.validation_num_inference_steps if args.validation_prompts else None
+    parts = {"scheduler": engine.sampling_scheduler(config, changes, steps), "tokenizer": engine.load_tokenizer(base)}
+    parameters, half = {}, engine.TYPES[args.mixed_precision]
     for part in ("unet", "vae", "text_encoder"):
-        networks[part], parameters[part] = engine.load_part(base, part, half, args.variant)
+        parts[part], parameters[part] = engine.load_part(base, part, half, args.variant)
     if args.gradient_checkpointing:
-        networks["unet"] = networks["unet"].clone(gradient_checkpointing=True)
-    return base, tokenizer, networks, parameters, schedule, sampler
+        parts["unet"] = parts["unet"].clone(gradient_checkpointing=True)
+    return FlaxStableDiffusionPipeline(**parts, source=base, variant=args.variant), parameters, schedule
 
 
 def check_prediction_type(config):
     """Objections that need the model's own scheduler, beyond those that the flags alone raise."""
-    if config["prediction_type"] not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"the model predicts '{config['prediction_type']}'; this script trains epsilon and v_prediction"
-        )
-    if config.get("rescale_betas_zero_snr") and config["prediction_type"] == "epsilon":
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"the model predicts '{config.prediction_type}'; this script trains epsilon and v_prediction")
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
         warn(
             "with zero terminal SNR the last timestep is pure noise, from which epsilon prediction learns nothing; "
             "add --prediction_type v_prediction"
         )
-
-
-def save_result(args, base, networks, params, frozen, sampler):
-    """Write the pipeline into --output_dir; frozen parts are copied from the base model as they are."""
-    others = {part: (frozen[part], networks[part].config) for part in frozen}
-    unet = (params, networks["unet"].config)
-    engine.save_pipeline(args.output_dir, base, args.variant, unet, sampler, others)
 
 
 def main(argv=None):
@@ -261,16 +252,17 @@ def main(argv=None):
     rows = data.take(rows, args.max_train_samples, state.seed)
     engine.from_main(lambda: data.check(rows))
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
-    base, tokenizer, networks, parameters, schedule, sampler = load_models(args)
+    pipeline, parameters, schedule = load_models(args)
+    networks = {part: getattr(pipeline, part) for part in parameters}
+    tokenizer, vae = pipeline.tokenizer, pipeline.vae
     if engine.is_main():
         data.warn_of_long_captions(rows, tokenizer)
-    vae_config = networks["vae"].config
-    side = args.resolution // 2 ** (len(vae_config["block_out_channels"]) - 1)
-    latent_shape = (vae_config["latent_channels"], side, side)
-    prepare = Prepare(args, tokenizer, latent_shape, schedule.config["num_train_timesteps"])
+    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_shape = (vae.config.latent_channels, side, side)
+    prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed)
     if held_out_rows is not None:
-        prepare = Prepare(args, tokenizer, latent_shape, schedule.config["num_train_timesteps"], len(held_out_rows))
+        prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
@@ -286,12 +278,7 @@ def main(argv=None):
         args.lr_num_cycles,
         args.lr_power,
     )
-    params = parameters.pop("unet")
-    trained = {"params": params, "optimizer": optimizer.init(params)}
-    if args.use_ema:
-        trained["average"] = engine.new_average(params)
-    if args.mixed_precision == "fp16":
-        trained["loss_scale"] = engine.new_loss_scale()
+    trained = engine.new_state(parameters.pop("unet"), optimizer, args.use_ema, args.mixed_precision == "fp16")
 
     # --- resume ------------------------------------------------------------------------------------------------------
     about = {
@@ -304,15 +291,14 @@ def main(argv=None):
         engine.from_main(lambda: checkpoints.warn_of_differences(resume_from, about))
         trained = engine.load_state(resume_from, trained, networks["unet"])
     trained = engine.on_every_device(trained, mesh)
-    half = engine.TYPES[args.mixed_precision]
-    frozen = engine.on_every_device(jax.tree.map(lambda array: array.astype(half), parameters), mesh)
+    frozen = engine.on_every_device(engine.cast(parameters, engine.TYPES[args.mixed_precision]), mesh)
     trackers = engine.make_trackers(
         args.report_to,
         Path(args.output_dir) / args.logging_dir,
         args.tracker_project_name,
         reporting.tracker_config(flags.public(args)),
     )
-    reporting.announce(jax.tree.leaves(params), len(samples), args.max_train_steps, window, state)
+    reporting.announce(jax.tree.leaves(trained["params"]), len(samples), args.max_train_steps, window, state)
     progress = reporting.Progress(
         state.step,
         args.max_train_steps,
@@ -339,8 +325,16 @@ def main(argv=None):
             say(f"update {state.step}: val_loss {loss:.4f}")
         if prompts:
             if engine.is_main():
-                pictures = draw_pictures(
-                    args, networks, tokenizer, sampler, result_weights(), frozen, latent_shape, state
+                pictures = engine.draw_pictures(
+                    pipeline,
+                    frozen | {"unet": result_weights()},
+                    prompts,
+                    state.seed,
+                    latent_shape,
+                    height=args.resolution,
+                    width=args.resolution,
+                    num_inference_steps=args.validation_num_inference_steps,
+                    guidance_scale=args.validation_guidance_scale,
                 )
                 reporting.publish_pictures(trackers, pictures, prompts, state.step, args.output_dir)
             grids[:] = [reporting.grid_name(state.step)]
@@ -410,7 +404,7 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     if engine.is_main():
-        save_result(args, base, networks, jax.device_get(result_weights()), parameters, sampler)
+        engine.save_pipeline(args.output_dir, pipeline, parameters | {"unet": jax.device_get(result_weights())})
         hub.write_card(
             args.output_dir,
             title=repository or Path(args.output_dir).resolve().name,

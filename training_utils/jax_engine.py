@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -27,7 +28,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from flax_diffusion import weights
+from flax_diffusion import ModelError, schedulers, weights
+from flax_diffusion.pipeline import fetch
 
 from . import data
 from .reporting import UserError, warn
@@ -35,7 +37,6 @@ from .reporting import UserError, warn
 AXIS = "batch"
 TYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 INDEX, STATE = "model_index.json", "optimizer.safetensors"
-PICKLES, OTHER_FORMATS = {".bin", ".ckpt", ".pt"}, {".msgpack", ".onnx", ".h5"}  # further copies of the same weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,6 +95,11 @@ def over_devices(function, in_axes, donate=()):
 def on_every_device(tree, mesh):
     """The arrays of `tree` whole on each device. Named like pmap's axis, else a step would compile twice."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def cast(tree, dtype):
+    """The arrays of `tree` in another type."""
+    return jax.tree.map(lambda array: array.astype(dtype), tree)
 
 
 def split_over_devices(tree, mesh):
@@ -171,11 +177,11 @@ class Pace:
 
 
 def model_folder(name, revision=None, variant=None, cache_dir=None):
-    """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError.
-
-    The safety checker is not fetched: nothing here runs it, and it is larger than the rest of the text side.
-    """
-    folder = Path(name) if os.path.isdir(name) else _fetch(name, revision, variant, cache_dir)
+    """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError."""
+    try:
+        folder = fetch(name, revision, variant, cache_dir)
+    except ModelError as error:
+        raise UserError(f"base {error}") from None
     index = folder / INDEX
     if not index.is_file():
         raise UserError(f"base model {name} has no {INDEX}; it must be a folder in diffusers' layout")
@@ -187,65 +193,35 @@ def model_folder(name, revision=None, variant=None, cache_dir=None):
     return folder
 
 
-def _fetch(name, revision, variant, cache_dir):
-    from huggingface_hub import snapshot_download
-
-    options = {"revision": revision, "cache_dir": cache_dir}
-    copies = [] if variant else ["*.fp16*", "*.bf16*", "*.non_ema*", "*-non_ema*"]
-    plain = ["*.json", "*/*.json", "*/*.txt"]
-    try:
-        for ending in ("safetensors", "msgpack"):  # old Flax folders hold nothing but the latter
-            folder = Path(
-                snapshot_download(
-                    name,
-                    allow_patterns=[*plain, f"*/*.{ending}"],
-                    ignore_patterns=["safety_checker/*", *copies],
-                    **options,
-                )
-            )
-            if any(folder.glob(f"unet/*.{ending}")):
-                break
-    except Exception as error:  # the hub client raises a dozen kinds, its transport more
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
-    return folder
-
-
 def load_part(folder, part, dtype=jnp.float32, variant=None):
     """(module, parameters) of one part of a base model. Raises UserError that names the part when it cannot.
 
     A part that is not stored in this variant (`non_ema` exists for UNets alone) is read without it.
     """
-    if not (Path(folder) / part).is_dir():
-        raise UserError(f"base model {folder} has no part '{part}'; there must be a folder of that name")
-    try:
-        return weights.load_part(folder, part, dtype, variant)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"part '{part}' of base model {folder} cannot be loaded: {reason}") from None
+    return _loaded(folder, part, lambda: weights.load_part(folder, part, dtype, variant))
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a base model."""
+    """The tokenizer of a base model. Raises UserError."""
     from transformers import CLIPTokenizer
 
-    if not (Path(folder) / "tokenizer").is_dir():
-        raise UserError(f"base model {folder} has no part 'tokenizer'; there must be a folder of that name")
+    return _loaded(folder, "tokenizer", lambda: CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer"))
+
+
+def load_scheduler_config(folder):
+    """The configuration of a base model's sampler, a dict; its `_class_name` is without Flax. Raises UserError."""
+    config = _loaded(folder, "scheduler", lambda: schedulers.read_config(folder))
+    return config | {"_class_name": config.get("_class_name", "DDPMScheduler").removeprefix("Flax")}
+
+
+def _loaded(folder, part, load):
+    if not (Path(folder) / part).is_dir():
+        raise UserError(f"base model {folder} has no part '{part}'; there must be a folder of that name")
     try:
-        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        return load()
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"part 'tokenizer' of base model {folder} cannot be loaded: {reason}") from None
-
-
-def scheduler_config(folder):
-    """The configuration of a base model's sampler, a dict whose `_class_name` is diffusers' without Flax."""
-    path = Path(folder) / "scheduler" / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"base model {folder} has no part 'scheduler' that can be read ({path.name})") from None
-    return config | {"_class_name": config.get("_class_name", "DDPMScheduler").removeprefix("Flax")}
+        raise UserError(f"part '{part}' of base model {folder} cannot be loaded: {reason}") from None
 
 
 # Of diffusers' samplers these can begin at pure noise, where the signal-to-noise ratio is 0.
@@ -255,10 +231,11 @@ PURE_NOISE = {
 }
 
 
-def sampling_config(config, changes):
-    """A sampler's configuration with `changes`, so that it samples what was trained.
+def sampling_scheduler(config, changes, steps=None):
+    """The base model's own sampler with `changes` to its configuration, so that it samples what was trained.
 
-    A sampler that cannot begin at pure noise (zero terminal SNR) is replaced by DDIM.
+    A sampler that cannot begin at pure noise (zero terminal SNR) is replaced by DDIM. Raises UserError where it cannot
+    draw pictures in `steps` steps.
     """
     if changes.get("rescale_betas_zero_snr"):
         if config["_class_name"] not in PURE_NOISE:
@@ -266,68 +243,32 @@ def sampling_config(config, changes):
             # DDIM's default is for pixels: it would cut latents at 1
             changes = changes | {"_class_name": "DDIMScheduler", "clip_sample": False}
         changes = changes | {"timestep_spacing": "trailing"}  # sampling must begin at the noisy end (2305.08891, 3.3)
-    return config | changes
+    try:
+        with warnings.catch_warnings(record=True) as notices:
+            warnings.simplefilter("always")
+            sampler = schedulers.for_sampling(config | changes)
+            if steps is not None:
+                sampler.plan(steps)
+    except ModelError as error:
+        raise UserError(str(error)) from None
+    for notice in notices if steps is not None else []:
+        warn(str(notice.message))
+    return sampler
 
 
-def save_pipeline(folder, base, variant, unet, sampler, others):
-    """Write a whole pipeline that diffusers loads: frozen parts byte for byte as in `base`, what was trained anew.
+def save_pipeline(folder, pipeline, params):
+    """Write a whole pipeline: frozen parts byte for byte as in the base model, what was trained anew.
 
-    Args: unet, (parameters, config); sampler, the scheduler's configuration; others, {"vae": (parameters, config),
-    "text_encoder": ...}, written where `base` holds old Flax files, which diffusers cannot read.
+    What the pipeline does not run, a safety checker and its image processor, is copied too where the base has it.
     """
-    folder, base = Path(folder), Path(base)
-    index = json.loads((base / INDEX).read_text())
-    for name, entry in index.items():
-        if not isinstance(entry, list):
-            continue
-        flax_only = any((base / name).glob("*.msgpack")) and not any((base / name).glob("*.safetensors"))
-        if name == "unet":
-            weights.save_part(folder, name, *unet)
-        elif name == "scheduler":
-            _write_scheduler(folder / name, base / name, sampler)
-            entry = ["diffusers", sampler["_class_name"]]
-        elif flax_only and name in others:
-            weights.save_part(folder, name, *others[name])
-        elif flax_only or not (base / name).is_dir():
-            entry = [None, None]
-        else:
-            _copy_part(folder / name, base / name, variant)
-        index[name] = [word and word.removeprefix("Flax") for word in entry]
-    if index.get("safety_checker") == [None, None]:
-        index["requires_safety_checker"] = False
-    index["_class_name"] = "StableDiffusionPipeline"
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_scheduler(target, source, config):
-    name = "scheduler_config.json"
-    target.mkdir(parents=True, exist_ok=True)
-    if json.loads((source / name).read_text()) == config:
-        shutil.copyfile(source / name, target / name)
-    else:
-        (target / name).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _copy_part(target, source, variant):
-    """Copy a frozen part: of several stored copies of its weights the one that was read, under its plain name."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    files = [path for path in source.iterdir() if path.is_file()]
-    safe = [path for path in files if ".safetensors" in path.name]
-    mark = f".{variant}" if variant is not None and any(f".{variant}" in path.name for path in safe) else None
-    for path in files:
-        name = path.name
-        if path in safe:
-            plain = name.count(".") == 1 or name.endswith(".safetensors.index.json")
-            if not (mark in name if mark else plain):
-                continue
-            name = name.replace(mark, "") if mark else name
-        elif path.suffix in PICKLES and safe or path.suffix in OTHER_FORMATS:
-            continue
-        if mark and name.endswith(".index.json"):
-            (target / name).write_text(path.read_text().replace(mark, ""))  # it names the files
-        else:
-            shutil.copyfile(path, target / name)
+    pipeline.save_pretrained(folder, params)
+    index, base = json.loads((Path(folder) / INDEX).read_text()), pipeline.source
+    for name, entry in json.loads((base / INDEX).read_text()).items():
+        if index.get(name) == [None, None] and (base / name).is_dir() and not any((base / name).glob("*.msgpack")):
+            shutil.copytree(base / name, Path(folder) / name, dirs_exist_ok=True)
+            index[name] = entry
+    index["requires_safety_checker"] = index["safety_checker"] != [None, None]
+    (Path(folder) / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,6 +387,18 @@ def make_optimizer(betas, weight_decay, epsilon):
     return optax.chain(optax.scale_by_adam(*betas, eps=epsilon), optax.add_decayed_weights(weight_decay))
 
 
+def new_state(params, optimizer, average=False, loss_scaling=False):
+    """The training state that a run begins with, numpy arrays: a dict of params, optimizer and, where they are asked
+    for, average and loss_scale."""
+    moments = jax.eval_shape(optimizer.init, params)  # Adam's are zero at first
+    state = {"params": params, "optimizer": jax.tree.map(lambda like: np.zeros(like.shape, like.dtype), moments)}
+    if average:
+        state["average"] = new_average(params)
+    if loss_scaling:
+        state["loss_scale"] = new_loss_scale()
+    return state
+
+
 def accumulated(gradient_of, params, batch):
     """(loss, gradient), the mean of `gradient_of(params, micro_batch)` over the leading axis of `batch`."""
     count = batch["weight"].shape[0]
@@ -461,15 +414,18 @@ def accumulated(gradient_of, params, batch):
 
 
 def clip(gradients, most):
-    """(gradients scaled down to norm `most` where theirs is larger, their norm); with the 1e-6 of torch's formula."""
+    """(gradients scaled down to norm `most` where theirs is larger, their norm); with the 1e-6 of torch's formula.
+
+    0 means that they stay as they are.
+    """
     norm = optax.global_norm(gradients)
-    scale = jnp.minimum(1.0, most / (norm + 1e-6))
+    scale = jnp.minimum(1.0, most / (norm + 1e-6)) if most else 1.0
     return jax.tree.map(lambda gradient: gradient * scale, gradients), norm
 
 
 def new_average(params):
     """The start of an average of the weights."""
-    return {"weights": jax.tree.map(np.array, params), "updates": np.int32(0)}
+    return {"weights": params, "updates": np.int32(0)}
 
 
 def move_average(average, params, decay):
@@ -669,15 +625,16 @@ def held_out_loss(evaluate, params, frozen, samples, batch_size, mesh):
     return float(sum(jax.device_get(sums))) / len(samples)
 
 
-def draw_pictures(draw, prompts, seed, latent_shape):
-    """One PIL picture a prompt by `draw(prompt, latents)`, pixels of shape (H, W, 3) in [0, 1].
+def draw_pictures(pipeline, params, prompts, seed, latent_shape, **options):
+    """One PIL picture a prompt, drawn on the first device. `options` go to the pipeline's call.
 
     The noise of a prompt depends on the seed and its place alone and is drawn on the CPU, so that pictures of two
     updates, or of two machines, differ by the weights alone.
     """
     pictures = []
     for at, prompt in enumerate(prompts):
-        noise = np.random.Generator(np.random.Philox(seed + at)).standard_normal(latent_shape, dtype=np.float32)
-        pixels = np.asarray(draw(prompt, noise))
-        pictures.append(Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8)))
+        noise = np.random.Generator(np.random.Philox(seed + at)).standard_normal((1, *latent_shape), dtype=np.float32)
+        key = jax.random.key((seed + at) % 2**32)  # for samplers that add noise
+        drawn = pipeline(pipeline.prepare_inputs(prompt), on_one_device(params), key, latents=noise, **options)
+        pictures += pipeline.numpy_to_pil(drawn.images)
     return pictures
