@@ -9,6 +9,7 @@ computation; softmax, the statistics of norms and the timestep embedding are flo
 have any type (float32 as they are read). No network needs a random key: dropout is not supported.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -219,8 +220,13 @@ class _Part(nn.Module):
 
     def shapes(self):
         """The parameter tree with shapes in place of arrays; computes nothing."""
-        arguments = [jnp.zeros(shape, kind) for shape, kind in self.example()]
-        return jax.eval_shape(lambda: self.init(jax.random.key(0), *arguments))["params"]
+        return _shapes(self)
+
+
+@functools.cache  # tracing a large network takes seconds, and each checkpoint asks again
+def _shapes(module):
+    arguments = [jnp.zeros(shape, kind) for shape, kind in module.example()]
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), *arguments))["params"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
