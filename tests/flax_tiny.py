@@ -63,9 +63,9 @@ def _shaken(network, seed=0):
     return network.eval()
 
 
-def torch_unet(kind):
+def torch_unet(kind, **changes):
     torch.manual_seed(0)
-    return _shaken(UNet2DConditionModel(sample_size=8, **UNETS[kind]))
+    return _shaken(UNet2DConditionModel(**(dict(sample_size=8) | UNETS[kind] | changes)))
 
 
 def torch_vae(kind):
@@ -81,10 +81,10 @@ def torch_vae(kind):
     )
 
 
-def torch_text_encoder(kind):
+def torch_text_encoder(kind, vocab_size=100):
     torch.manual_seed(0)
-    config = dict(vocab_size=100, max_position_embeddings=16, hidden_size=16, intermediate_size=32, projection_dim=16)
-    return _shaken(CLIPTextModel(CLIPTextConfig(**config, **TEXT_ENCODERS[kind])))
+    sizes = dict(max_position_embeddings=16, hidden_size=16, intermediate_size=32, projection_dim=16)
+    return _shaken(CLIPTextModel(CLIPTextConfig(vocab_size=vocab_size, **sizes, **TEXT_ENCODERS[kind])))
 
 
 def in_jax(network, part, folder, **options):
