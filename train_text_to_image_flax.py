@@ -228,6 +228,7 @@ def main(argv=None):
     if args.compilation_cache_dir:
         engine.keep_compiled(args.compilation_cache_dir)
     engine.connect_hosts()
+    engine.check_precision(args.mixed_precision)
     mesh = engine.local_mesh()
     devices = mesh.size * jax.process_count()
     for notice in args.notices:

@@ -7,6 +7,7 @@ them or split along its first axis. `jax.pmap` joins the hosts.
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -84,6 +85,12 @@ def keep_compiled(folder):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def check_precision(name):
+    """Raise UserError where the devices do not compute in the `--mixed_precision` of this name."""
+    if name == "fp16" and jax.default_backend() == "cpu":
+        raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
 
 
 def over_devices(function, in_axes, donate=()):
@@ -203,6 +210,7 @@ def load_part(folder, part, dtype=jnp.float32, variant=None):
 
 def load_tokenizer(folder):
     """The tokenizer of a base model. Raises UserError."""
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
     from transformers import CLIPTokenizer
 
     return _loaded(folder, "tokenizer", lambda: CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer"))
@@ -418,7 +426,7 @@ def clip(gradients, most):
 
     0 means that they stay as they are.
     """
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     scale = jnp.minimum(1.0, most / (norm + 1e-6)) if most else 1.0
     return jax.tree.map(lambda gradient: gradient * scale, gradients), norm
 
@@ -431,9 +439,15 @@ def new_average(params):
 def move_average(average, params, decay):
     """An average of the weights after one more update; the decay is min(decay, (1 + n) / (10 + n)) as in ema.py."""
     earlier = average["updates"].astype(jnp.float32)  # diffusers counts the first update as 0
-    weight = 1 - jnp.where(earlier == 0, 0.0, jnp.minimum(decay, (1 + earlier) / (10 + earlier)))
-    moved = jax.tree.map(lambda shadow, value: shadow + weight * (value - shadow), average["weights"], params)
-    return {"weights": moved, "updates": average["updates"] + 1}
+    weight = jnp.where(
+        earlier == 0, 1.0, jnp.maximum(1 - decay, 9 / (10 + earlier))
+    )  # 1 - decay, without cancellation
+
+    def moved(shadow, value):  # from the nearer end, as torch's lerp: a weight of 1 gives the value itself
+        way = value - shadow
+        return jnp.where(weight < 0.5, shadow + weight * way, value - (1 - weight) * way)
+
+    return {"weights": jax.tree.map(moved, average["weights"], params), "updates": average["updates"] + 1}
 
 
 GROW_AFTER = 2000  # updates without an overflow, after which the loss scale is doubled; torch's GradScaler's number

@@ -1,0 +1,53 @@
+"""Runs of the JAX script in the tests: as a process of its own, or in this one with every step compiled once."""
+
+import functools
+from pathlib import Path
+
+import jax
+from conftest import Runner
+from flax_tiny import COMPILED
+
+from training_utils import jax_engine
+
+
+class FlaxRunner(Runner):
+    """As Runner. What is compiled is kept from one test session to the next."""
+
+    def argv(self, out, *more):
+        return super().argv(out, "--compilation_cache_dir", COMPILED, *more)
+
+    def __call__(self, out, *more):
+        import train_text_to_image_flax
+
+        return train_text_to_image_flax.main(self.argv(out, *more))
+
+
+class CompiledOnce:
+    """Stands in for `jax_engine.over_devices`: what was mapped with the same settings before is used again, since
+    tracing takes longer than these runs. `traced` counts how often each was traced."""
+
+    def __init__(self):
+        self.real, self.mapped, self.traced = jax_engine.over_devices, {}, {}
+
+    def __call__(self, function, in_axes, donate=()):
+        if not isinstance(function, functools.partial):
+            return self.real(function, in_axes, donate)
+        key = (function.func.__qualname__, *(f"{name}={_told(value)}" for name, value in function.keywords.items()))
+
+        def counted(*arguments):
+            at = (key, str(jax.tree.structure(arguments[0])), str(arguments[2]))  # the state's parts, the batch
+            self.traced[at] = self.traced.get(at, 0) + 1
+            return function(*arguments)
+
+        if key not in self.mapped:
+            self.mapped[key] = self.real(counted, in_axes, donate)
+        return self.mapped[key]
+
+
+def _told(value):
+    """A setting as text that is the same whenever it means the same; a noise schedule by its configuration."""
+    return repr(getattr(value, "config", value))
+
+
+def weight_bytes(out, part="unet"):
+    return (Path(out) / part / "diffusion_pytorch_model.safetensors").read_bytes()
