@@ -16,6 +16,11 @@ from tiny import build_sd, build_sdxl, write_pictures  # noqa: E402
 from training_utils.reporting import UserError  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of JAX come last: torch's data workers are forks, which JAX's threads do not go well with."""
+    items.sort(key=lambda item: item.path.name.startswith("test_flax"))
+
+
 @pytest.fixture(scope="session")
 def sd(tmp_path_factory):
     """A tiny Stable Diffusion folder that predicts epsilon."""

@@ -6,11 +6,13 @@ import inspect
 import pytest
 
 import train_text_to_image
+import train_text_to_image_flax
 import train_text_to_image_lora
 import train_text_to_image_lora_sdxl
 import train_text_to_image_sdxl
 
 SAME = [
+    (train_text_to_image, train_text_to_image_flax, ["Prepare"]),
     (train_text_to_image, train_text_to_image_lora, ["Prepare", "check_prediction_type"]),
     (
         train_text_to_image_sdxl,

@@ -2,5 +2,5 @@
 
 `flags`, `data`, `draws`, `losses`, `checkpoints`, `interruption`, `reporting` and `hub` import no torch when they are
 imported, so that `--help` answers at once and the JAX script can use them without it. `engine`, `ema`, `lora`,
-`validation` and `libraries` are for the eight torch scripts.
+`validation` and `libraries` are for the eight torch scripts, `jax_engine` is for the JAX script.
 """
