@@ -52,8 +52,9 @@ class Config(Mapping):
 
 
 FLAX_ONLY = ("dtype", "use_memory_efficient_attention", "split_head_dim")  # in the config.json of old Flax models
+EMA_ONLY = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 # Change nothing that is computed: softmax is float32 anyway; an added embedding is refused by its own setting.
-UNUSED = ("sample_size", "force_upcast", "upcast_attention", "addition_embed_type_num_heads", *FLAX_ONLY)
+UNUSED = {*FLAX_ONLY, *EMA_ONLY, "sample_size", "force_upcast", "upcast_attention", "addition_embed_type_num_heads"}
 
 
 def _settings(part, config, defaults, allowed, strict):

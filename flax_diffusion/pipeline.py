@@ -120,7 +120,7 @@ class FlaxStableDiffusionPipeline:
         return cls(tokenizer=tokenizer, scheduler=scheduler, source=folder, variant=variant, **modules), params
 
     def prepare_inputs(self, prompts):
-        """Token ids of a prompt or a list of them, int32 of shape (prompts, longest prompt in tokens)."""
+        """Token ids of a prompt or a list of them, int32 of shape (prompts, tokens); longer prompts are cut."""
         if not isinstance(prompts, str) and not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"a prompt must be a string or a list of strings, not {type(prompts).__name__}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -278,7 +278,9 @@ def _load_tokenizer(folder):
 
 def _save_tokenizer(tokenizer, source, folder):
     """Copy the files that the tokenizer was read from, which every release reads; without them, write it anew."""
-    if source and tokenizer.name_or_path == str(source / "tokenizer"):
+    if source and tokenizer.name_or_path == str(source / "tokenizer") and Path(tokenizer.name_or_path).is_dir():
+        if source.resolve() == folder.resolve():  # a pipeline may be saved where it came from
+            return
         shutil.copytree(source / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     else:
         tokenizer.save_pretrained(folder / "tokenizer")

@@ -346,7 +346,7 @@ def for_sampling(config):
     scheduler = SAMPLERS.get(name, FlaxDDIMScheduler).from_config(config)
     reason = None
     if name not in SAMPLERS:
-        reason = f"there is no {name.removeprefix('Flax') or 'sampler named'} here"
+        reason = f"there is no {name.removeprefix('Flax')} here" if name != "Flax" else "no sampler is named"
     elif name == "FlaxPNDMScheduler" and scheduler.config.rescale_betas_zero_snr:
         reason = "PNDM cannot begin in pure noise"
     elif name == "FlaxDDPMScheduler" and scheduler.config.variance_type not in POSTERIOR:

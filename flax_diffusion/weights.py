@@ -60,8 +60,8 @@ def save_part(folder, part, params, config):
 def copy_part(source, folder, part, params, variant=None):
     """Copy a part from one pipeline's folder into another's if its weights are `params`; returns whether it did.
 
-    Its bytes stay, and so does its precision. A variant loses its tag. Parts in several files and msgpack are not
-    copied.
+    Its bytes stay, and so does its precision. A variant loses its tag. Not copied are weights in several files or in
+    msgpack.
     """
     source, folder = Path(source) / part, Path(folder) / part
     try:
@@ -75,8 +75,9 @@ def copy_part(source, folder, part, params, variant=None):
     if given.keys() != stored.keys() or not all(np.array_equal(given[path], stored[path]) for path in stored):
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / "config.json", folder / "config.json")
-    shutil.copyfile(file, folder / f"{STEMS[part]}.safetensors")
+    for path, name in ((source / "config.json", "config.json"), (file, f"{STEMS[part]}.safetensors")):
+        if path.resolve() != (folder / name).resolve():  # a pipeline may be saved where it came from
+            shutil.copyfile(path, folder / name)
     return True
 
 
@@ -138,7 +139,10 @@ def weight_files(folder, part, variant=None):
 
 def _indexed_files(folder, part, index):
     """The files that an index names. Raises ModelError when one is not there."""
-    names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise ModelError(f"{part}: {folder / index} is no index of weights") from None
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ModelError(f"{part}: {index} names {name}, which is not in {folder}")
@@ -213,6 +217,11 @@ def _today(part, name):
     return name
 
 
+def tensor_shapes(module):
+    """Names and shapes of a module's tensors in a file, {name: shape}; a text encoder's without `text_model.`"""
+    return {_key(path): _torch_shape(path[-1], like.shape) for path, like in flatten_dict(module.shapes()).items()}
+
+
 def to_params(module, tensors):
     """The parameter tree of a module, float32 numpy arrays, from a file's tensors {name: array of any float type}.
 
@@ -221,13 +230,13 @@ def to_params(module, tensors):
     part = module.part
     named = {_today(part, name): array for name, array in tensors.items()}
     named.pop(None, None)
-    params = {}
-    for path, like in flatten_dict(module.shapes()).items():
+    params, shapes = {}, tensor_shapes(module)
+    for path in flatten_dict(module.shapes()):
         name = _key(path)
+        shape = shapes[name]
         if name not in named:
             raise ModelError(f"{part}: the weights lack {name}, which a network of this configuration has")
         array = named.pop(name)
-        shape = _torch_shape(path[-1], like.shape)
         if part == "vae" and array.shape == (*shape, 1, 1):  # the first autoencoders: 1x1 convolutions
             array = array[:, :, 0, 0]
         if array.shape != shape:

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_tiny import compiled, in_jax, normal, relative_error, torch_text_encoder, torch_unet, torch_vae
 from safetensors.numpy import load_file, save_file
-from transformers import CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from flax_diffusion import (
     FlaxAutoencoderKL,
@@ -27,7 +28,8 @@ from flax_diffusion import (
     ModelError,
     schedulers,
 )
-from flax_diffusion.weights import load_part, save_part, to_tensors
+from flax_diffusion.networks import PARTS
+from flax_diffusion.weights import load_part, save_part, tensor_shapes, to_tensors
 
 TOLERANCE = 1e-4
 
@@ -107,6 +109,68 @@ def test_unet_and_every_gradient(unet):
     assert max(errors.values()) < TOLERANCE, max(errors, key=errors.get)
 
 
+@pytest.mark.parametrize(
+    ("part", "network"),
+    [
+        ("unet", torch_unet("1.x")),
+        ("unet", torch_unet("2.x", norm_eps=1e-4)),
+        ("vae", torch_vae("1.x")),
+        ("text_encoder", torch_text_encoder("1.x")),
+    ],
+)
+def test_norms_have_torchs_epsilon(part, network):
+    """Which shows in the numbers only where activations are tiny."""
+    module = PARTS[part].from_config(network.config.to_dict() if part == "text_encoder" else network.config)
+    got = {}
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, nn.GroupNorm | nn.LayerNorm):
+            got[".".join(context.module.path)] = context.module.epsilon
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        arguments = [jnp.zeros(shape, kind) for shape, kind in module.example()]
+        jax.eval_shape(lambda: module.init(jax.random.key(0), *arguments))
+    norms = (torch.nn.GroupNorm, torch.nn.LayerNorm)
+    assert got == {name: norm.eps for name, norm in network.named_modules() if isinstance(norm, norms)}
+
+
+# Stable Diffusion 1.5 and 2.1; settings that are not here are the defaults of both libraries.
+FULL_SIZE = [
+    (FlaxUNet2DConditionModel, UNet2DConditionModel, dict(cross_attention_dim=768)),
+    (
+        FlaxUNet2DConditionModel,
+        UNet2DConditionModel,
+        dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True),
+    ),
+    (
+        FlaxAutoencoderKL,
+        AutoencoderKL,
+        dict(
+            block_out_channels=[128, 256, 512, 512],
+            layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+        ),
+    ),
+    (FlaxCLIPTextModel, CLIPTextModel, dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)),
+    (
+        FlaxCLIPTextModel,
+        CLIPTextModel,
+        dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=23),
+    ),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "config"), FULL_SIZE)
+def test_networks_of_full_size_have_torchs_parameters(ours, theirs, config):
+    """Names and shapes; nothing of that size is computed."""
+    with torch.device("meta"):
+        network = CLIPTextModel(CLIPTextConfig(**config)) if theirs is CLIPTextModel else theirs(**config)
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    assert tensor_shapes(ours.from_config(config)) == expected
+
+
 @pytest.mark.parametrize("unet", ["2.x"], indirect=True)
 def test_gradient_checkpointing_changes_no_number(unet):
     _, module, params, inputs, (prediction, gradients) = unet
@@ -160,6 +224,7 @@ UNET_REFUSALS = [
     ("num_attention_heads", 4),
     ("only_cross_attention", True),
     ("transformer_layers_per_block", [1, [1, 2]]),
+    ("attention_type", "gated"),
     ("attention_head_dim", 3),
     ("attention_head_dim", [2, 2, 2]),
     ("norm_num_groups", None),

@@ -28,6 +28,7 @@ from flax_diffusion import (
     FlaxStableDiffusionPipeline,
     ModelError,
 )
+from flax_diffusion.weights import load_part
 
 PROMPTS = ["a handwritten one", "a handwritten two, and then more of it"]
 STEPS = 5
@@ -270,14 +271,16 @@ def test_what_is_saved_draws_the_same_in_torch_and_here(sd, loaded, tmp_path):
 
 def test_frozen_parts_keep_their_precision_and_their_bytes(sd, tmp_path):
     """The files of a variant come out under the plain name, since the folder has one precision a part."""
-    halves = StableDiffusionPipeline.from_pretrained(sd, torch_dtype=torch.float16)
+    halves = StableDiffusionPipeline.from_pretrained(sd, dtype=torch.float16)
     halves.save_pretrained(tmp_path / "base", variant="fp16")
+    (tmp_path / "base" / "tokenizer" / "vocab.json").write_text("{}")  # of an older release, and not read here
     pipe, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "base", variant="fp16")
     pipe.save_pretrained(tmp_path / "out", trained(params))
     before, after = files(tmp_path / "base"), files(tmp_path / "out")
     for name in ("vae/diffusion_pytorch_model", "text_encoder/model"):
         assert after[f"{name}.safetensors"] == before[f"{name}.fp16.safetensors"]
-    unet = StableDiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype="auto").unet
+    assert "tokenizer/vocab.json" in after
+    unet = StableDiffusionPipeline.from_pretrained(tmp_path / "out", dtype="auto").unet
     assert unet.dtype == torch.float32
     assert draw(FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "out")).std() > 0.05
 
@@ -292,6 +295,16 @@ def test_a_pipeline_of_parts_is_saved_too(sd, loaded, tmp_path):
     assert relative_error(draw((pipe, params)), draw_in_torch(tmp_path)) < 1e-4
     again, _ = FlaxStableDiffusionPipeline.from_pretrained(tmp_path)
     assert type(again.scheduler) is FlaxDDIMScheduler and again.scheduler.config.clip_sample is False
+
+
+def test_a_pipeline_may_be_saved_where_it_came_from(sd, tmp_path):
+    folder = shutil.copytree(sd, tmp_path / "sd")
+    before = files(folder)
+    pipe, params = FlaxStableDiffusionPipeline.from_pretrained(folder)
+    pipe.save_pretrained(folder, trained(params))
+    changed = {name for name, content in files(folder).items() if content != before[name]}
+    assert {name for name in changed if name.endswith("safetensors")} == {"unet/diffusion_pytorch_model.safetensors"}
+    assert load_part(folder, "unet")[1]["conv_in"]["bias"] == pytest.approx(params["unet"]["conv_in"]["bias"] * 1.05)
 
 
 def test_another_sampler_stays_the_folders_own(sd, tmp_path):
