@@ -1,7 +1,7 @@
 """Runs of the JAX script in the tests: as a process of its own, or in this one with every step compiled once."""
 
 import functools
-from pathlib import Path
+from contextlib import contextmanager
 
 import jax
 from conftest import Runner
@@ -49,5 +49,15 @@ def _told(value):
     return repr(getattr(value, "config", value))
 
 
-def weight_bytes(out, part="unet"):
-    return (Path(out) / part / "diffusion_pytorch_model.safetensors").read_bytes()
+_compiled, _make_optimizer = CompiledOnce(), jax_engine.make_optimizer
+_one_optimizer = functools.cache(_make_optimizer)
+
+
+@contextmanager
+def compiled_once():
+    """Within this context all runs of this process share what they compile; yields the CompiledOnce."""
+    jax_engine.over_devices, jax_engine.make_optimizer = _compiled, _one_optimizer
+    try:
+        yield _compiled
+    finally:
+        jax_engine.over_devices, jax_engine.make_optimizer = _compiled.real, _make_optimizer

@@ -1,6 +1,5 @@
 """train_text_to_image_flax.py: the numbers of the torch script, exact resume, devices and hosts, and what it saves."""
 
-import functools
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import torch
 from conftest import logged, relative_difference, result_bytes, result_weights
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
-from flax_runs import CompiledOnce, FlaxRunner
+from flax_runs import FlaxRunner, compiled_once
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -38,11 +37,9 @@ PROMPTS = ["--validation_prompts", "a handwritten one", "two", "--validation_num
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    jax_engine.over_devices = compiled = CompiledOnce()
-    jax_engine.make_optimizer = functools.cache(make_optimizer := jax_engine.make_optimizer)
-    yield compiled
-    jax_engine.over_devices, jax_engine.make_optimizer = compiled.real, make_optimizer
+def compiled():
+    with compiled_once() as compiled:
+        yield compiled
 
 
 @pytest.fixture(scope="module")
@@ -532,6 +529,6 @@ def test_a_picture_that_cannot_be_read_is_named(run_flax, pictures, tmp_path):
         assert "3.png cannot be read" in sentence
 
 
-def test_a_step_is_compiled_once(compiled_once):
+def test_a_step_is_compiled_once(compiled):
     """Over all runs above: their last updates of an epoch, which have fewer samples, took no second compilation."""
-    assert compiled_once.traced and set(compiled_once.traced.values()) == {1}
+    assert compiled.traced and set(compiled.traced.values()) == {1}
