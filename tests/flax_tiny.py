@@ -93,9 +93,9 @@ def in_jax(network, part, folder, **options):
     return load_part(folder, part, **options)
 
 
-def compiled(function):
+def compiled(function, **options):
     """jit that compiles fast rather than for speed: a network is run once or twice here."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
 def normal(*shape, seed=0):

@@ -27,12 +27,21 @@ from flax_diffusion import (
     FlaxDDPMScheduler,
     FlaxStableDiffusionPipeline,
     ModelError,
+    pipeline,
 )
 from flax_diffusion.weights import load_part
 
 PROMPTS = ["a handwritten one", "a handwritten two, and then more of it"]
 STEPS = 5
 LATENTS = normal(2, 4, 8, 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Each of these pictures is drawn once or twice, so what takes time is XLA's optimization."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_on_one_device", flax_tiny.compiled(pipeline._generate, static_argnums=0))
+        yield
 
 
 @pytest.fixture(scope="module")
