@@ -6,7 +6,9 @@ scale and embedding where the file says weight. `weights.py` converts; no table 
 
 Boundaries are NCHW, as in torch; inside it is NHWC, which convolutions in JAX prefer. `dtype` is the type of the
 computation; softmax, the statistics of norms and the timestep embedding are float32 in any case, and parameters may
-have any type (float32 as they are read). No network needs a random key: dropout is not supported.
+have any type (float32 as they are read). Products of float32 matrices are as exact as `jax_default_matmul_precision`
+says, which on TPUs and GPUs is less than float32 unless one asks for it. No network needs a random key: dropout is not
+supported.
 """
 
 import functools
@@ -400,6 +402,8 @@ class FlaxAutoencoderKL(_Part):
     def check(config):
         config = _settings("vae", config, VAE_DEFAULTS, VAE_ALLOWED, True)
         _check_blocks("vae", config, VAE_BLOCKS)
+        if not isinstance(config.layers_per_block, int):
+            raise ModelError(f"vae: the setting layers_per_block = {config.layers_per_block!r} is not an integer")
         return config
 
     def example(self):

@@ -34,7 +34,7 @@ def load_part(folder, part, dtype=jnp.float32, variant=None):
     folder = Path(folder) / part
     module = PARTS[part].from_config(read_config(folder, part), dtype)
     files = weight_files(folder, part, variant)
-    tensors = read_msgpack(files[0]) if files[0].suffix == ".msgpack" else read_safetensors(files, part)
+    tensors = read_msgpack(files[0], part) if files[0].suffix == ".msgpack" else read_safetensors(files, part)
     return module, to_params(module, tensors)
 
 
@@ -129,12 +129,12 @@ def weight_files(folder, part, variant=None):
             return _indexed_files(folder, part, several[0])
     if variants := sorted(folder.glob(f"{STEMS[part]}.*.safetensors")):
         raise ModelError(f"{part}: {folder} holds only the variant {variants[0].name}; ask for that variant")
-    if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
-        raise ModelError(
-            f"{part}: {folder} holds only pickled weights, which could run code and are not read; convert them once "
-            'where torch is installed: StableDiffusionPipeline.from_pretrained("MODEL").save_pretrained("FOLDER")'
-        )
-    raise ModelError(f"{part}: {folder} holds no {STEMS[part]}.safetensors")
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
+    found = "only pickled weights" if pickled else f"no {STEMS[part]}.safetensors"
+    raise ModelError(
+        f"{part}: {folder} holds {found}; pickled weights could run code and are not read: convert them once where "
+        'torch is installed, StableDiffusionPipeline.from_pretrained("MODEL").save_pretrained("FOLDER")'
+    )
 
 
 def _indexed_files(folder, part, index):
@@ -163,7 +163,7 @@ def read_safetensors(files, part):
     return tensors
 
 
-def read_msgpack(path):
+def read_msgpack(path, part):
     """The tensors of an old Flax file under today's names and in torch's layout, {name: numpy array}.
 
     Those modules were named `down_blocks_0`, where the safetensors file says `down_blocks.0`.
@@ -171,7 +171,7 @@ def read_msgpack(path):
     try:
         tree = flatten_dict(serialization.msgpack_restore(path.read_bytes()))
     except Exception as error:  # msgpack's own kinds, and flax's
-        raise ModelError(f"{path} cannot be read: {error or type(error).__name__}") from None
+        raise ModelError(f"{part}: {path} cannot be read: {str(error) or type(error).__name__}") from None
     tensors = {}
     for names, array in tree.items():
         module = [name if name.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", name) for name in names[:-1]]

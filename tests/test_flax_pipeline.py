@@ -29,7 +29,7 @@ from flax_diffusion import (
     ModelError,
     pipeline,
 )
-from flax_diffusion.weights import load_part
+from flax_diffusion.weights import MSGPACK, STEMS, load_part
 
 PROMPTS = ["a handwritten one", "a handwritten two, and then more of it"]
 STEPS = 5
@@ -330,12 +330,8 @@ def test_another_sampler_stays_the_folders_own(sd, tmp_path):
 def test_from_the_hub_come_no_pickles_and_nothing_that_is_not_read(sd, tmp_path, monkeypatch):
     """A stand-in for the hub, with every file that such a repository may hold."""
     hub = shutil.copytree(sd, tmp_path / "hub")
-    for part, stem in (
-        ("unet", "diffusion_pytorch_model"),
-        ("vae", "diffusion_pytorch_model"),
-        ("text_encoder", "model"),
-    ):
-        for name in (f"{stem}.bin", f"{stem}.fp16.safetensors", f"{stem}.non_ema.safetensors", f"flax_{stem}.msgpack"):
+    for part, stem in STEMS.items():
+        for name in (f"{stem}.bin", f"{stem}.non_ema.safetensors", f"{MSGPACK[part]}.msgpack"):
             (hub / part / name).write_bytes(b"")
         shutil.copyfile(hub / part / f"{stem}.safetensors", hub / part / f"{stem}.fp16.safetensors")
     (hub / "safety_checker").mkdir()
@@ -361,6 +357,10 @@ def test_from_the_hub_come_no_pickles_and_nothing_that_is_not_read(sd, tmp_path,
         "config.json",
         "diffusion_pytorch_model.fp16.safetensors",
     }
+    for path in hub.rglob("*.safetensors"):
+        path.unlink()
+    old = files(pipeline.fetch("some/model", revision="flax", cache_dir=tmp_path / "old"))  # as they once were
+    assert sorted(Path(name).suffix for name in old if not name.endswith(".json")) == [".msgpack"] * 3
 
 
 def test_models_that_cannot_be_used_are_named(sd, tmp_path, monkeypatch):
