@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,25 +50,25 @@ def connect_hosts():
     """Join the other processes of this run, where its environment says that there are any.
 
     That is JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, a Slurm job of several tasks, or a TPU
-    pod. It must come before anything else asks JAX for a device.
+    pod. It must come before anything else asks JAX for a device. Raises UserError.
     """
-    environment = os.environ
+    environment, options = os.environ, {"shutdown_timeout_seconds": 3600}  # the first process may upload for long
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which `Interruption` handles
+    pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
     try:
         if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_PROCESS_ID" in environment:
-            jax.distributed.initialize(
-                num_processes=int(environment.get("JAX_NUM_PROCESSES", "1")),
-                process_id=int(environment["JAX_PROCESS_ID"]),
-                cluster_detection_method="deactivate",
-            )
-        elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "," in environment.get(
-            "TPU_WORKER_HOSTNAMES", ""
-        ):
-            jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"the processes of this run do not find each other: {str(error).splitlines()[0]}") from None
-    if jax.process_count() > 1:
-        os.environ["RANK"] = str(jax.process_index())  # `reporting` lets the first process speak
+            options |= {key: int(environment[f"JAX_{key.upper()}"]) for key in ("num_processes", "process_id")}
+            jax.distributed.initialize(cluster_detection_method="deactivate", **options)
+        elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or pod:
+            jax.distributed.initialize(**options)
+        elif find_spec("libtpu") is not None:  # a TPU machine, which asks its cloud for the other hosts
+            with suppress(ValueError):  # none, or not in a cloud
+                jax.distributed.initialize(**options)
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the processes of this run do not find each other: {reason}") from None
+    if jax.process_count() > 1:  # what `reporting` goes by
+        environment["RANK"], environment["WORLD_SIZE"] = str(jax.process_index()), str(jax.process_count())
 
 
 def is_main():
@@ -623,9 +624,14 @@ def log(trackers, values, step):
 
 
 def finish(trackers):
-    """Close the trackers."""
+    """Close the trackers and part from the other processes, once all have come this far.
+
+    A process that fails does not come here, and `reporting.run` ends it at once: at this point it would wait in vain.
+    """
     for tracker in trackers:
         tracker.finish()
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def run(main):
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # without the destructors of process groups, see engine.finish
+        os._exit(code)  # without the destructors of process groups, see engine.finish and jax_engine.finish
     sys.exit(code)
 
 
@@ -89,7 +89,7 @@ def _launcher():
     """The words that start this script the way it was started, as far as the environment tells."""
     processes, precision = os.environ.get("WORLD_SIZE", "1"), os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None:
-        return ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+        return ["torchrun", "--nproc_per_node", processes] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
     several = ["--multi_gpu", "--num_processes", processes] if processes != "1" else []
     return ["accelerate", "launch", *several, "--mixed_precision", precision]
 
