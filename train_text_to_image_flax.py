@@ -60,7 +60,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from flax_diffusion import FlaxDDPMScheduler, FlaxStableDiffusionPipeline  # noqa: E402
+from flax_diffusion import FlaxDDPMScheduler  # noqa: E402
 from training_utils import checkpoints, data, hub, losses, reporting  # noqa: E402
 from training_utils import jax_engine as engine  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
@@ -76,6 +76,12 @@ pipeline, params = FlaxStableDiffusionPipeline.from_pretrained("{model}")
 ids = pipeline.prepare_inputs("what to draw")
 images = pipeline(ids, params, jax.random.key(0)).images
 pipeline.numpy_to_pil(images)[0].save("picture.png")
+"""
+USAGE_IN_TORCH = """
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{model}", use_safetensors=True)
+pipeline("what to draw").images[0].save("picture.png")
 """
 
 
@@ -206,7 +212,7 @@ def load_models(args):
         parts[part], parameters[part] = engine.load_part(base, part, half, args.variant)
     if args.gradient_checkpointing:
         parts["unet"] = parts["unet"].clone(gradient_checkpointing=True)
-    return FlaxStableDiffusionPipeline(**parts, source=base, variant=args.variant), parameters, schedule
+    return engine.make_pipeline(base, args.variant, parts), parameters, schedule
 
 
 def check_prediction_type(config):
@@ -381,7 +387,7 @@ def main(argv=None):
             trained, seen = step(trained, frozen, next(batches), rate)
             pace(seen["loss"])
             state.micro_step += args.gradient_accumulation_steps
-            # As in every script: the end of an update.
+            # As in the torch scripts: the end of an update.
             state.position = state.position.advance(window, len(samples))
             updated = args.mixed_precision != "fp16" or bool(seen["applied"])  # False: an overflow, only data moved on
             if updated:
@@ -413,7 +419,7 @@ def main(argv=None):
             data=args.dataset_name,
             tags=["stable-diffusion", "stable-diffusion-diffusers"],
             facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
-            usage=USAGE.format(model=repository or args.output_dir),
+            usage=USAGE_IN_TORCH.format(model=repository or args.output_dir),
             pictures=[(grid, prompts) for grid in grids],
             licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
         )

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import logged, relative_difference, result_bytes, result_weights
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from flax_runs import FlaxRunner, compiled_once
 from PIL import Image
 from safetensors.numpy import load_file
+from tiny import UNET
 
 import train_text_to_image_flax as script
 from flax_diffusion import FlaxStableDiffusionPipeline
@@ -497,6 +498,7 @@ BAD_BASES = {
     "no such variant": "has no weights of --variant fp61",
     "x0": "this script trains epsilon and v_prediction",
     "pure noise": "needs prediction_type = 'v_prediction'",
+    "inpainting": "only text-to-image models are supported",
 }
 
 
@@ -519,6 +521,8 @@ def test_a_base_model_that_cannot_be_used(run_flax, tmp_path, sd, what):
     if what == "x0":
         path = base / "scheduler" / "scheduler_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    if what == "inpainting":
+        UNet2DConditionModel(**UNET | {"in_channels": 9}).save_pretrained(base / "unet")
     if what == "pure noise":  # said before training, and not at the first look
         flags = ["--rescale_betas_zero_snr", *PROMPTS]
     sentence, code = run_flax.fails(tmp_path / "out", "--pretrained_model_name_or_path", base, *flags)
@@ -534,6 +538,17 @@ def test_a_picture_that_cannot_be_read_is_named(run_flax, pictures, tmp_path):
             *(tmp_path / "out", "--train_data_dir", tmp_path / "pictures", "--dataloader_num_workers", workers)
         )
         assert "3.png cannot be read" in sentence
+
+
+def test_memory_that_runs_out_gets_a_sentence(monkeypatch, capsys):
+    def main(argv):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    monkeypatch.setattr(sys, "argv", ["train_text_to_image_flax.py"])
+    with pytest.raises(SystemExit) as left:
+        reporting.run(main)
+    said = capsys.readouterr().err.strip()
+    assert left.value.code == 1 and len(said.splitlines()) == 1 and "--gradient_checkpointing" in said
 
 
 def test_a_step_is_compiled_once(compiled):

@@ -30,8 +30,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from flax_diffusion import ModelError, schedulers, weights
-from flax_diffusion.pipeline import fetch
+from flax_diffusion import FlaxStableDiffusionPipeline, ModelError, schedulers, weights
+from flax_diffusion.pipeline import LATENTS, fetch
 
 from . import data
 from .reporting import UserError, warn
@@ -257,12 +257,20 @@ def sampling_scheduler(config, changes, steps=None):
             warnings.simplefilter("always")
             sampler = schedulers.for_sampling(config | changes)
             if steps is not None:
-                sampler.plan(steps)
+                sampler.changed(**LATENTS).plan(steps)
     except ModelError as error:
         raise UserError(str(error)) from None
     for notice in notices if steps is not None else []:
         warn(str(notice.message))
     return sampler
+
+
+def make_pipeline(base, variant, parts):
+    """The pipeline of a base model's parts, a dict. Raises UserError where they do not fit together."""
+    try:
+        return FlaxStableDiffusionPipeline(**parts, source=base, variant=variant)
+    except ModelError as error:
+        raise UserError(f"base model {base} cannot be trained: {error}") from None
 
 
 def save_pipeline(folder, pipeline, params):
@@ -440,9 +448,8 @@ def new_average(params):
 def move_average(average, params, decay):
     """An average of the weights after one more update; the decay is min(decay, (1 + n) / (10 + n)) as in ema.py."""
     earlier = average["updates"].astype(jnp.float32)  # diffusers counts the first update as 0
-    weight = jnp.where(
-        earlier == 0, 1.0, jnp.maximum(1 - decay, 9 / (10 + earlier))
-    )  # 1 - decay, without cancellation
+    # 1 - the decay, without cancellation
+    weight = jnp.where(earlier == 0, 1.0, jnp.maximum(1 - decay, 9 / (10 + earlier)))
 
     def moved(shadow, value):  # from the nearer end, as torch's lerp: a weight of 1 gives the value itself
         way = value - shadow

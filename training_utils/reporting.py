@@ -57,14 +57,17 @@ def run(main):
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError" and "RESOURCE_EXHAUSTED" not in str(error):
-            traceback.print_exc()  # not torch's kind, by name since it may not be installed, and not JAX's status
-        else:
+        # Known by name, since torch may not be installed, and by JAX's status.
+        torchs, jaxs = type(error).__name__ == "OutOfMemoryError", "RESOURCE_EXHAUSTED" in str(error)
+        if torchs or jaxs:
             print(
                 f"{Path(sys.argv[0]).name}: error: out of device memory ({str(error).splitlines()[0]}); lower "
-                "--train_batch_size, or try --gradient_checkpointing, --mixed_precision or --use_8bit_adam",
+                "--train_batch_size, or try --gradient_checkpointing, --mixed_precision"
+                f"{' or --use_8bit_adam' if torchs else ' bf16'}",
                 file=sys.stderr,
             )
+        else:
+            traceback.print_exc()
         code = 1
     except KeyboardInterrupt:  # before the loop, where there is nothing to save yet
         code = 130
