@@ -2,15 +2,17 @@
 PYTHON ?= python3
 BIN = .venv/bin
 OUT = quickstart-output
+WORKERS = 2
 
-.PHONY: setup quickstart quickstart-lora quickstart-sdxl test test-slow lint clean
+.PHONY: setup quickstart quickstart-lora quickstart-sdxl quickstart-flax test test-slow lint clean
 
 setup: .venv/ready
 
-.venv/ready: requirements.txt requirements_dev.txt
+.venv/ready: requirements.txt requirements_flax.txt requirements_dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements_dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements.txt -r requirements_flax.txt -r requirements_dev.txt
 	touch $@
 
 LAUNCH = $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -20,7 +22,7 @@ TRAIN = --resolution 32 --train_batch_size 64 --max_train_steps 800 --seed 42 --
   --validation_guidance_scale 3 --checkpointing_steps 200 --checkpoints_total_limit 2 --resume_from_checkpoint latest
 TRAIN_LORA = $(TRAIN) --rank 32 --train_text_encoder \
   --validation_prompt "a mirrored handwritten three"
-quickstart quickstart-lora quickstart-sdxl: export TRANSFORMERS_VERBOSITY = error
+quickstart quickstart-lora quickstart-sdxl quickstart-flax: export TRANSFORMERS_VERBOSITY = error
 
 # Real handwritten digits, a tiny base model, the first script as a user starts it, and a look at the result.
 # Stopped half-way it continues when it is called again; `make clean` makes it start over.
@@ -55,8 +57,20 @@ quickstart-sdxl: setup
 	$(BIN)/python quickstart/score.py --model_dir $(OUT)/sdxl --lora_dir $(OUT)/sdxl-lora --mirrored \
 	  --grid $(OUT)/sdxl-lora.png
 
+# The digits once more, trained in JAX; the result is drawn from, and scored, with torch.
+quickstart-flax: setup
+	$(BIN)/python quickstart/make_data.py --output_dir $(OUT)/digits
+	$(BIN)/python quickstart/make_base.py --output_dir $(OUT)/base
+	$(BIN)/python train_text_to_image_flax.py \
+	  --pretrained_model_name_or_path $(OUT)/base --train_data_dir $(OUT)/digits --output_dir $(OUT)/flax-model \
+	  $(TRAIN) --validation_prompts "a handwritten three" "a handwritten seven" --dataloader_num_workers 1 \
+	  --compilation_cache_dir $(OUT)/compiled
+	$(BIN)/python quickstart/score.py --model_dir $(OUT)/flax-model --grid $(OUT)/flax.png
+
+# JAX's tests have processes of their own: torch's data workers are forked, which JAX's threads do not go well with.
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore-glob "tests/test_flax*"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/test_flax*.py
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

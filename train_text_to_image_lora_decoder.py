@@ -402,7 +402,7 @@ def main(argv=None):
             stopped_by = interruption.signal()
             if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
                 newest = checkpoint()
-            if updated and not stopped_by and validation.due(state, *cadence, args.max_train_steps):
+            if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
                 validate()
     progress.close()
     if stopped_by:

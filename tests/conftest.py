@@ -1,5 +1,6 @@
 import importlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "quickstart"), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # JAX compiles twice as fast
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started: sums over threads round by their number
 
 from tiny import build_kandinsky_decoder, build_kandinsky_prior, build_sd, build_sdxl, write_pictures  # noqa: E402
 
 from training_utils.reporting import UserError  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of JAX come last: torch's data workers are forks, which JAX's threads do not go well with."""
+    items.sort(key=lambda item: item.path.name.startswith("test_flax"))
 
 
 @pytest.fixture(scope="session")
@@ -143,8 +150,12 @@ def each(request):
 
 
 def two_processes():
-    """The launcher of two processes on this machine's CPU."""
-    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--quiet"]
+    """The launcher of two processes on this machine's CPU, which meet at a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--quiet"]
+    return [*launch, "--main_process_port", str(port)]
 
 
 def result_file(out):

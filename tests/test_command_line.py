@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import train_text_to_image
+import train_text_to_image_flax
 import train_text_to_image_lora_sdxl
 from training_utils import flags
 
@@ -67,6 +68,17 @@ ELSEWHERE = {
     "scale_lr": (bool, False),
     "gradient_checkpointing": (bool, False),
     "enable_xformers_memory_efficient_attention": (bool, False),
+    "dataloader_num_workers": (int, 0),
+    "gradient_accumulation_steps": (int, 1),
+    "checkpointing_steps": (int, 500),
+    "checkpoints_total_limit": (int, None),
+    "resume_from_checkpoint": (str, None),
+    "lr_warmup_steps": (int, 500),
+    "prediction_type": (str, None),
+    "snr_gamma": (float, None),
+    "validation_prompts": (str, None),
+    "validation_epochs": (int, 5),
+    "compilation_cache_dir": (str, None),
 }
 EVERY_KANDINSKY = "prior_revision decoder_revision validation_guidance_scale variant random_flip scale_lr".split()
 DECODER = ["image_interpolation_mode", "noise_offset", "random_crop", "reducing_gap"]
@@ -86,8 +98,13 @@ TAKEN_OVER = {
     ],
     "train_text_to_image_decoder.py": [*EVERY_KANDINSKY, *DECODER, "offload_ema", "foreach_ema"],
     "train_text_to_image_lora_decoder.py": [*EVERY_KANDINSKY, *DECODER, XFORMERS, "use_ema", "tracker_project_name"],
+    "train_text_to_image_flax.py": "use_ema input_perturbation tracker_project_name"
+    " image_interpolation_mode dataloader_num_workers gradient_accumulation_steps gradient_checkpointing"
+    " checkpointing_steps checkpoints_total_limit resume_from_checkpoint lr_warmup_steps prediction_type snr_gamma"
+    " noise_offset validation_prompts validation_epochs compilation_cache_dir".split(),
 }
 NOT_FOR_KANDINSKY = {"rescale_betas_zero_snr", "save_kohya_format"}  # its schedules are fixed, WebUI does not read it
+NOT_IN_JAX = {"optimizer", "process_group_timeout"}
 CHOICES_ADDED = {"lr_scheduler", "prediction_type", "report_to", "optimizer"}  # the originals find a typo much later
 SCRIPTS = [name for name in KNOWN if (ROOT / name).exists()]
 MINIMUM = ["--pretrained_model_name_or_path", "model", "--train_data_dir", str(ROOT)]
@@ -127,6 +144,8 @@ def test_command_line_is_frozen(script, monkeypatch):
     ours |= {name: (ELSEWHERE | OURS_FOR_KANDINSKY)[name] for name in TAKEN_OVER[script]}
     if "prior" in script or "decoder" in script:
         ours = {name: fact for name, fact in ours.items() if name not in NOT_FOR_KANDINSKY}
+    if "flax" in script:
+        ours = {name: fact for name, fact in ours.items() if name not in NOT_IN_JAX}
     assert {name: (kind, default) for name, (kind, default, *_) in have.items()} == ours
 
 
@@ -217,6 +236,21 @@ REFUSED_SDXL = {
 @pytest.mark.parametrize("words", REFUSED_SDXL)
 def test_a_wrong_command_line_for_sdxl_adapters_gets_its_sentence(words, capsys):
     assert REFUSED_SDXL[words] in refusal(capsys, *words.split(), script=train_text_to_image_lora_sdxl)
+
+
+REFUSED_IN_JAX = {
+    "--report_to comet_ml": "invalid choice: 'comet_ml'",
+    "--report_to wandb": "pip install wandb, or give --report_to none",
+    "--use_8bit_adam": "there is no flag --use_8bit_adam",
+    "--mixed_precision fp8": "invalid choice",
+    "--resolution 65": "not a multiple of 8; the nearest is 64",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED_IN_JAX)
+def test_a_wrong_command_line_for_jax_gets_its_sentence(words, capsys, monkeypatch):
+    monkeypatch.setattr(flags, "_missing", lambda package: package == "wandb")
+    assert REFUSED_IN_JAX[words] in refusal(capsys, *words.split(), script=train_text_to_image_flax)
 
 
 def test_no_data_at_all(capsys):

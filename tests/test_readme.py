@@ -12,29 +12,25 @@ from PIL import Image
 from training_utils.reporting import UserError
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [
-    shlex.split(line)
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith(("accelerate launch", "python train"))
-]
-SMALLER = ["--max_train_steps", "2", "--resolution", "16", "--report_to", "none", "--checkpointing_steps", "2"]
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 8
+def bash_commands(page, start):
+    """The commands of a page's bash blocks that begin with `start`, each a list of words; comments are left out."""
+    lines = "".join(re.findall(r"```bash\n(.*?)```", page, re.S)).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(start)]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
-def test_command(command, sd, sdxl, kandinsky, pictures, tmp_path, monkeypatch):
-    """In process: the launcher's own flags are tested with real processes elsewhere."""
+def python_snippets(page):
+    return re.findall(r"```python\n(.*?)```", page, re.S)
+
+
+def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
+    """The words after the script's name, with the tests' models, pictures and output folder in place of the page's."""
     script = next(at for at, word in enumerate(command) if word.endswith(".py"))
-    main, words = importlib.import_module(command[script].removesuffix(".py")).main, command[script + 1 :]
+    words = command[script + 1 :]
     if "--check_data" in words:
         words[words.index("--train_data_dir") + 1] = pictures
-        assert main(words) == 0
-        return
+        return words
     if "--pretrained_model_name_or_path" in words:
         words[words.index("--pretrained_model_name_or_path") + 1] = sdxl if "sdxl" in command[script] else sd
     else:
@@ -46,9 +42,29 @@ def test_command(command, sd, sdxl, kandinsky, pictures, tmp_path, monkeypatch):
         at = words.index("--dataset_name")
         words[at : at + 2] = ["--train_data_dir", pictures]
     words[words.index("--train_data_dir") + 1] = pictures
-    words[words.index("--output_dir") + 1] = str(tmp_path / "out")
+    words[words.index("--output_dir") + 1] = str(out)
     if "--validation_prompts" in words or "--validation_prompt" in words:
         words += ["--validation_num_inference_steps", "2"]
+    return words
+
+
+COMMANDS = bash_commands(README, ("accelerate launch", "python train"))
+SMALLER = ["--max_train_steps", "2", "--resolution", "16", "--report_to", "none", "--checkpointing_steps", "2"]
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_command(command, sd, sdxl, kandinsky, pictures, tmp_path, monkeypatch):
+    """In process: the launcher's own flags are tested with real processes elsewhere."""
+    script = next(word for word in command if word.endswith(".py"))
+    main = importlib.import_module(script.removesuffix(".py")).main
+    words = on_tiny_models(command, sd, sdxl, kandinsky, pictures, tmp_path / "out")
+    if "--check_data" in words:
+        assert main(words) == 0
+        return
     if "--push_to_hub" in words:
         import huggingface_hub
 
@@ -62,7 +78,7 @@ def test_command(command, sd, sdxl, kandinsky, pictures, tmp_path, monkeypatch):
     assert main([*words, *SMALLER]) == 0
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+SNIPPETS = python_snippets(README)
 
 
 @pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if "kandinsky" not in snippet.lower()])

@@ -7,6 +7,7 @@ import pytest
 
 import train_text_to_image
 import train_text_to_image_decoder
+import train_text_to_image_flax
 import train_text_to_image_lora
 import train_text_to_image_lora_decoder
 import train_text_to_image_lora_prior
@@ -15,6 +16,7 @@ import train_text_to_image_prior
 import train_text_to_image_sdxl
 
 SAME = [
+    (train_text_to_image, train_text_to_image_flax, ["Prepare"]),
     (train_text_to_image, train_text_to_image_lora, ["Prepare", "check_prediction_type"]),
     (
         train_text_to_image_sdxl,

@@ -304,9 +304,9 @@ def find(root, wanted):
     raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {root} holds {have}")
 
 
-def start(root, wanted, seed):
+def start(root, wanted, seed, otherwise=None):
     """Where a run begins: (checkpoint folder or None, RunState). `wanted` as in `find`; `seed` None takes the
-    checkpoint's, or draws one, which is printed."""
+    checkpoint's; without one it is `otherwise`, or, where that is None too, drawn and printed."""
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=root).close()
@@ -322,6 +322,7 @@ def start(root, wanted, seed):
         state.seed = saved["seed"] if seed is None else seed
         say(f"resuming from {folder}, after update {state.step}")
         return folder, state
+    seed = otherwise if seed is None else seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
         say(f"no --seed was given; drew --seed {seed}")

@@ -26,7 +26,7 @@ from .problems import (
     problem_of,
     shortened,
 )
-from .reporting import UserError, say, warn
+from .reporting import UserError, reason_of, say, warn
 
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TRANSPARENT_BECOMES = (255, 255, 255)  # what lies under transparent pixels is arbitrary; white is what viewers show
@@ -174,8 +174,7 @@ def load_rows(
         try:
             splits = datasets.load_dataset(dataset_name, config_name, cache_dir=cache_dir, data_dir=folder)
         except Exception as error:  # the library raises its own, the hub client's, pyarrow's and the system's errors
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"--dataset_name {dataset_name} cannot be loaded: {reason}") from None
+            raise UserError(f"--dataset_name {dataset_name} cannot be loaded: {reason_of(error)}") from None
         if "train" not in splits:
             raise UserError(f"--dataset_name {dataset_name} has no split 'train', only {', '.join(splits)}")
         dataset = splits["train"]

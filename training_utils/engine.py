@@ -16,7 +16,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 from . import checkpoints, data
 from .data import UpdateSampler, collate
 from .interruption import SIGNALS
-from .reporting import UserError, reason_of, warn
+from .reporting import UserError, not_finite, reason_of, tell_trackers, warn
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -109,19 +109,9 @@ def start_trackers(accelerator, project, settings):
         ) from None
 
 
-def tell_trackers(accelerator, action):
-    """Do `action(tracker)` with each tracker. One that fails is named and left out from then on; the run goes on."""
-    for tracker in list(accelerator.trackers):
-        try:
-            action(tracker)
-        except Exception as error:
-            warn(f"{tracker.name} failed ({reason_of(error)}); the run goes on without it")
-            accelerator.trackers.remove(tracker)
-
-
 def log(accelerator, values, step):
     """Hand a dict of numbers to the trackers, for an update."""
-    tell_trackers(accelerator, lambda tracker: tracker.log(values, step=step))
+    tell_trackers(accelerator.trackers, lambda tracker: tracker.log(values, step=step))
 
 
 def finish(accelerator):
@@ -130,7 +120,7 @@ def finish(accelerator):
     Destroyed while DDP's reducer still refers to it, gloo's thread and the interpreter's lock can wait for each other
     for ever; `reporting.run` ends the process without either.
     """
-    tell_trackers(accelerator, lambda tracker: tracker.finish())
+    tell_trackers(accelerator.trackers, lambda tracker: tracker.finish())
 
 
 def fetch_mean(accelerator, scalars):
@@ -333,20 +323,13 @@ class FiniteGuard:
 
     def report(self, step, loss, before):
         """What `reporting.Progress` calls. Raises UserError when the run is to stop."""
-        names = self.names(before)
-        pictures = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        what = f"the loss or the gradient of update {step} is not finite (loss {loss}; its pictures: {pictures})"
-        if not self.stop:
-            warn(f"{what}; this update was left out")
-            return
-        folder = self.keep(before)
-        kept = f"the state before it is in {folder}" if folder else "the state before it could not be written"
-        finish(self.accelerator)
-        raise UserError(
-            f"{what}; {kept}. Look at these pictures; continue with a lower --learning_rate or --mixed_precision no, "
-            "or with --on_nan skip, which leaves such updates out",
-            exit_code=1,
-        )
+
+        def keep():
+            folder = self.keep(before)
+            finish(self.accelerator)
+            return folder
+
+        not_finite(step, loss, self.names(before), self.stop, keep)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -77,8 +77,27 @@ def run(main):
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # without the destructors of process groups, see engine.finish
+        os._exit(code)  # without the destructors of process groups, see engine.finish and jax_engine.finish
     sys.exit(code)
+
+
+def not_finite(step, loss, names, stop, keep):
+    """Say what becomes of an update whose loss or gradient is not finite; `names` are what to call its pictures.
+
+    When to `stop`, `keep()` writes the state before it and returns its folder, or None; then raises UserError.
+    """
+    pictures = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    what = f"the loss or the gradient of update {step} is not finite (loss {loss}; its pictures: {pictures})"
+    if not stop:
+        warn(f"{what}; this update was left out")
+        return
+    folder = keep()
+    kept = f"the state before it is in {folder}" if folder else "the state before it could not be written"
+    raise UserError(
+        f"{what}; {kept}. Look at these pictures; continue with a lower --learning_rate or --mixed_precision no, or "
+        "with --on_nan skip, which leaves such updates out",
+        exit_code=1,
+    )
 
 
 def _diagnosis(error):
@@ -91,6 +110,11 @@ def _diagnosis(error):
         return (
             f"out of device memory ({reason}); lower --train_batch_size, or try --gradient_checkpointing, "
             "--mixed_precision or --use_8bit_adam"
+        )
+    if "RESOURCE_EXHAUSTED" in str(error):  # JAX's status
+        return (
+            f"out of device memory ({reason}); lower --train_batch_size, or try --gradient_checkpointing or "
+            "--mixed_precision bf16"
         )
     if os.environ.get("WORLD_SIZE", "1") != "1" and (kind.startswith("Dist") or "gloo" in str(error).lower()):
         rank = os.environ.get("RANK", "?")
@@ -115,14 +139,14 @@ def _launcher():
     """The words that start this script the way it was started, as far as the environment tells."""
     processes, precision = os.environ.get("WORLD_SIZE", "1"), os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None:
-        return ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+        return ["torchrun", "--nproc_per_node", processes] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
     several = ["--multi_gpu", "--num_processes", processes] if processes != "1" else []
     return ["accelerate", "launch", *several, "--mixed_precision", precision]
 
 
 def announce(parameters, pictures, total, window, state):
     """The lines before the progress bar: what is about to be trained."""
-    size = sum(parameter.numel() for parameter in parameters)
+    size = sum(math.prod(parameter.shape) for parameter in parameters)
     say(f"training {size / 1e6:,.3g} M parameters on {pictures:,} pictures")
     epochs = total / -(-pictures // window)
     say(f"{total:,} updates of {window} pictures are {epochs:,.1f} epochs; update {state.step:,}, seed {state.seed}")
@@ -228,6 +252,20 @@ class Progress:
         self.bar.close()
 
 
+def due(state, steps, epochs, last):
+    """Whether to validate after this update: each `steps` updates, or without it each `epochs` epochs; and at the end.
+
+    0 means never.
+    """
+    if not (epochs if steps is None else steps):
+        return False
+    if state.step == last:
+        return True
+    if steps is not None:
+        return state.step % steps == 0
+    return state.position.sample == 0 and state.position.epoch % epochs == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,3 +331,32 @@ def log_pictures(tracker, pictures, captions, step, name="validation"):
     elif tracker.name == "comet_ml":
         for at, picture in enumerate(pictures):
             tracker.writer.log_image(picture, name=f"{name} {captions[at]}", step=step)
+
+
+def tell_trackers(trackers, action):
+    """Do `action(tracker)` with each of a list of trackers. One that fails is named and leaves the list; the run goes
+    on."""
+    for tracker in list(trackers):
+        try:
+            action(tracker)
+        except Exception as error:
+            warn(f"{tracker.name} failed ({reason_of(error)}); the run goes on without it")
+            trackers.remove(tracker)
+
+
+def grid_name(step):
+    """Where the validation pictures of an update lie inside the output folder."""
+    return f"validation/step-{step:06d}.png"
+
+
+def publish_pictures(trackers, pictures, prompts, step, output_dir):
+    """Write pictures (a list of PIL) as one captioned grid under `output_dir` and hand them to the trackers."""
+    path = Path(output_dir) / grid_name(step)
+    sheet = grid(pictures, prompts, f"after {step:,} updates")
+    tell_trackers(trackers, lambda tracker: log_pictures(tracker, pictures, prompts, step))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+        say(f"update {step}: pictures in {path}")
+    except OSError as error:
+        warn(f"{path} could not be written ({reason_of(error)})")

@@ -1,24 +1,8 @@
 """Looking at a run: pictures for the same prompts from the same noise, and the loss on held-out pictures."""
 
-from pathlib import Path
-
 import torch
 
 from . import data, engine, reporting
-
-
-def due(state, steps, epochs, last):
-    """Whether to validate after this update: each `steps` updates, or without it each `epochs` epochs; and at the end.
-
-    0 means never.
-    """
-    if not (epochs if steps is None else steps):
-        return False
-    if state.step == last:
-        return True
-    if steps is not None:
-        return state.step % steps == 0
-    return state.position.sample == 0 and state.position.epoch % epochs == 0
 
 
 @torch.no_grad()
@@ -71,17 +55,6 @@ def show_pictures(accelerator, draw, prompts, state, output_dir):
     `output_dir`/validation, hand them to the trackers. Returns the grid's path inside `output_dir`, which carries the
     update."""
     pictures = draw_pictures(accelerator, draw, len(prompts), state.seed)
-    name = f"validation/step-{state.step:06d}.png"
     if accelerator.is_main_process:
-        path = Path(output_dir) / name
-        sheet = reporting.grid(pictures, prompts, f"after {state.step:,} updates")
-        engine.tell_trackers(
-            accelerator, lambda tracker: reporting.log_pictures(tracker, pictures, prompts, state.step)
-        )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sheet.save(path)
-            reporting.say(f"update {state.step}: pictures in {path}")
-        except OSError as error:
-            reporting.warn(f"{path} could not be written ({reporting.reason_of(error)})")
-    return name
+        reporting.publish_pictures(accelerator.trackers, pictures, prompts, state.step, output_dir)
+    return reporting.grid_name(state.step)

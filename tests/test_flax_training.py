@@ -1,0 +1,556 @@
+"""train_text_to_image_flax.py: the numbers of the torch script, exact resume, devices and hosts, and what it saves."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import logged, relative_difference, result_bytes, result_weights
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from flax_runs import FlaxRunner, compiled_once
+from PIL import Image
+from safetensors.numpy import load_file
+from tiny import UNET
+
+import train_text_to_image_flax as script
+from flax_diffusion import FlaxStableDiffusionPipeline
+from training_utils import jax_engine, reporting
+
+TRACKED = ["--report_to", "tensorboard"]
+EVERY_DRAW = [
+    *("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--use_ema", "--ema_decay", "0.4"),
+    *("--random_flip", "--caption_dropout", "0.5", "--noise_offset", "0.1", "--input_perturbation", "0.1"),
+    *("--snr_gamma", "5", "--prediction_type", "v_prediction", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
+    *("--validation_split", "0.1", "--validation_steps", "2", "--dataloader_num_workers", "2"),
+]
+BF16 = ["--mixed_precision", "bf16", "--gradient_checkpointing"]
+PROMPTS = ["--validation_prompts", "a handwritten one", "two", "--validation_num_inference_steps", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    with compiled_once() as compiled:
+        yield compiled
+
+
+@pytest.fixture(scope="module")
+def run_flax(sd, pictures):
+    return FlaxRunner("train_text_to_image_flax", sd, pictures)
+
+
+@pytest.fixture(scope="module")
+def plain(run_flax, tmp_path_factory):
+    """A run of six updates with a checkpoint after each and every curve."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    run_flax(out, *TRACKED, "--checkpointing_steps", "1")
+    return out
+
+
+@pytest.fixture(scope="module")
+def every_draw(run_flax, tmp_path_factory):
+    """The same with everything drawn that can be, accumulation, an average and a held-out loss."""
+    out = tmp_path_factory.mktemp("every draw") / "out"
+    run_flax(out, *TRACKED, *EVERY_DRAW, "--checkpointing_steps", "1")
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The numbers of the torch script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "flags"), [("plain", []), ("every_draw", EVERY_DRAW)])
+def test_losses_are_those_of_the_torch_script(request, run, tmp_path, name, flags):
+    """With the same seed, over six updates of ten pictures, the last of each epoch with fewer than the others."""
+    ours = request.getfixturevalue(name)
+    run(tmp_path, *TRACKED, *flags, "--dataloader_num_workers", "0")  # torch's workers are forks, which JAX fears
+    for curve in ("train_loss", "grad_norm", "lr", "val_loss"):
+        theirs = logged(tmp_path, curve)
+        assert logged(ours, curve) == pytest.approx(theirs, rel=1e-4), curve
+        assert len(theirs) == (6 if curve != "val_loss" else 3 if flags else 0)
+    assert relative_difference(ours, tmp_path) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
+def test_learning_rate_curves(shape):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    theirs = get_scheduler(shape, optimizer, num_warmup_steps=3, num_training_steps=10, num_cycles=2, power=2)
+    ours = jax_engine.learning_rate_curve(shape, 1e-3, 3, 10, 2, 2)
+    for step in range(11):
+        assert ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-15), step
+        optimizer.step()
+        theirs.step()
+
+
+def test_clipping_and_its_absence():
+    gradients = {"a": np.array([3.0, 0.0], np.float32), "b": np.array([[4.0]], np.float32)}
+    for most in (0.5, 5.0, 100.0):
+        tensors = [torch.nn.Parameter(torch.zeros(array.shape)) for array in gradients.values()]
+        for tensor, array in zip(tensors, gradients.values()):
+            tensor.grad = torch.from_numpy(array.copy())
+        norm = torch.nn.utils.clip_grad_norm_(tensors, most)
+        ours, our_norm = jax_engine.clip(gradients, most)
+        assert float(our_norm) == pytest.approx(float(norm))
+        for mine, tensor in zip(ours.values(), tensors):
+            np.testing.assert_allclose(mine, tensor.grad.numpy(), rtol=1e-6)
+    ours, norm = jax_engine.clip(gradients, 0)
+    assert float(norm) == 5 and all(np.array_equal(ours[name], gradients[name]) for name in gradients)
+
+
+def test_average_is_what_is_saved(every_draw):
+    """Held against the average computed by hand from the weights after each update."""
+    average = None
+    for step in range(1, 7):
+        name = "conv_in.weight"
+        weight = load_file(every_draw / f"checkpoint-{step}/unet/diffusion_pytorch_model.safetensors")[name]
+        decay = 0.0 if step == 1 else min(0.4, step / (9 + step))  # diffusers counts the first update as step 0
+        average = weight if average is None else decay * average + (1 - decay) * weight.astype(np.float64)
+    saved = load_file(every_draw / "checkpoint-6/unet_ema/diffusion_pytorch_model.safetensors")[name]
+    np.testing.assert_allclose(saved, average, rtol=1e-5, atol=1e-7)
+    assert np.array_equal(result_weights(every_draw)[name].numpy(), saved)
+    assert json.loads((every_draw / "checkpoint-6/unet_ema/config.json").read_text())["optimization_step"] == 6
+
+
+def test_noise_is_mixed_in_float32_and_weights_stay_float32_under_bf16(run_flax, plain, tmp_path):
+    seen = {}
+
+    class Network:
+        def __call__(self, noisy, timesteps, text_states):
+            seen["noisy"] = noisy.dtype
+            return noisy.astype(jnp.bfloat16)
+
+    ones = jnp.ones((2, 4, 8, 8), jnp.bfloat16)
+    batch = {"timestep": jnp.array([0, 999]), "pixels": ones, "tokens": jnp.zeros((2, 4), jnp.int32)}
+    batch |= {name: ones.astype(jnp.float32) for name in ("noise", "latent_noise")}
+    schedule = script.FlaxDDPMScheduler()
+    loss = script.training_loss(
+        Network(), lambda pixels, method: (pixels, pixels), lambda ids: ids, schedule, batch, 0.2, 5.0
+    )
+    assert seen["noisy"] == jnp.float32 and loss.dtype == jnp.float32 and loss.shape == (2,)
+
+    run_flax(tmp_path, *BF16, *TRACKED)
+    assert {weight.dtype for weight in result_weights(tmp_path).values()} == {torch.float32}
+    assert logged(tmp_path) == pytest.approx(logged(plain), rel=2e-2)
+    assert logged(tmp_path) != pytest.approx(logged(plain), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cut_and_continue(run_flax, whole, cut, out, *flags):
+    shutil.copytree(whole / f"checkpoint-{cut}", out / f"checkpoint-{cut}")
+    assert run_flax(out, *flags, "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest") == 0
+
+
+@pytest.mark.parametrize(("name", "flags"), [("plain", []), ("every_draw", EVERY_DRAW)])
+def test_resumed_equals_uninterrupted(request, run_flax, tmp_path, name, flags):
+    """Ten pictures in windows of four (nine with one held out): the cuts lie inside an epoch and at its end."""
+    whole = request.getfixturevalue(name)
+    for cut in (2, 3, 5):
+        out = tmp_path / str(cut)
+        cut_and_continue(run_flax, whole, cut, out, *TRACKED, *flags)
+        assert result_bytes(out) == result_bytes(whole), f"cut after update {cut}"
+        for curve in ("train_loss", "lr", "val_loss"):
+            assert logged(out, curve) == {step: v for step, v in logged(whole, curve).items() if step > cut}
+    for file in ("optimizer.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        assert (out / "checkpoint-6" / file).read_bytes() == (whole / "checkpoint-6" / file).read_bytes()
+
+
+def test_resumed_equals_uninterrupted_in_bf16(run_flax, tmp_path):
+    run_flax(tmp_path / "whole", *BF16, "--checkpointing_steps", "1")
+    cut_and_continue(run_flax, tmp_path / "whole", 2, tmp_path / "cut", *BF16)
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+
+
+def test_fp16_without_an_accelerator(run_flax, tmp_path):
+    sentence, code = run_flax.fails(tmp_path, "--mixed_precision", "fp16")
+    assert "--mixed_precision fp16 does not run on this device" in sentence and code == 2
+
+
+@pytest.fixture
+def fp16_on_a_cpu(monkeypatch):
+    """The loss scale of fp16 over a computation in float32, which is what a CPU has."""
+    monkeypatch.setattr(jax_engine, "check_precision", lambda name: None)
+    monkeypatch.setitem(jax_engine.TYPES, "fp16", jnp.float32)
+
+
+def far_from(params, noise):
+    """Losses with a large gradient that take no time to compile."""
+    return 1e3 * jnp.square(params["conv_in"]["bias"].sum() - noise.mean((1, 2, 3)) - 1)
+
+
+def test_fp16_overflows_skip_the_update(run_flax, plain, tmp_path, monkeypatch, fp16_on_a_cpu):
+    """Neither step nor schedule moves, only the data; the scale is halved until the gradients are finite. Cut and
+    continued in between it comes to the same weights; fifty overflows in a row end the run."""
+    scale = {"scale": np.float32(2.0**127), "good": np.int32(0)}
+    monkeypatch.setattr(jax_engine, "new_loss_scale", lambda: scale)
+    monkeypatch.setattr(script, "sample_losses", lambda params, frozen, batch, *_: far_from(params, batch["noise"]))
+    flags = ["--mixed_precision", "fp16", *TRACKED, "--lr_scheduler", "linear", "--lr_warmup_steps", "0"]
+    run_flax(tmp_path / "some", *flags, "--checkpointing_steps", "1")
+    assert list(logged(tmp_path / "some")) == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path / "some", "lr")[6] == 0
+    state = json.loads((tmp_path / "some/checkpoint-6/manifest.json").read_text())["state"]
+    saved = load_file(tmp_path / "some/checkpoint-6/optimizer.safetensors")
+    skipped = state["micro_step"] - 6
+    assert skipped > 0 and saved["loss_scale/scale"] == 2.0 ** (127 - skipped)
+    assert saved["optimizer/0/count"] == 6 and saved["loss_scale/good"] == 6
+    cut_and_continue(run_flax, tmp_path / "some", 2, tmp_path / "cut", *flags)
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "some")
+
+    scale["scale"] = np.float32(np.inf)
+    with pytest.raises(reporting.UserError, match="overflowed 50 times in a row"):
+        run_flax(tmp_path / "all", *flags)
+
+
+def test_loss_scale():
+    state = {"scale": np.float32(8), "good": np.int32(jax_engine.GROW_AFTER - 1)}
+    assert jax_engine.move_loss_scale(state, np.True_) == {"scale": 16, "good": 0}
+    assert jax_engine.move_loss_scale(state, np.False_) == {"scale": 4, "good": 0}
+
+
+def test_number_of_threads_changes_nothing(run_flax, plain, tmp_path):
+    for workers in (1, 3):
+        run_flax(tmp_path / str(workers), "--dataloader_num_workers", workers)
+        assert result_bytes(tmp_path / str(workers)) == result_bytes(plain)
+
+
+def test_sigkill_then_resume(run_flax, tmp_path):
+    """A process that is killed, and another, this one, that continues: equal to a run that was left alone."""
+    flags = ["--checkpointing_steps", "5", "--max_train_steps", "300", "--checkpoints_total_limit", "2"]
+    process = run_flax.start(tmp_path / "killed", *flags)
+    while not any((tmp_path / "killed").glob("checkpoint-1?")):
+        assert process.poll() is None, process.stdout.read()
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "README.md").exists(), "it was killed too late to show anything"
+    newest = max(int(path.name[11:]) for path in (tmp_path / "killed").glob("checkpoint-*"))
+    flags[3] = str(newest + 4)
+    run_flax(tmp_path / "killed", *flags, "--resume_from_checkpoint", "latest")
+    run_flax(tmp_path / "whole", *flags)
+    assert result_bytes(tmp_path / "killed") == result_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(
+    run_flax, plain, tmp_path, monkeypatch, capsys, number
+):
+    def update(self, state, *values):
+        real(self, state, *values)
+        if state.step == 3:
+            os.kill(os.getpid(), number)
+
+    real = reporting.Progress.update
+    monkeypatch.setattr(reporting.Progress, "update", update)
+    monkeypatch.setattr(sys, "argv", ["train_text_to_image_flax.py"])
+    assert run_flax(tmp_path, "--hub_token", "hf_secret") == 128 + number
+    said = capsys.readouterr().err
+    assert "stopped after update 3" in said and "hf_secret" not in said
+    command = said.strip().splitlines()[-1].strip()
+    assert command.startswith("python train_text_to_image_flax.py --pretrained")
+    monkeypatch.setattr(reporting.Progress, "update", real)
+    run_flax(tmp_path, "--resume_from_checkpoint", "latest")
+    assert result_bytes(tmp_path) == result_bytes(plain)
+
+
+def test_seed_of_the_checkpoint_is_kept(run_flax, plain, tmp_path):
+    """The default seed is 0 here, for a new run: a continued one keeps its own unless another is given."""
+    argv = run_flax.argv(tmp_path, "--checkpointing_steps", "1")
+    at = argv.index("--seed")
+    shutil.copytree(plain / "checkpoint-3", tmp_path / "checkpoint-3")
+    script.main([*argv[:at], *argv[at + 2 :], "--resume_from_checkpoint", "latest"])
+    assert result_bytes(tmp_path) == result_bytes(plain)
+
+
+WRONG_CHECKPOINTS = {
+    "lacks": "optimizer.safetensors holds no optimizer/0/mu/conv_in/bias",
+    "no optimizer": "cannot be read",
+    "without fp16": "was not trained with --mixed_precision fp16",
+}
+
+
+@pytest.mark.parametrize("what", WRONG_CHECKPOINTS)
+def test_a_checkpoint_that_does_not_fit(run_flax, plain, tmp_path, what, fp16_on_a_cpu):
+    from safetensors.numpy import save_file
+
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(plain / "checkpoint-3", folder)
+    (folder / "manifest.json").unlink()  # as one made by another program: the content is not vouched for
+    if what == "lacks":
+        save_file({"optimizer/0/count": np.array(3, np.int32)}, folder / "optimizer.safetensors")
+    if what == "no optimizer":
+        (folder / "optimizer.safetensors").unlink()
+    flags = ["--mixed_precision", "fp16"] if what == "without fp16" else []
+    sentence, code = run_flax.fails(tmp_path, *flags, "--resume_from_checkpoint", "checkpoint-3")
+    assert WRONG_CHECKPOINTS[what] in sentence and code == 2
+
+
+def test_an_average_can_be_turned_on_later_and_turned_off(run_flax, every_draw, tmp_path, capsys):
+    folder = tmp_path / "checkpoint-5"
+    shutil.copytree(every_draw / "checkpoint-5", folder)
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "unet_ema")
+    run_flax(tmp_path, *EVERY_DRAW, "--checkpointing_steps", "6", "--resume_from_checkpoint", "checkpoint-5")
+    assert "holds no EMA weights" in capsys.readouterr().err
+    for name, weight in load_file(tmp_path / "checkpoint-6/unet/diffusion_pytorch_model.safetensors").items():
+        saved = result_weights(tmp_path)[name].numpy()  # the first update of an average takes the weights as they are
+        assert np.array_equal(saved, weight), name
+
+    unet, params = jax_engine.load_part(every_draw, "unet")
+    fresh = jax_engine.new_state(params, jax_engine.make_optimizer((0.9, 0.999), 0.01, 1e-8))
+    assert set(jax_engine.load_state(every_draw / "checkpoint-5", fresh, unet)) == {"params", "optimizer"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices and hosts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_never_waits_for_the_device(run_flax, tmp_path, monkeypatch):
+    """Nothing is fetched between two looks at the losses, whatever the number of updates."""
+    kind, fetched = type(jnp.zeros(1)), []
+    value = kind._value
+
+    def count(array):
+        fetched.append(array)
+        return value.fget(array)
+
+    counts = []
+    monkeypatch.setattr(kind, "_value", property(count))
+    for updates in (3, 13):
+        run_flax(tmp_path / str(updates), "--max_train_steps", updates, "--logging_steps", "100")
+        counts.append(len(fetched) - sum(counts))
+    # a loss and a norm for each update come in one fetch at the end
+    assert counts[1] - counts[0] == 2 * 10 and counts[0] > 6
+
+
+def without_torch(folder):
+    """A folder to import from that holds what is installed but for torch and what needs it."""
+    refused = re.compile(r"(torch|functorch|diffusers|accelerate|peft|bitsandbytes|_virtualenv)", re.I)
+    folder.mkdir()
+    for path in Path(np.__file__).parent.parent.iterdir():
+        if not refused.match(path.name) and path.suffix != ".pth":
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def test_four_devices_equal_one_and_no_torch_is_needed(run_flax, plain, tmp_path):
+    """From the first line to the validation pictures and the card, where torch and its libraries are not installed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PYTHONPATH"] = str(without_torch(tmp_path / "site-packages"))
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
+    flags = ["--train_batch_size", "1", *TRACKED, *PROMPTS, "--validation_steps", "6", "--validation_split", "0"]
+    process = run_flax.start(tmp_path / "out", *flags, launcher=(sys.executable, "-S"), env=environment)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert relative_difference(tmp_path / "out", plain) < 1e-6
+    assert logged(tmp_path / "out") == pytest.approx(logged(plain), rel=1e-5)
+    assert (tmp_path / "out" / "validation" / "step-000006.png").exists() and (tmp_path / "out" / "README.md").exists()
+    assert "PyTorch" not in said, "nothing about what is not needed"
+
+
+def test_two_processes_equal_one(run_flax, plain, tmp_path):
+    """Joined through jax.distributed; continued by one process, which is only another way to share the samples out."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    flags = ["--train_batch_size", "2", *TRACKED, "--checkpointing_steps", "4", "--validation_split", "0"]
+    processes = [
+        run_flax.start(tmp_path / "two", *flags, env=environment | {"JAX_PROCESS_ID": str(rank)}) for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert relative_difference(tmp_path / "two", plain) < 1e-6
+    assert logged(tmp_path / "two") == pytest.approx(logged(plain), rel=1e-5)
+    assert "training 0.0" in said[0] and "training" not in said[1], "the first process alone speaks"
+
+    shutil.copytree(tmp_path / "two" / "checkpoint-4", tmp_path / "continued" / "checkpoint-4")
+    run_flax(tmp_path / "continued", "--checkpointing_steps", "4", "--resume_from_checkpoint", "latest")
+    assert relative_difference(tmp_path / "continued", plain) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it leaves behind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_result_draws_the_same_in_torch_and_here(plain, sd):
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)
+    torch_pipeline = StableDiffusionPipeline.from_pretrained(plain, use_safetensors=True)
+    torch_pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "height": 16, "width": 16}
+    theirs = torch_pipeline("one", latents=torch.from_numpy(latents), output_type="np", **options).images
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(plain)
+    ours = pipeline(pipeline.prepare_inputs("one"), params, jax.random.key(0), latents=latents, **options).images
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        assert (plain / part / f"{name}.safetensors").read_bytes() == Path(
+            sd, part, f"{name}.safetensors"
+        ).read_bytes()
+
+
+def test_a_variant_a_safety_checker_and_a_changed_scheduler(run_flax, plain, tmp_path, sd):
+    """The weights of the variant under their plain names, what is not run copied, and a sampler that fits."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    StableDiffusionPipeline.from_pretrained(sd).save_pretrained(base, variant="fp16")
+    (base / "safety_checker").mkdir()
+    (base / "safety_checker" / "config.json").write_text("{}")
+    index = json.loads((base / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (base / "model_index.json").write_text(json.dumps(index))
+    shutil.copytree(plain / "checkpoint-1", out / "checkpoint-1")  # its last update, so that none need be compiled
+    flags = ["--pretrained_model_name_or_path", base, "--variant", "fp16", "--max_train_steps", "1"]
+    flags += ["--resume_from_checkpoint", "latest"]
+    run_flax(out, *flags, "--prediction_type", "v_prediction", "--rescale_betas_zero_snr")
+    assert (out / "vae/diffusion_pytorch_model.safetensors").read_bytes() == (
+        base / "vae/diffusion_pytorch_model.fp16.safetensors"
+    ).read_bytes()
+    assert (out / "safety_checker" / "config.json").exists()
+    assert json.loads((out / "model_index.json").read_text())["safety_checker"] == index["safety_checker"]
+    pipeline = StableDiffusionPipeline.from_pretrained(out, safety_checker=None, use_safetensors=True)
+    config = pipeline.scheduler.config
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"  # PNDM cannot begin at pure noise
+    assert config.rescale_betas_zero_snr and config.timestep_spacing == "trailing" and not config.clip_sample
+    assert config.prediction_type == "v_prediction"
+
+
+def test_grids_and_held_out_loss_of_the_same_weights_are_equal(run_flax, tmp_path):
+    """The noise of a prompt is the same each time, so what changes between two grids is what was learned."""
+    run_flax(tmp_path, *EVERY_DRAW, "--learning_rate", "0", *PROMPTS, *TRACKED, "--validation_steps", "3")
+    one, two = (np.asarray(Image.open(tmp_path / "validation" / f"step-00000{step}.png")) for step in (3, 6))
+    assert np.array_equal(one[50:], two[50:])  # below the title, which names the update
+    assert one.shape[1] > 2 * 256 and one.std() > 10
+    assert len(set(logged(tmp_path, "val_loss").values())) == 1
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")))).Reload()
+    assert len(log.Images("validation")) == 2 and log.Images("validation")[0].width == 2 * 16
+
+
+SECRET = "hf_do_not_leak_me"
+
+
+def test_upload_takes_the_result_and_nothing_else(run_flax, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+
+    class Url(str):
+        repo_id = "somebody/digits"
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **options: Url())
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: asked.update(options))
+    run_flax(
+        *(tmp_path, *TRACKED, "--push_to_hub", "--hub_token", SECRET, "--checkpointing_steps", "3"),
+        *("--compilation_cache_dir", tmp_path / "compiled"),
+    )
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    sent = set(filter_repo_objects(files, allow_patterns=asked["allow_patterns"]))
+    assert {"README.md", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= sent
+    assert not [name for name in sent if re.search("checkpoint|logs|events|compiled", name)]
+    assert asked["token"] == SECRET
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), f"the token is in {path}"
+
+
+def test_weights_and_biases(run_flax, tmp_path, monkeypatch):
+    import types
+
+    told = []
+
+    class Run:
+        def log(self, values, step):
+            told.append((step, values))
+
+        def finish(self):
+            told.append("finished")
+
+    wandb = types.SimpleNamespace(
+        init=lambda project, config, dir: told.append(config) or Run(), Image=lambda picture, caption: caption
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(script.flags, "_missing", lambda package: False)
+    run_flax(tmp_path, "--report_to", "wandb", "--hub_token", SECRET, *PROMPTS, "--validation_steps", "6")
+    assert told[0]["learning_rate"] == 1e-3 and SECRET not in str(told)
+    assert [step for step, values in told[1:-1] if "train_loss" in values] == [1, 2, 3, 4, 5, 6]
+    assert (6, {"validation": ["a handwritten one", "two"]}) in told and told[-1] == "finished"
+
+
+BAD_BASES = {
+    "nowhere": "neither a folder nor found on the hub",
+    "no unet": "has no part 'unet'",
+    "sdxl": "is for StableDiffusionXLPipeline",
+    "broken": "part 'unet' of base model",
+    "no index": "has no model_index.json",
+    "no such variant": "has no weights of --variant fp61",
+    "x0": "this script trains epsilon and v_prediction",
+    "pure noise": "needs prediction_type = 'v_prediction'",
+    "inpainting": "only text-to-image models are supported",
+}
+
+
+@pytest.mark.parametrize("what", BAD_BASES)
+def test_a_base_model_that_cannot_be_used(run_flax, tmp_path, sd, what):
+    base, flags = tmp_path / "base", []
+    if what != "nowhere":
+        shutil.copytree(sd, base)
+    if what == "no unet":
+        shutil.rmtree(base / "unet")
+    if what == "broken":
+        (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+    if what == "no index":
+        (base / "model_index.json").unlink()
+    if what == "sdxl":
+        index = json.loads((base / "model_index.json").read_text())
+        (base / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
+    if what == "no such variant":
+        flags = ["--variant", "fp61"]
+    if what == "x0":
+        path = base / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    if what == "inpainting":
+        UNet2DConditionModel(**UNET | {"in_channels": 9}).save_pretrained(base / "unet")
+    if what == "pure noise":  # said before training, and not at the first look
+        flags = ["--rescale_betas_zero_snr", *PROMPTS]
+    sentence, code = run_flax.fails(tmp_path / "out", "--pretrained_model_name_or_path", base, *flags)
+    assert BAD_BASES[what] in sentence and code == 2
+
+
+def test_a_picture_that_cannot_be_read_is_named(run_flax, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    path = tmp_path / "pictures" / "3.png"
+    path.write_bytes(path.read_bytes()[:200])
+    for workers in (0, 2):
+        sentence, _ = run_flax.fails(
+            *(tmp_path / "out", "--train_data_dir", tmp_path / "pictures", "--dataloader_num_workers", workers)
+        )
+        assert "3.png cannot be read" in sentence
+
+
+def test_memory_that_runs_out_gets_a_sentence(monkeypatch, capsys):
+    def main(argv):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    monkeypatch.setattr(sys, "argv", ["train_text_to_image_flax.py"])
+    with pytest.raises(SystemExit) as left:
+        reporting.run(main)
+    said = capsys.readouterr().err.strip()
+    assert left.value.code == 1 and len(said.splitlines()) == 1 and "--gradient_checkpointing" in said
+
+
+def test_a_step_is_compiled_once(compiled):
+    """Over all runs above: their last updates of an epoch, which have fewer samples, took no second compilation."""
+    assert compiled.traced and set(compiled.traced.values()) == {1}

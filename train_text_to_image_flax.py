@@ -1,0 +1,459 @@
+#!/usr/bin/env python
+"""Fine-tune every UNet weight of a Stable Diffusion 1.x or 2.x model on captioned pictures, in JAX.
+
+python train_text_to_image_flax.py --pretrained_model_name_or_path MODEL --train_data_dir PICTURES
+"""
+
+from training_utils import flags
+
+OWN_MODEL_FLAGS = [
+    flags.Flag("from_pt", bool, False, "accepted for old command lines: safetensors are read in any case")
+]
+OWN_HARDWARE_FLAGS = [
+    flags.Flag("compilation_cache_dir", help="folder that keeps the compiled step for the next start"),
+]
+TRACKERS = ("tensorboard", "wandb", "all", "none")
+NOT_IN_JAX = {
+    *("optimizer", "use_8bit_adam", "offload_ema", "foreach_ema", "dream_training", "dream_detail_preservation"),
+    *("allow_tf32", "enable_xformers_memory_efficient_attention", "process_group_timeout"),
+}
+HELP = {
+    "dataloader_num_workers": "threads that read pictures ahead; 0 reads between the updates",
+    "train_batch_size": "pictures per device and micro-step; lower it when memory runs out",
+    "scale_lr": "multiply the learning rate by accumulation steps x batch size x devices",
+    "mixed_precision": "precision of the computation; the weights stay float32. bf16 is the one for TPUs",
+}
+
+
+def parse_args(argv=None):
+    groups = [
+        (flags.MODEL[0], flags.MODEL[1] + OWN_MODEL_FLAGS),
+        flags.DATA,
+        flags.TRAINING,
+        flags.OPTIMIZATION,
+        (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.RECTIFICATION),
+        flags.EMA,
+        (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
+        flags.CHECKPOINTS,
+        (flags.HARDWARE[0], flags.HARDWARE[1] + OWN_HARDWARE_FLAGS),
+        flags.REPORTING,
+    ]
+    groups = [(title, [in_jax(flag) for flag in group if flag.name not in NOT_IN_JAX]) for title, group in groups]
+    defaults = {"output_dir": "sd-model-finetuned", "seed": 0, "mixed_precision": "no"}
+    return flags.parse(argv, __doc__.splitlines()[0], groups, defaults)
+
+
+def in_jax(flag):
+    """A flag of the torch scripts as it is here."""
+    flag = flag._replace(help=HELP.get(flag.name, flag.help))
+    return flag._replace(choices=TRACKERS) if flag.name == "report_to" else flag
+
+
+if __name__ == "__main__":
+    # --help and a wrong flag are answered before the imports below, which take seconds.
+    flags.hide_secrets(parse_args())
+
+import math  # noqa: E402
+from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from flax_diffusion import FlaxDDPMScheduler  # noqa: E402
+from training_utils import checkpoints, data, hub, inspection, losses, reporting  # noqa: E402
+from training_utils import jax_engine as engine  # noqa: E402
+from training_utils.interruption import Interruption  # noqa: E402
+from training_utils.reporting import UserError, say, warn  # noqa: E402
+
+PARTS = ["feature_extractor", "safety_checker", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
+UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
+USAGE = """
+import jax
+from flax_diffusion import FlaxStableDiffusionPipeline
+
+pipeline, params = FlaxStableDiffusionPipeline.from_pretrained("{model}")
+ids = pipeline.prepare_inputs("what to draw")
+images = pipeline(ids, params, jax.random.key(0)).images
+pipeline.numpy_to_pil(images)[0].save("picture.png")
+"""
+USAGE_IN_TORCH = """
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{model}", use_safetensors=True)
+pipeline("what to draw").images[0].save("picture.png")
+"""
+
+
+class Prepare:
+    """Makes a sample: the picture, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
+
+    def __init__(self, args, tokenizer, latent_shape, timesteps, held_out=0):
+        self.args, self.tokenizer, self.latent_shape, self.timesteps = args, tokenizer, latent_shape, timesteps
+        self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+
+    def __call__(self, rows, index, draw):
+        args, train = self.args, not self.held_out
+        picture = data.resize(rows.picture(index), args.resolution, args.image_interpolation_mode)
+        picture, _ = data.crop(picture, args.resolution, draw if train and not args.center_crop else None)
+        pixels = data.to_array(picture)
+        if train and args.random_flip and draw("flip").random() < 0.5:
+            pixels = pixels[:, :, ::-1]
+        caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        tokens = self.tokenizer(
+            caption or "", max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True
+        )
+        if train:
+            timestep = int(draw("timestep").integers(0, self.timesteps))
+        else:  # spread over the whole schedule, so that few pictures make a steady loss
+            timestep = int((index + 0.5) / self.held_out * self.timesteps)
+        sample = {
+            "pixels": np.ascontiguousarray(pixels),
+            "tokens": np.array(tokens.input_ids, dtype=np.int64),
+            "timestep": np.int64(timestep),
+            "latent_noise": draw("latent").standard_normal(self.latent_shape, dtype=np.float32),
+            "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
+        }
+        if train and args.noise_offset:
+            shape = (self.latent_shape[0], 1, 1)
+            sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
+        if train and args.input_perturbation:
+            extra = draw("input_perturbation").standard_normal(self.latent_shape, dtype=np.float32)
+            sample["input_noise"] = sample["noise"] + np.float32(args.input_perturbation) * extra
+        return sample
+
+
+def training_loss(unet, vae, text_encoder, schedule, batch, scaling_factor, snr_gamma=None):
+    """The diffusion loss of each sample of a batch, shape (B,). The networks are functions of their inputs.
+
+    Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
+    float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `snr_gamma`
+    weights by min-SNR.
+    """
+    timesteps, noise = batch["timestep"], batch["noise"]
+    mean, std = vae(batch["pixels"], method="encode")
+    latents = mean.astype(jnp.float32) + std.astype(jnp.float32) * batch["latent_noise"]
+    latents = latents * scaling_factor
+    text_states = text_encoder(batch["tokens"])
+    noisy = schedule.add_noise(latents, batch.get("input_noise", noise), timesteps)
+    kind = schedule.config.prediction_type
+    target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+    prediction = unet(noisy, timesteps, text_states)
+    loss = jnp.square(prediction.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
+    if snr_gamma is not None:
+        snr = losses.signal_to_noise(jnp.asarray(schedule.alphas_cumprod)[timesteps])
+        loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
+    return loss
+
+
+def sample_losses(params, frozen, batch, networks, schedule, snr_gamma=None):
+    """`training_loss` with the networks' parameters put in."""
+    unet = partial(networks["unet"].apply, {"params": params})
+    vae, text_encoder = (partial(networks[part].apply, {"params": frozen[part]}) for part in ("vae", "text_encoder"))
+    scaling_factor = networks["vae"].config.scaling_factor
+    return training_loss(unet, vae, text_encoder, schedule, batch, scaling_factor, snr_gamma)
+
+
+def train_step(
+    trained, frozen, batch, learning_rate, *, networks, schedule, optimizer, snr_gamma, max_grad_norm, ema_decay
+):
+    """One update on one device, of the devices that `engine.AXIS` joins. A pure function.
+
+    Args: trained, the training state: a dict of params, optimizer and, where they are used, average and loss_scale;
+    frozen, the parameters of the other networks; batch, arrays (micro-steps, B, ...); learning_rate, a scalar. The
+    keywords are bound once. Returns (trained, {"loss", "grad_norm", "applied"}), alike on every device.
+
+    A gradient that is not finite changes nothing. Where the state has `held`, neither does any that comes after it:
+    the weights stay in the last good state until the host, which looks at the losses now and then, notices.
+    """
+    params, scale = trained["params"], trained["loss_scale"]["scale"] if "loss_scale" in trained else 1.0
+
+    def scaled_loss(params, micro_batch):
+        weight = micro_batch["weight"]
+        return scale * (sample_losses(params, frozen, micro_batch, networks, schedule, snr_gamma) * weight).sum()
+
+    loss, gradients = engine.accumulated(jax.value_and_grad(scaled_loss), params, batch)
+    loss, gradients = jax.lax.pmean((loss, gradients), engine.AXIS)
+    loss, gradients = jax.tree.map(lambda value: value / scale, (loss, gradients))
+    gradients, norm = engine.clip(gradients, max_grad_norm)
+    steps, optimizer_state = optimizer.update(gradients, trained["optimizer"], params)
+    params = jax.tree.map(lambda value, step: value - learning_rate * step, params, steps)
+    after = {"params": params, "optimizer": optimizer_state}
+    if "average" in trained:
+        after["average"] = engine.move_average(trained["average"], params, ema_decay)
+    applied = jnp.isfinite(norm)
+    if "held" in trained:
+        applied &= ~trained["held"]
+    after = engine.where(applied, after, {key: trained[key] for key in after})
+    if "held" in trained:
+        after["held"] = ~applied
+    if "loss_scale" in trained:
+        after["loss_scale"] = engine.move_loss_scale(trained["loss_scale"], applied)
+    return after, {"loss": loss, "grad_norm": norm, "applied": applied}
+
+
+def held_out_step(params, frozen, batch, *, networks, schedule):
+    """The sum of a held-out batch's losses over the devices."""
+    loss = sample_losses(params, frozen, batch, networks, schedule) * batch["weight"]
+    return jax.lax.psum(loss.sum(), engine.AXIS)
+
+
+def load_models(args):
+    """The base model: (pipeline, parameters, schedule).
+
+    `pipeline` holds the networks and the model's own sampler, `parameters` is a dict by part, `schedule` the noise
+    schedule of the training.
+    """
+    base = engine.model_folder(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
+    if args.rescale_betas_zero_snr:
+        changes["rescale_betas_zero_snr"] = True
+    config = engine.load_scheduler_config(base)
+    schedule = FlaxDDPMScheduler.from_config(config | changes)
+    check_prediction_type(schedule.config)
+    steps = args.validation_num_inference_steps if args.validation_prompts else None
+    parts = {"scheduler": engine.sampling_scheduler(config, changes, steps), "tokenizer": engine.load_tokenizer(base)}
+    parameters, half = {}, engine.TYPES[args.mixed_precision]
+    for part in ("unet", "vae", "text_encoder"):
+        parts[part], parameters[part] = engine.load_part(base, part, half, args.variant)
+    if args.gradient_checkpointing:
+        parts["unet"] = parts["unet"].clone(gradient_checkpointing=True)
+    return engine.make_pipeline(base, args.variant, parts), parameters, schedule
+
+
+def check_prediction_type(config):
+    """Objections that need the model's own scheduler, beyond those that the flags alone raise."""
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"the model predicts '{config.prediction_type}'; this script trains epsilon and v_prediction")
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        warn(
+            "with zero terminal SNR the last timestep is pure noise, from which epsilon prediction learns nothing; "
+            "add --prediction_type v_prediction"
+        )
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    command = flags.without_secrets(argv)
+    if args.check_data:
+        return inspection.check_data(flags.data_source(args), args.resolution)
+
+    # --- processes, seed and where to begin --------------------------------------------------------------------------
+    if args.compilation_cache_dir:
+        engine.keep_compiled(args.compilation_cache_dir)
+    engine.connect_hosts()
+    engine.check_precision(args.mixed_precision)
+    mesh = engine.local_mesh()
+    devices = mesh.size * jax.process_count()
+    for notice in args.notices:
+        warn(notice)
+    seed = args.seed if "seed" in args.given else None
+    resume_from, state = engine.from_main(
+        lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, seed, otherwise=args.seed)
+    )
+    engine.from_main(lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="StableDiffusionPipeline"))
+    repository = None
+    if args.push_to_hub:
+        repository = engine.from_main(lambda: hub.open_repository(args.hub_model_id, args.output_dir, args.hub_token))
+
+    # --- data and models ---------------------------------------------------------------------------------------------
+    rows = data.load_rows(**flags.data_source(args))
+    rows = data.take(rows, args.max_train_samples, state.seed)
+    unusable = engine.from_main(lambda: data.check(rows, args.on_bad_sample))
+    rows = rows.without(unusable)
+    rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
+    pipeline, parameters, schedule = load_models(args)
+    networks = {part: getattr(pipeline, part) for part in parameters}
+    tokenizer, vae = pipeline.tokenizer, pipeline.vae
+    if engine.is_main():
+        data.warn_of_long_captions(rows, tokenizer)
+    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_shape = (vae.config.latent_channels, side, side)
+    prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps)
+    samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
+    if held_out_rows is not None:
+        prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
+        held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
+
+    # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
+    window = args.train_batch_size * args.gradient_accumulation_steps * devices
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+    optimizer = engine.make_optimizer((args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon)
+    learning_rate = engine.learning_rate_curve(
+        args.lr_scheduler,
+        args.learning_rate * (window if args.scale_lr else 1),
+        args.lr_warmup_steps,
+        args.max_train_steps,
+        args.lr_num_cycles,
+        args.lr_power,
+    )
+    fp16 = args.mixed_precision == "fp16"  # whose overflows are no fault: they lower the scale of the loss
+    hold = args.on_nan == "stop" and not fp16
+    trained = engine.new_state(parameters.pop("unet"), optimizer, args.use_ema, fp16, hold)
+
+    # --- resume ------------------------------------------------------------------------------------------------------
+    about = {
+        "script": Path(__file__).name,
+        "world_size": devices,
+        "flags": flags.mathematics(args),
+        "data": {"samples": len(rows), "sha256": engine.from_main(rows.fingerprint)},
+    }
+    if resume_from:
+        engine.from_main(lambda: checkpoints.warn_of_differences(resume_from, about))
+        trained = engine.load_state(resume_from, trained, networks["unet"])
+    trained = engine.on_every_device(trained, mesh)
+    frozen = engine.on_every_device(engine.cast(parameters, engine.TYPES[args.mixed_precision]), mesh)
+    trackers = engine.make_trackers(
+        args.report_to,
+        Path(args.output_dir) / args.logging_dir,
+        args.tracker_project_name,
+        reporting.tracker_config(flags.public(args)),
+    )
+
+    def save(state):
+        """Write a checkpoint of a RunState. Returns its folder, or None where it could not be written."""
+        return checkpoints.save(
+            args.output_dir,
+            state,
+            lambda folder: engine.save_state(folder, trained, networks["unet"]),
+            about,
+            args.checkpoints_total_limit,
+            engine.is_main(),
+            engine.any_process,
+        )
+
+    def not_finite(step, loss, before):
+        def keep():
+            folder = save(before)
+            engine.finish(trackers)
+            return folder
+
+        names = data.names_after(samples, before.position, window)
+        reporting.not_finite(step, loss, names, args.on_nan == "stop", keep)
+
+    reporting.announce(jax.tree.leaves(trained["params"]), len(samples), args.max_train_steps, window, state)
+    progress = reporting.Progress(
+        state,
+        args.max_train_steps,
+        args.logging_steps,
+        window,
+        lambda scalars: [float(scalar) for scalar in jax.device_get(scalars)],
+        lambda values, step: engine.log(trackers, values, step),
+        not_finite,
+    )
+
+    prompts = args.validation_prompts or []
+    grids = []  # the last one that this run drew
+    evaluate = engine.over_devices(partial(held_out_step, networks=networks, schedule=schedule), (None, None, 0))
+
+    def result_weights():
+        """The weights that would be saved now."""
+        return trained["average"]["weights"] if args.use_ema else trained["params"]
+
+    def validate():
+        """Held-out loss and pictures with the weights that would be saved now."""
+        progress.flush()
+        if held_out_rows is not None:
+            loss = engine.held_out_loss(evaluate, result_weights(), frozen, held_out, args.train_batch_size, mesh)
+            engine.log(trackers, {"val_loss": loss}, state.step)
+            say(f"update {state.step}: val_loss {loss:.4f}")
+        if prompts:
+            if engine.is_main():
+                pictures = engine.draw_pictures(
+                    pipeline,
+                    frozen | {"unet": result_weights()},
+                    prompts,
+                    state.seed,
+                    latent_shape,
+                    height=args.resolution,
+                    width=args.resolution,
+                    num_inference_steps=args.validation_num_inference_steps,
+                    guidance_scale=args.validation_guidance_scale,
+                )
+                reporting.publish_pictures(trackers, pictures, prompts, state.step, args.output_dir)
+            grids[:] = [reporting.grid_name(state.step)]
+        progress.pause()
+
+    def checkpoint():
+        progress.flush()
+        folder = save(state)
+        progress.pause()
+        return folder
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+    step = engine.over_devices(
+        partial(
+            train_step,
+            networks=networks,
+            schedule=schedule,
+            optimizer=optimizer,
+            snr_gamma=args.snr_gamma,
+            max_grad_norm=args.max_grad_norm,
+            ema_decay=args.ema_decay,
+        ),
+        in_axes=(None, None, 0, None),
+        donate=(0,),
+    )
+    batches = engine.training_batches(
+        samples, state, args.train_batch_size, args.gradient_accumulation_steps, mesh, args.dataloader_num_workers
+    )
+    looks = prompts or held_out_rows is not None
+    cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
+    pace, stopped_by = engine.Pace(), 0
+    with Interruption(engine.largest_of_processes(mesh)) as interruption:
+        while state.step < args.max_train_steps and not stopped_by:
+            rate = np.float32(learning_rate(state.step))
+            trained, seen = step(trained, frozen, next(batches), rate)
+            pace(seen["loss"])
+            state.micro_step += args.gradient_accumulation_steps
+            # As in the torch scripts: the end of an update.
+            state.position = state.position.advance(window, len(samples))
+            updated = not fp16 or bool(seen["applied"])  # False: an overflow, only data moved on
+            if updated:
+                state.step += 1
+                progress.update(state, seen["loss"], seen["grad_norm"], learning_rate(state.step))
+            else:
+                progress.skip()
+            stopped_by = interruption.signal()
+            if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
+                newest = checkpoint()
+            if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
+                validate()
+    progress.close()
+    if stopped_by:
+        engine.finish(trackers)
+        if newest is None:
+            raise UserError(f"stopped after update {state.step}, which could not be saved", exit_code=1)
+        say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
+        return 128 + stopped_by
+
+    engine.say_skipped(rows.findings.skipped)
+
+    # --- the result --------------------------------------------------------------------------------------------------
+    if engine.is_main():
+        with checkpoints.rescue(
+            args.output_dir, state.step, lambda folder: engine.save_state(folder, trained, networks["unet"])
+        ):
+            engine.save_pipeline(args.output_dir, pipeline, parameters | {"unet": jax.device_get(result_weights())})
+            hub.write_card(
+                args.output_dir,
+                title=repository or Path(args.output_dir).resolve().name,
+                base_model=args.pretrained_model_name_or_path,
+                data=args.dataset_name,
+                tags=["stable-diffusion", "stable-diffusion-diffusers"],
+                facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
+                usage=USAGE_IN_TORCH.format(model=repository or args.output_dir),
+                pictures=[(grid, prompts) for grid in grids],
+                licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
+            )
+        reporting.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
+        if repository:
+            hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
+    engine.finish(trackers)
+    return 0
+
+
+if __name__ == "__main__":
+    reporting.run(main)
