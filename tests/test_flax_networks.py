@@ -28,7 +28,7 @@ from flax_diffusion import (
     ModelError,
     schedulers,
 )
-from flax_diffusion.networks import PARTS
+from flax_diffusion.networks import PARTS, _convolve
 from flax_diffusion.weights import load_part, save_part, tensor_shapes, to_tensors
 
 TOLERANCE = 1e-4
@@ -595,3 +595,18 @@ def test_other_samplers_are_replaced_by_ddim():
     assert type(schedulers.for_sampling(SD | {"_class_name": "FlaxDDPMScheduler"})) is FlaxDDPMScheduler
     with pytest.raises(ModelError, match="FlowMatchEulerDiscreteScheduler"):
         schedulers.for_sampling({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+
+
+def test_a_convolution_over_fewer_pixels_than_its_kernel_has():
+    """Computed as a product of matrices, for speed on a CPU; its value and gradients are lax's."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((2, 2, 1, 3), np.float32), rng.standard_normal((3, 3, 3, 5), np.float32)
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    ours, theirs = (
+        jax.value_and_grad(
+            lambda x, kernel, function=function: (function(x, kernel, (1, 1), [(1, 1), (1, 1)], **options) ** 2).sum(),
+            argnums=(0, 1),
+        )(x, kernel)
+        for function in (_convolve, jax.lax.conv_general_dilated)
+    )
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), ours, theirs)
