@@ -43,6 +43,7 @@ OURS_FOR_KANDINSKY = {
     "decoder_revision": (str, None),
     "random_crop": (bool, False),
     "reducing_gap": (float, 1.0),
+    "image_interpolation_mode": (str, "bicubic"),
     "validation_guidance_scale": (float, 4.0),
 }
 # Known from one script and taken over by others.
@@ -63,7 +64,7 @@ ELSEWHERE = {
     "timestep_bias_portion": (float, 0.25),
     "variant": (str, None),
     "random_flip": (bool, False),
-    "image_interpolation_mode": (str, "bicubic"),
+    "image_interpolation_mode": (str, "lanczos"),
     "noise_offset": (float, 0.0),
     "scale_lr": (bool, False),
     "gradient_checkpointing": (bool, False),
