@@ -142,8 +142,10 @@ def test_command_line_is_frozen(script, monkeypatch):
         if "choices" in fact or name not in CHOICES_ADDED:
             assert sorted(choices or []) == sorted(fact.get("choices", [])), name
     ours = OURS | (OURS_FOR_ADAPTERS if "lora" in script else {})
-    ours |= {name: (ELSEWHERE | OURS_FOR_KANDINSKY)[name] for name in TAKEN_OVER[script]}
-    if "prior" in script or "decoder" in script:
+    kandinsky = "prior" in script or "decoder" in script
+    elsewhere = ELSEWHERE | (OURS_FOR_KANDINSKY if kandinsky else {})
+    ours |= {name: elsewhere[name] for name in TAKEN_OVER[script]}
+    if kandinsky:
         ours = {name: fact for name, fact in ours.items() if name not in NOT_FOR_KANDINSKY}
     if "flax" in script:
         ours = {name: fact for name, fact in ours.items() if name not in NOT_IN_JAX}
