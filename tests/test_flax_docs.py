@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from flax_runs import COMPILED, compiled_once
 from packaging.requirements import Requirement
-from test_readme import SMALLER, bash_commands, on_tiny_models, python_snippets
+from test_readme import README, SMALLER, bash_commands, on_tiny_models, python_snippets
 
 import train_text_to_image_flax
 from flax_diffusion import FlaxStableDiffusionPipeline
@@ -47,6 +47,13 @@ def test_train(my_model):
 
 def test_continue(my_model, sd, pictures):
     words = on_tiny_models(COMMANDS[1], sd, None, None, pictures, my_model / "my_model")
+    with compiled_once():
+        assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
+
+
+def test_the_command_of_the_readme(sd, pictures, tmp_path):
+    (command,) = bash_commands(README, "python train_text_to_image_flax.py")
+    words = on_tiny_models(command, sd, None, None, pictures, tmp_path / "out")
     with compiled_once():
         assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
 
