@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, RUNNERS, result_bytes, result_weights, two_processes
+from conftest import ROOT, RUNNERS, relative_difference, result_bytes, result_weights, two_processes
 from safetensors.torch import load_file
 from tiny import build_sd
 
@@ -67,6 +67,34 @@ def test_an_update_that_is_not_finite_is_skipped_on_request(run, tmp_path, monke
     monkeypatch.undo()
     run(cut, *flags, "--resume_from_checkpoint", "latest")
     assert result_bytes(cut) == result_bytes(tmp_path)
+
+
+POISONED = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+from training_utils import engine
+real = engine.training_batches
+def poisoned(*args):
+    for number, batch in enumerate(real(*args), start=1):
+        if number == 4 and os.environ["RANK"] == "1":
+            batch = batch | {{"noise": batch["noise"] * float("nan")}}
+        yield batch
+engine.training_batches = poisoned
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_loss_of_one_process_that_is_not_finite_stops_both(run, tmp_path):
+    wrapper, out = tmp_path / "poisoned.py", tmp_path / "out"
+    wrapper.write_text(POISONED.format(root=str(ROOT)))
+    process = run.start(out, "--train_batch_size", "2", launcher=[*two_processes(), str(wrapper)])
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and said.count("update 4 is not finite") == 1, said
+    assert [folder.name for folder in checkpoints.listed(out)] == ["checkpoint-3"]
+    run(out, "--resume_from_checkpoint", "latest")
+    run(tmp_path / "whole")
+    assert relative_difference(out, tmp_path / "whole") < 1e-5
 
 
 def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(run, tmp_path, monkeypatch):
@@ -307,27 +335,29 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_second_signal_ends_a_run_at_once_and_damages_nothing(run, tmp_path, processes):
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_second_signal_ends_a_run_at_once_and_damages_nothing(run, tmp_path, number, processes):
     """The first one makes it write a checkpoint, which takes a minute here."""
     wrapper, out = tmp_path / "slow.py", tmp_path / "out"
     wrapper.write_text(SLOW_SAVE.format(root=str(ROOT)))
     launcher = [*(two_processes() if processes == 2 else [sys.executable]), str(wrapper)]
     process = run.start(out, "--max_train_steps", "9000", "--checkpointing_steps", "20", launcher=launcher)
     began = wait_for(process, out, "checkpoint-20")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     wait_for(process, out, ".checkpoint-*.partial")
     time.sleep(3)  # within two seconds it would be taken for the same request
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.communicate(timeout=50)
     assert process.returncode != 0 and time.monotonic() - began < 55
     assert not running(out)
     assert [folder.name for folder in checkpoints.listed(out)] == ["checkpoint-20"]
     assert checkpoints.damage(out / "checkpoint-20") is None
-    run(out, "--max_train_steps", "22", "--resume_from_checkpoint", "latest")
-    run(tmp_path / "whole", "--max_train_steps", "22", "--train_batch_size", str(4 * processes))
+    run(out, "--max_train_steps", "22", "--resume_from_checkpoint", "latest", "--train_batch_size", 4 * processes)
+    run(tmp_path / "whole", "--max_train_steps", "22", "--train_batch_size", 4 * processes)
     if processes == 1:
         assert result_bytes(out) == result_bytes(tmp_path / "whole")
+    else:
+        assert relative_difference(out, tmp_path / "whole") < 1e-5
 
 
 def wait_for(process, folder, pattern):
