@@ -12,7 +12,10 @@ def parse_args(argv=None):
         flags.KANDINSKY,
         (
             flags.DATA[0],
-            [*flags.without(flags.DATA, "caption_column", "center_crop", "caption_dropout"), *flags.KANDINSKY_DECODER],
+            [
+                *flags.without(flags.DATA, "train_data_dir", "caption_column", "center_crop", "caption_dropout"),
+                *flags.KANDINSKY_DECODER,
+            ],
         ),
         flags.TRAINING,
         flags.OPTIMIZATION,

@@ -227,6 +227,8 @@ KANDINSKY_DEFAULTS = {"train_batch_size": 1, "adam_weight_decay": 0.0, "validati
 KANDINSKY_RESOLUTION = Flag("resolution", whole(1), 512, "side of the validation pictures; CLIP's image processor "
                             "sizes the training pictures")
 KANDINSKY_DECODER = [
+    Flag("train_data_dir", help="folder of pictures; captions are neither needed nor read; with --dataset_name it is "
+         "passed on as data_dir"),
     Flag("random_crop", bool, False, "train on a random square of each picture instead of its middle"),
     Flag("reducing_gap", number(1), 1.0, "how exactly large pictures are made smaller: 1 is quickest, 3 hardly "
          "differs from exact"),
