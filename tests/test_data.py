@@ -323,6 +323,15 @@ def test_max_train_samples(pictures, capsys):
     assert "more than the 10 pictures" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("most", [1, 2, 9])
+def test_a_few_rows_of_many_are_checked_as_themselves(pictures, most):
+    """The datasets library cuts a run of rows out of its table, and keeps a list of indices for other selections."""
+    for seed in range(4):
+        rows = data.take(data.load_rows(folder=pictures), most, seed)
+        assert data.check(rows) == [] and len(rows) == most
+        assert [int(Path(rows.name(index)).stem) for index in range(most)] == list(rows.numbers)
+
+
 def test_long_captions_are_counted(tmp_path, sd, capsys):
     from transformers import CLIPTokenizer
 

@@ -13,7 +13,7 @@ from test_faults import (  # noqa: F401
     test_a_result_that_does_not_fit_is_in_the_last_checkpoint,
     test_killed_six_times_and_equal_to_the_bit,
 )
-from test_fuzz import test_command_lines, test_many_command_lines  # noqa: F401
+from test_fuzz import test_command_lines  # noqa: F401
 from test_security import test_nothing_that_is_written_holds_the_token  # noqa: F401
 
 from training_utils import checkpoints, jax_engine

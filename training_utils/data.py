@@ -46,13 +46,15 @@ class Rows:
 
     `dataset` is a datasets.Dataset whose picture column is not decoded; `caption_column` is None where only the
     pictures matter; `root` is the folder of the pictures, resolved, where they are files; `findings` are shared with
-    the rows that are selected from these; `numbers` are the rows' places in the whole data set.
+    the rows that are selected from these; `numbers` are the rows' places in the whole data set, whose pictures are
+    `stored`, an Arrow column.
     """
 
-    def __init__(self, dataset, image_column, caption_column, root=None, findings=None, numbers=None):
+    def __init__(self, dataset, image_column, caption_column, root=None, findings=None, numbers=None, stored=None):
         self.dataset, self.image_column, self.caption_column, self.root = dataset, image_column, caption_column, root
         self.findings = Findings() if findings is None else findings
         self.numbers = np.arange(len(dataset)) if numbers is None else numbers
+        self.stored = dataset.data.column(image_column) if stored is None else stored
         self._pictures = dataset[image_column]  # read when they are indexed, like the captions
         self._captions = None if caption_column is None else dataset[caption_column]
 
@@ -63,7 +65,8 @@ class Rows:
         """The rows with these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         columns = (self.image_column, self.caption_column)
-        return Rows(self.dataset.select(indices), *columns, self.root, self.findings, self.numbers[indices])
+        numbers = self.numbers[indices]
+        return Rows(self.dataset.select(indices), *columns, self.root, self.findings, numbers, self.stored)
 
     def without(self, indices):
         """The rows but for those with these indices."""
@@ -83,13 +86,11 @@ class Rows:
 
     def are_files(self):
         """Whether every picture is a file by itself, whose header can be read without all the rest."""
-        chunks = self.dataset.data.column(self.image_column).chunks
-        return all(chunk.field("bytes").null_count == len(chunk) for chunk in chunks)
+        return all(chunk.field("bytes").null_count == len(chunk) for chunk in self.stored.chunks)
 
     def without_picture(self):
         """The indices of the rows whose picture is null."""
-        chunks = self.dataset.data.column(self.image_column).chunks  # of the whole data set, whatever was selected
-        null = np.concatenate([np.zeros(0, bool), *(chunk.is_null().to_numpy(False) for chunk in chunks)])
+        null = np.concatenate([np.zeros(0, bool), *(chunk.is_null().to_numpy(False) for chunk in self.stored.chunks)])
         return np.flatnonzero(null[self.numbers])
 
     def captions(self, index):
