@@ -415,7 +415,7 @@ def main(argv=None):
                 state.step += 1
                 progress.update(state, seen["loss"], seen["grad_norm"], learning_rate(state.step))
             else:
-                progress.skip()
+                progress.skip(checkpoint)
             stopped_by = interruption.signal()
             if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
                 newest = checkpoint()

@@ -312,7 +312,9 @@ def main(argv=None):
         accelerator,
         optimizer,
         args.on_nan == "stop",
-        lambda good: saved.keep(args.output_dir, good, about, args.checkpoints_total_limit),
+        lambda good: saved.keep(
+            args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step
+        ),
         lambda before: data.names_after(samples, before.position, window),
     )
     progress = reporting.Progress(
@@ -405,11 +407,11 @@ def main(argv=None):
             if updated:
                 lr_scheduler.step()
                 if ema is not None:
-                    ema.step()
+                    ema.step(guard.held)
                 state.step += 1
                 progress.update(state, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
             else:
-                progress.skip()
+                progress.skip(checkpoint)
             stopped_by = interruption.signal()
             if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
                 newest = checkpoint()

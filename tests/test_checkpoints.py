@@ -132,6 +132,25 @@ def test_killed_before_any_single_operation(tmp_path):
     assert at > 15
 
 
+def test_a_checkpoint_that_was_moved_aside_and_not_replaced_comes_back(tmp_path, monkeypatch):
+    """A save over a checkpoint of the same step renames twice; the kill, or the disk's failure, comes in between."""
+    folder = save(tmp_path, 3)
+    os.rename(folder, tmp_path / ".checkpoint-3.old")
+    assert checkpoints.start(tmp_path, "latest", None)[0] == folder
+    real, calls = os.rename, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    assert save(tmp_path, 3) is None
+    monkeypatch.undo()
+    assert checkpoints.damage(folder) is None and names(tmp_path) == ["checkpoint-3"]
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[90] ^= 1

@@ -38,8 +38,9 @@ def poison(monkeypatch, run, *micro_steps, value=float("nan")):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tmp_path, monkeypatch, value):
     """Update 4 takes the first four pictures of the second epoch; the losses are fetched after update 6."""
-    run, flags = each, ["--checkpointing_steps", "100", "--logging_steps", "6"]
-    run(tmp_path / "whole", "--checkpointing_steps", "3")
+    average = ["--use_ema", "--ema_decay", "0.9"] if value == float("inf") else []
+    run, flags = each, ["--checkpointing_steps", "100", "--logging_steps", "6", *average]
+    run(tmp_path / "whole", "--checkpointing_steps", "3", *average)
     with monkeypatch.context() as patch:
         poison(patch, run, 4, value=value)
         sentence, code = run.fails(tmp_path / "out", *flags)
@@ -53,15 +54,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tm
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_an_update_that_is_not_finite_is_skipped_on_request(run, tmp_path, monkeypatch, capsys, optimizer):
     flags = ["--on_nan", "skip", "--checkpointing_steps", "1", "--optimizer", optimizer]
-    flags += ["--gradient_accumulation_steps", "2", "--train_batch_size", "2"]
+    flags += ["--gradient_accumulation_steps", "2", "--train_batch_size", "2", "--use_ema", "--ema_decay", "0.9"]
     poison(monkeypatch, run, 7)  # the first half of update 4
     run(tmp_path, *flags)
     assert "update 4 is not finite" in capsys.readouterr().err
     assert all(weight.isfinite().all() for weight in result_weights(tmp_path).values())
-    name = "unet/diffusion_pytorch_model.safetensors"
-    before, after, next_one = (load_file(tmp_path / f"checkpoint-{step}/{name}") for step in (3, 4, 5))
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert any(not torch.equal(after[key], next_one[key]) for key in before)
+    for part in ("unet", "unet_ema"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        before, after, next_one = (load_file(tmp_path / f"checkpoint-{step}/{name}") for step in (3, 4, 5))
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert any(not torch.equal(after[key], next_one[key]) for key in before)
     cut = tmp_path / "cut"
     shutil.copytree(tmp_path / "checkpoint-5", cut / "checkpoint-5")
     monkeypatch.undo()
@@ -258,6 +260,27 @@ def test_a_folder_that_is_removed_meanwhile(each, tmp_path, monkeypatch):
     assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
 
 
+def test_half_of_a_result_does_not_stand_in_the_way(run, run_lora, tmp_path):
+    """A disk that became full just then leaves an empty index; the same command, once there is room, completes it."""
+    for script, name in ((run, "model_index.json"), (run_lora, "pytorch_lora_weights.safetensors")):
+        for content in (b"", b"[]", b"\x10"):
+            out = tmp_path / script.script / content.hex()
+            out.mkdir(parents=True)
+            (out / name).write_bytes(content)
+            assert script(out, "--max_train_steps", "1") == 0
+
+
+def test_one_partition_that_is_full_for_everything(run, small_disk, monkeypatch):
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    module = importlib.import_module(run.script)
+    real = module.save_result
+    monkeypatch.setattr(module, "save_result", lambda *args: (fill(small_disk), real(*args)))
+    sentence, code = run.fails(small_disk / "out")
+    assert "could not be written" in sentence and "nor its weights" in sentence and code == 1
+
+
 # --- trackers and the hub --------------------------------------------------------------------------------------------
 
 
@@ -399,6 +422,42 @@ def test_a_process_that_dies_takes_the_others_with_it_in_order(run, tmp_path):
     assert not running(out)
     assert "process 0 lost another process of this run" in said or "stopped after update" in said, said
     assert checkpoints.find(out, "latest") is not None
+
+
+ELSEWHERE = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+if os.environ["RANK"] == "1":  # as on a second machine that lacks the folder
+    sys.argv[sys.argv.index("--pretrained_model_name_or_path") + 1] = "nowhere/model"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_what_one_process_alone_meets_is_said(run, tmp_path):
+    wrapper = tmp_path / "elsewhere.py"
+    wrapper.write_text(ELSEWHERE.format(root=str(ROOT)))
+    said, _ = run.start(tmp_path / "out", launcher=[*two_processes(), str(wrapper)]).communicate(timeout=120)
+    assert said.count("error: base model nowhere/model is neither a folder nor found on the hub") == 1, said
+
+
+def test_a_token_that_was_handed_on_is_the_flag(monkeypatch):
+    """For the upload and nothing else: under the client's own name it would be used for downloads too."""
+    import train_text_to_image
+    from training_utils import flags
+
+    asked = {}
+    monkeypatch.setattr(os, "execv", lambda program, words: asked.update(words=words))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "script.py", "--hub_token", "hf_secret", "--seed", "1"])
+    monkeypatch.setenv(flags.HANDED_ON, "")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    words = ["--pretrained_model_name_or_path", "x", "--train_data_dir", str(ROOT)]
+    flags.hide_secrets(train_text_to_image.parse_args([*words, "--hub_token", "hf_secret"]))
+    assert asked["words"] == [sys.executable, "script.py", "--seed", "1"] and "HF_TOKEN" not in os.environ
+    args = train_text_to_image.parse_args(words)
+    assert args.hub_token == "hf_secret" and "hf_secret" not in str(flags.public(args))
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("once is enough"))
+    flags.hide_secrets(args)
 
 
 def test_the_token_is_not_in_the_list_of_processes(run, tmp_path):

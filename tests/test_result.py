@@ -230,6 +230,8 @@ BAD_BASES = {
     "broken": "part 'unet' of base model",
     "no index": "has no model_index.json",
     "no such variant": "has no weights of --variant fp61",
+    "half an index": "model_index.json cannot be read",
+    "an index of something else": "it holds no JSON object",
 }
 
 
@@ -246,6 +248,10 @@ def test_a_base_model_that_cannot_be_used(run, tmp_path, sd, what):
         (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
     if what == "no index":
         (base / "model_index.json").unlink()
+    if what == "half an index":
+        (base / "model_index.json").write_text('{"_class_name"')
+    if what == "an index of something else":
+        (base / "model_index.json").write_text("[]")
     if what == "sdxl":
         index = json.loads((base / "model_index.json").read_text())
         (base / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))

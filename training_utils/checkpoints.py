@@ -78,7 +78,12 @@ def save(root, state, write, about, limit=None, main=True, any_of=lambda failed:
             _seal(partial, state, about)
             if final.exists():
                 os.rename(final, old)
-            os.rename(partial, final)
+            try:
+                os.rename(partial, final)
+            except OSError:
+                if old.exists():
+                    os.rename(old, final)
+                raise
             _flush(root)
 
     failure = None
@@ -106,18 +111,19 @@ def rescue(root, step, save_weights):
         yield
     except Exception as error:  # as in `save`
         what = f"the result could not be written into {root} ({reason_of(error)})"
-        stands = [folder for folder in listed(root) if step_of(folder) == step and damage(folder) is None]
-        if stands:
+        standing = whole_at(root, step)
+        if standing:
             raise UserError(
-                f"{what}, but its weights are in {stands[0]}: make room, and run the same command once more with "
+                f"{what}, but its weights are in {standing}: make room, and run the same command once more with "
                 "--resume_from_checkpoint latest",
                 exit_code=1,
             ) from error
-        refuge = Path(tempfile.mkdtemp(prefix="weights-"))
         try:
+            refuge = Path(tempfile.mkdtemp(prefix="weights-"))
             save_weights(refuge)
         except Exception as second:
-            raise UserError(f"{what}, nor its weights into {refuge} ({reason_of(second)})", exit_code=1) from error
+            where = tempfile.gettempdir()
+            raise UserError(f"{what}, nor its weights into {where} ({reason_of(second)})", exit_code=1) from error
         raise UserError(f"{what}; its weights, alone, are in {refuge}", exit_code=1) from error
 
 
@@ -181,9 +187,18 @@ def _prune(root, limit):
 
 
 def clear_left_overs(root):
-    """Remove what a killed run left of a checkpoint that it was writing or deleting."""
+    """Remove what a killed run left of a checkpoint that it was writing or deleting.
+
+    One that it had moved aside, to put another in its place, and had not replaced yet, goes back.
+    """
     for path in Path(root).iterdir() if Path(root).is_dir() else []:
-        if LEFT_OVER.fullmatch(path.name):
+        left = LEFT_OVER.fullmatch(path.name)
+        if left is None:
+            continue
+        final = Path(root) / path.name.strip(".").rsplit(".", 1)[0]
+        if left[1] == "old" and not final.exists() and damage(path) is None:
+            os.rename(path, final)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -208,6 +223,12 @@ def listed(root):
 def _written(folder):
     manifest = read_manifest(folder)
     return manifest["written"] if manifest and "written" in manifest else folder.stat().st_mtime
+
+
+def whole_at(root, step):
+    """The checkpoint of a step under `root`, if a whole one stands there, or None."""
+    folder = Path(root) / _names(step)[0]
+    return folder if folder.is_dir() and damage(folder) is None else None
 
 
 def damage(folder, contents=True):
@@ -312,6 +333,7 @@ def start(root, wanted, seed, otherwise=None):
         tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise UserError(f"--output_dir {root} cannot be written to: {error.strerror}") from None
+    clear_left_overs(root)
     folder = find(root, wanted)
     manifest = read_manifest(folder) if folder else None
     if manifest is not None:
@@ -343,15 +365,20 @@ def refuse_another_result(root, pipeline=None, adapted=()):
     """
     index, adapters = Path(root) / "model_index.json", Path(root) / "pytorch_lora_weights.safetensors"
     have = None
-    if pipeline and index.is_file():
-        have = json.loads(index.read_text()).get("_class_name")
-        have = have if have != pipeline else None
-    elif adapted and adapters.is_file():
-        from safetensors import safe_open
+    try:
+        if pipeline and index.is_file():
+            name = json.loads(index.read_text())["_class_name"].removeprefix(
+                "Flax"
+            )  # the JAX script of old wrote that
+            have = name if name != pipeline else None
+        elif adapted and adapters.is_file():
+            from safetensors import safe_open
 
-        with safe_open(adapters, "np") as file:
-            parts = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-        have = f"adapters of {', '.join(sorted(parts))}" if not parts & set(adapted) else None
+            with safe_open(adapters, "np") as file:
+                parts = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            have = f"adapters of {', '.join(sorted(parts))}" if not parts & set(adapted) else None
+    except Exception:  # half of a result, which a full disk or a kill has left: there is nothing to lose
+        return
     if have:
         raise UserError(
             f"--output_dir {root} holds the result of another run, {have}; give this one a folder of its own"

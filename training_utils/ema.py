@@ -26,13 +26,20 @@ class EMAWeights(EMAModel):
                 self.pin_memory()
 
     @torch.no_grad()
-    def step(self):
-        """Move the average towards the parameters, once per optimizer update."""
+    def step(self, held=None):
+        """Move the average towards the parameters, once per optimizer update.
+
+        `held` is a scalar tensor, 1 where the update was held back and the average is to stay too, else 0; None where
+        no update is held back.
+        """
         self.optimization_step += 1
         weight = 1 - self.get_decay(self.optimization_step)
         parameters = [parameter.detach() for parameter in self.parameters]
+        if held is not None:
+            weight = weight * (1 - held)
         if not self.offload:
-            torch._foreach_lerp_(self.shadow_params, parameters, weight)
+            weights = weight if held is None else [weight] * len(parameters)
+            torch._foreach_lerp_(self.shadow_params, parameters, weights)
             return
         for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
             moved = shadow.to(parameter.device, non_blocking=True).lerp_(parameter, weight)

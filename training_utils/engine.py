@@ -2,7 +2,6 @@
 
 import datetime
 import inspect
-import json
 import os
 import signal
 from functools import partial
@@ -13,7 +12,7 @@ import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
-from . import checkpoints, data
+from . import checkpoints, data, hub
 from .data import UpdateSampler, collate
 from .interruption import SIGNALS
 from .reporting import UserError, not_finite, reason_of, tell_trackers, warn
@@ -75,6 +74,7 @@ def from_main(accelerator, make):
     if accelerator.num_processes > 1:
         result = broadcast_object_list([result])[0]
     if isinstance(result, UserError):
+        result.everywhere = True
         raise result
     return result
 
@@ -150,10 +150,7 @@ def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=No
         except Exception as error:  # the hub client raises a dozen kinds, its transport more
             reason = reason_of(error)
             raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"base model {name} has no model_index.json; it must be a folder in diffusers' layout")
-    family, wanted = json.loads(index.read_text()).get("_class_name", ""), pipeline_class.__name__
+    family, wanted = str(hub.read_index(folder).get("_class_name", "")), pipeline_class.__name__
     if any((word in family) != (word in wanted) for word in ("XL", "Kandinsky", "V22", "Prior")):
         raise UserError(f"base model {name} is for {family}; this script trains {wanted} models")
     if trained and variant is not None and not any(folder.glob(f"*/*.{variant}*")):
@@ -299,26 +296,26 @@ class FiniteGuard:
     optimizers have no such switch, so for them the norm is fetched. Under fp16 loss scaling accelerate sees to it.
 
     When to `stop`, one such update also holds back all that follow, so that the weights stay in the last good state
-    until it is noticed, when the losses are fetched; `keep(state)` then writes it. (An average goes on towards these
-    weights meanwhile.) Else the run goes on with the next update. `names(state)` lists the pictures of the update
-    after a RunState.
+    until it is noticed, when the losses are fetched; `keep(state)` then writes it. Else the run goes on with the next
+    update. `names(state)` lists the pictures of the update after a RunState. `held` is a scalar tensor that says
+    whether the last update was held back, for an average of the weights; None under loss scaling.
     """
 
     def __init__(self, accelerator, optimizer, stop, keep, names):
         self.accelerator, self.stop, self.keep, self.names = accelerator, stop, keep, names
         self.optimizer = optimizer.optimizer  # the one inside accelerate's wrapper
         self.on_device = all(group.get("fused") for group in self.optimizer.param_groups)
-        self.bad = torch.zeros((), device=accelerator.device)
+        self.held = torch.zeros((), device=accelerator.device) if accelerator.scaler is None else None
 
     def look_at(self, grad_norm):
         """Hold back the coming update if this norm, of all processes' gradient, is not finite."""
-        if self.accelerator.scaler is not None:
+        if self.held is None:
             return
         bad = (~grad_norm.isfinite()).float()
-        self.bad = torch.maximum(self.bad, bad) if self.stop else bad
+        self.held = torch.maximum(self.held, bad) if self.stop else bad
         if self.on_device:
-            self.optimizer.found_inf = self.bad
-        elif self.bad.item():
+            self.optimizer.found_inf = self.held
+        elif self.held.item():
             self.optimizer.zero_grad(set_to_none=True)
 
     def report(self, step, loss, before):
@@ -466,10 +463,18 @@ class TrainingState:
                     moments["step"] = moments["step"].to(parameter.device if group.get("fused") else "cpu")
         restart_schedule(self.optimizer, self.lr_scheduler, step)
 
-    def keep(self, root, state, about, limit):
-        """`save_checkpoint` for a run that goes back to an earlier RunState, whose weights it still has."""
+    def keep(self, root, state, about, limit, ema, held_back):
+        """`save_checkpoint` for a run that goes back to an earlier RunState, whose weights it still has.
+
+        `held_back` is the number of updates since. A whole checkpoint that stands there already is returned as it is.
+        """
+        if ema is not None:
+            ema.optimization_step -= held_back
         restart_schedule(self.optimizer, self.lr_scheduler, state.step)
-        return self.save_checkpoint(root, state, about, limit)
+        standing = checkpoints.whole_at(root, state.step) if self.accelerator.is_main_process else None
+        if self.accelerator.num_processes > 1:
+            standing = broadcast_object_list([standing])[0]
+        return standing or self.save_checkpoint(root, state, about, limit)
 
     def save_checkpoint(self, root, state, about, limit):
         """One whole checkpoint of a RunState under `root`; None, and a warning, if it failed. See checkpoints.save."""

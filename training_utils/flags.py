@@ -241,7 +241,8 @@ REPORTING = ("Logs and the hub", [
     Flag("logging_steps", whole(1), 10, "updates between two looks at the losses; every update is still logged"),
     Flag("tracker_project_name", str, "text2image-fine-tune", "the project's name in the tracker"),
     Flag("push_to_hub", bool, False, "upload the result when it stands"),
-    Flag("hub_token", help="token for the upload; `hf auth login` keeps it out of the shell history"),
+    Flag("hub_token", help="token for the upload; `hf auth login` keeps it out of the shell history and the list "
+         "of processes"),
     Flag("hub_model_id", help="repository to upload to; left out, the name of --output_dir"),
 ])
 # fmt: on
@@ -262,6 +263,7 @@ MATHEMATICS = frozenset(
     """.split()
 )
 SECRETS = frozenset(["hub_token"])
+HANDED_ON = "TRAINING_HUB_TOKEN"  # the environment variable in which `hide_secrets` hands the token on
 
 
 class _Parser(argparse.ArgumentParser):
@@ -318,6 +320,8 @@ def parse(argv, description, groups, defaults=None):
     given = vars(parser.parse_args(argv))
     values = {flag.name: flag.default for _, flags in groups for flag in flags} | (defaults or {}) | given
     args = argparse.Namespace(**values, given=frozenset(given))
+    if args.hub_token is None:
+        args.hub_token = os.environ.get(HANDED_ON)
     if "LOCAL_RANK" in os.environ:
         args.local_rank = int(os.environ["LOCAL_RANK"])
     problem = _contradiction(args)
@@ -379,10 +383,18 @@ def _contradiction(args):
 def hide_secrets(args):
     """Start this process anew without its secrets in the command line, which every user of a machine can list.
 
-    The token goes on in the environment, which others cannot read, under the name that the hub's client looks for.
+    The token goes on in the environment, which others cannot read. A launcher's command line is not ours to change.
     """
-    if getattr(args, "hub_token", None) and os.name == "posix":
-        os.environ["HF_TOKEN"] = args.hub_token
+    if "hub_token" in args.given and os.name == "posix":
+        if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() and os.environ.get(
+            "RANK", "0"
+        ) == "0":
+            print(
+                "warning: the launcher shows --hub_token to every user of this machine, in the list of processes; "
+                "`hf auth login`, once, makes the flag unnecessary",
+                file=sys.stderr,
+            )
+        os.environ[HANDED_ON] = args.hub_token
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *without_secrets(sys.orig_argv[1:])])
 

@@ -1,7 +1,9 @@
 """The model card and the upload to the hub."""
 
 import html
+import json
 import os
+import shlex
 from pathlib import Path
 
 from .reporting import UserError, reason_of, say
@@ -23,6 +25,22 @@ def open_repository(name, output_dir, token):
     except Exception as error:  # refused, unauthorised, unreachable: the client raises a dozen kinds
         reason = reason_of(error)
         raise UserError(f"--push_to_hub cannot open repository {name} ({reason}); see `hf auth login`") from None
+
+
+def read_index(folder):
+    """The model_index.json of a pipeline's folder, a dict. Raises UserError where there is none that can be read."""
+    path = Path(folder) / "model_index.json"
+    try:
+        index = json.loads(path.read_text())
+    except OSError:
+        raise UserError(
+            f"base model {folder} has no model_index.json; it must be a folder in diffusers' layout"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {reason_of(error)}") from None
+    if not isinstance(index, dict):
+        raise UserError(f"{path} cannot be read: it holds no JSON object")
+    return index
 
 
 def public_name(name):
@@ -95,10 +113,10 @@ def upload(folder, repository, token, allowed):
         )
     except Exception as error:
         reason = reason_of(error)
-        patterns = " ".join(f"--include '{pattern}'" for pattern in allowed)
+        patterns = shlex.join(word for pattern in allowed for word in ("--include", pattern))
         raise UserError(
             f"the model stands in {folder}, but the upload failed ({reason}); push it later with: "
-            f"hf upload {repository} {folder} . {patterns}",
+            f"{shlex.join(['hf', 'upload', repository, str(folder), '.'])} {patterns}",
             exit_code=1,
         ) from None
     say(f"pushed to {repository}")

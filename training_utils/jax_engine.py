@@ -33,7 +33,7 @@ from safetensors.numpy import load_file, save_file
 from flax_diffusion import FlaxStableDiffusionPipeline, ModelError, schedulers, weights
 from flax_diffusion.pipeline import LATENTS, fetch
 
-from . import data
+from . import data, hub
 from .reporting import UserError, reason_of, tell_trackers, warn
 
 AXIS = "batch"
@@ -133,6 +133,7 @@ def from_main(make):
         packed = packed if is_main() else np.zeros(length, dtype=np.uint8)
         result = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(packed), dtype=np.uint8).tobytes())
     if isinstance(result, UserError):
+        result.everywhere = True
         raise result
     return result
 
@@ -189,10 +190,7 @@ def model_folder(name, revision=None, variant=None, cache_dir=None):
         folder = fetch(name, revision, variant, cache_dir)
     except ModelError as error:
         raise UserError(f"base {error}") from None
-    index = folder / INDEX
-    if not index.is_file():
-        raise UserError(f"base model {name} has no {INDEX}; it must be a folder in diffusers' layout")
-    family = json.loads(index.read_text()).get("_class_name", "")
+    family = str(hub.read_index(folder).get("_class_name", ""))
     if "XL" in family or "Kandinsky" in family:
         raise UserError(f"base model {name} is for {family}; this script trains StableDiffusionPipeline models")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):

@@ -18,10 +18,13 @@ from .interruption import follow_launcher
 
 
 class UserError(Exception):
-    """Something a user can mend, in one sentence. `exit_code` is 2 for a wrong command or data set, else 1;
-    `everywhere` is False for an error that only one of several processes may have met."""
+    """Something a user can mend, in one sentence. `exit_code` is 2 for a wrong command or data set, else 1.
 
-    def __init__(self, message, exit_code=2, everywhere=True):
+    `everywhere` is True for an error that all processes raise together, and False for one that one of them met by
+    itself; None where that is not known.
+    """
+
+    def __init__(self, message, exit_code=2, everywhere=None):
         super().__init__(message)
         self.exit_code, self.everywhere = exit_code, everywhere
 
@@ -62,6 +65,8 @@ def run(main):
     try:
         code = main(argv)
     except UserError as error:
+        if error.everywhere is None and not _first_process():
+            time.sleep(2)  # where all have met it, the first one says so, and the launcher ends this one meanwhile
         if _first_process() or not error.everywhere:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
@@ -97,6 +102,7 @@ def not_finite(step, loss, names, stop, keep):
         f"{what}; {kept}. Look at these pictures; continue with a lower --learning_rate or --mixed_precision no, or "
         "with --on_nan skip, which leaves such updates out",
         exit_code=1,
+        everywhere=True,
     )
 
 
@@ -176,7 +182,7 @@ class Progress:
     wait for the device. `fetch(stack)` turns the list of scalars into numbers averaged over the processes; it is a
     collective call, so every process must flush at the same updates. `log(values, step)` hands one update's values to
     the trackers. `not_finite(step, loss, before)` is called for an update whose loss or gradient turns out not to be
-    finite; `before` is the RunState before it.
+    finite; `before` is the RunState before it. (A loss that is not finite has a gradient that is not.)
     """
 
     def __init__(self, state, total, logging_steps, samples_per_update, fetch, log, not_finite):
@@ -211,17 +217,21 @@ class Progress:
         if len(self.waiting) >= self.logging_steps:
             self.flush()
 
-    def skip(self):
+    def skip(self, checkpoint):
         """Count an update that was not made because the fp16 gradients overflowed; the loss scale goes down by it.
 
-        Raises UserError when it happened 50 times in a row: then it is not the scale.
+        Raises UserError when it happened 50 times in a row, since then it is not the scale. The weights, which have
+        not changed meanwhile, are kept by `checkpoint()`, which returns its folder or None.
         """
         self.skipped += 1
         if self.skipped == 50:
+            folder = checkpoint()
+            kept = f"the state before them is in {folder}" if folder else "the state before them could not be written"
             raise UserError(
                 f"the fp16 gradients overflowed 50 times in a row after update {self.step}: the loss is not finite "
-                "any more; use --mixed_precision bf16, or resume from a checkpoint with a lower --learning_rate",
+                f"any more; {kept}. Use --mixed_precision bf16, or continue with a lower --learning_rate",
                 exit_code=1,
+                everywhere=True,
             )
 
     def pause(self):
@@ -242,7 +252,7 @@ class Progress:
         for (state, _, _, rate), loss, norm in zip(waiting, losses, norms, strict=True):
             values = {"train_loss": loss, "lr": rate, "samples_per_second": speed, "grad_norm": norm}
             self.log(values, state.step)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            if not math.isfinite(norm):
                 self.not_finite(state.step, loss, self.before)
             self.before = state
         self.clock = time.perf_counter()
