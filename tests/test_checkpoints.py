@@ -137,6 +137,10 @@ def test_a_checkpoint_that_was_moved_aside_and_not_replaced_comes_back(tmp_path,
     folder = save(tmp_path, 3)
     os.rename(folder, tmp_path / ".checkpoint-3.old")
     assert checkpoints.start(tmp_path, "latest", None)[0] == folder
+    half = tmp_path / ".checkpoint-1.old"  # what a kill leaves half-way through rotation
+    shutil.copytree(folder, half)
+    (half / "manifest.json").unlink()
+    assert checkpoints.start(tmp_path, "latest", None)[0] == folder and not half.exists()
     real, calls = os.rename, []
 
     def failing(source, target):

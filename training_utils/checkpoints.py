@@ -196,7 +196,8 @@ def clear_left_overs(root):
         if left is None:
             continue
         final = Path(root) / path.name.strip(".").rsplit(".", 1)[0]
-        if left[1] == "old" and not final.exists() and damage(path) is None:
+        # Half deleted it may have lost its manifest, and would then look like another program's.
+        if left[1] == "old" and not final.exists() and read_manifest(path) is not None and damage(path) is None:
             os.rename(path, final)
         else:
             shutil.rmtree(path, ignore_errors=True)
