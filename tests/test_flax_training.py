@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ from tiny import UNET
 
 import train_text_to_image_flax as script
 from flax_diffusion import FlaxStableDiffusionPipeline
-from training_utils import jax_engine, reporting
+from training_utils import checkpoints, jax_engine, reporting
 
 TRACKED = ["--report_to", "tensorboard"]
 EVERY_DRAW = [
@@ -360,16 +361,32 @@ def test_four_devices_equal_one_and_no_torch_is_needed(run_flax, plain, tmp_path
     assert "PyTorch" not in said, "nothing about what is not needed"
 
 
-def test_two_processes_equal_one(run_flax, plain, tmp_path):
-    """Joined through jax.distributed; continued by one process, which is only another way to share the samples out."""
+def start_two(run_flax, out, *flags):
+    """Two processes on this machine, joined through jax.distributed: [Popen, Popen]."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [run_flax.start(out, *flags, env=environment | {"JAX_PROCESS_ID": str(rank)}) for rank in range(2)]
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_in_order(run_flax, tmp_path):
+    flags = ["--train_batch_size", "2", "--checkpointing_steps", "20", "--max_train_steps", "9000"]
+    processes = start_two(run_flax, tmp_path, *flags)
+    while not (tmp_path / "checkpoint-20").exists():
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, said
+    stopped_after = int(re.search(r"stopped after update (\d+)", said[0])[1])
+    assert checkpoints.damage(tmp_path / f"checkpoint-{stopped_after}") is None
+
+
+def test_two_processes_equal_one(run_flax, plain, tmp_path):
+    """Continued by one process, which is only another way to share the samples out."""
     flags = ["--train_batch_size", "2", *TRACKED, "--checkpointing_steps", "4", "--validation_split", "0"]
-    processes = [
-        run_flax.start(tmp_path / "two", *flags, env=environment | {"JAX_PROCESS_ID": str(rank)}) for rank in range(2)
-    ]
+    processes = start_two(run_flax, tmp_path / "two", *flags)
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert relative_difference(tmp_path / "two", plain) < 1e-6

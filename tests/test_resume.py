@@ -219,7 +219,8 @@ def test_fp16_overflows_end_and_obey_signals(run, tmp_path, monkeypatch):
     assert run(tmp_path / "stopped") == 128 + signal.SIGTERM
 
 
-def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path, number):
     """As a job queue sends it: to the launcher, which passes it on, to both processes and to their data workers."""
     flags = ["--max_train_steps", "3000", "--checkpointing_steps", "20", "--dataloader_num_workers", "1"]
     flags += ["--train_batch_size", "2", "--checkpoints_total_limit", "2"]
@@ -228,7 +229,7 @@ def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path):
     while not (out / "checkpoint-20").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     said, _ = process.communicate(timeout=60)
     stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
     assert (out / f"checkpoint-{stopped_after}").is_dir(), said
