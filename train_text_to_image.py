@@ -393,7 +393,7 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        with checkpoints.rescue(args.output_dir, state.step, saved.save_weights):
+        with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):
                 save_result(args, base, unet, sampler)
             hub.write_card(

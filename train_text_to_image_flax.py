@@ -434,7 +434,7 @@ def main(argv=None):
     # --- the result --------------------------------------------------------------------------------------------------
     if engine.is_main():
         with checkpoints.rescue(
-            args.output_dir, state.step, lambda folder: engine.save_state(folder, trained, networks["unet"])
+            args.output_dir, state, about, lambda folder: engine.save_state(folder, trained, networks["unet"])
         ):
             engine.save_pipeline(args.output_dir, pipeline, parameters | {"unet": jax.device_get(result_weights())})
             hub.write_card(

@@ -428,7 +428,7 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        with checkpoints.rescue(args.output_dir, state.step, saved.save_weights):
+        with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):
                 lora.save(args.output_dir, adapted)
             hub.write_card(

@@ -260,6 +260,29 @@ def test_a_folder_that_is_removed_meanwhile(each, tmp_path, monkeypatch):
     assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
 
 
+def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_runs(run, tmp_path, small_disk, monkeypatch):
+    """It stands at the same step; neither a result that does not fit nor a lost loss may point to it."""
+    import tempfile
+
+    out = small_disk / "out"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run(out, "--checkpointing_steps", "3", "--learning_rate", "1e-2")
+    with monkeypatch.context() as patch:
+        module = importlib.import_module(run.script)
+        real = module.save_result
+        patch.setattr(module, "save_result", lambda *args: (fill(small_disk), real(*args)))
+        sentence, _ = run.fails(out)
+        assert "its weights, alone, are in" in sentence
+    (small_disk / "filler").unlink()
+    run(tmp_path / "whole", "--checkpointing_steps", "3")
+    poison(monkeypatch, run, 4)
+    sentence, _ = run.fails(out, "--checkpointing_steps", "100")
+    assert "checkpoint-3" in sentence
+    name = "checkpoint-3/unet/diffusion_pytorch_model.safetensors"
+    kept, expected = load_file(out / name), load_file(tmp_path / "whole" / name)
+    assert all(torch.equal(kept[key], expected[key]) for key in expected)
+
+
 def test_half_of_a_result_does_not_stand_in_the_way(run, run_lora, tmp_path):
     """A disk that became full just then leaves an empty index; the same command, once there is room, completes it."""
     for script, name in ((run, "model_index.json"), (run_lora, "pytorch_lora_weights.safetensors")):

@@ -101,17 +101,17 @@ def save(root, state, write, about, limit=None, main=True, any_of=lambda failed:
 
 
 @contextmanager
-def rescue(root, step, save_weights):
-    """The context in which the result of a run is written into `root`.
+def rescue(root, state, about, save_weights):
+    """The context in which the result of a run that stands at a RunState is written into `root`.
 
-    Where that fails, on a full disk for one, raises UserError that says where the weights are: in the checkpoint of
-    this step or, without one, in a temporary folder that `save_weights(folder)` writes into.
+    Where that fails, on a full disk for one, raises UserError that says where the weights are: in the run's checkpoint
+    of this state or, without one, in a temporary folder that `save_weights(folder)` writes into. `about` as in `save`.
     """
     try:
         yield
     except Exception as error:  # as in `save`
         what = f"the result could not be written into {root} ({reason_of(error)})"
-        standing = whole_at(root, step)
+        standing = whole_at(root, state, about)
         if standing:
             raise UserError(
                 f"{what}, but its weights are in {standing}: make room, and run the same command once more with "
@@ -226,10 +226,17 @@ def _written(folder):
     return manifest["written"] if manifest and "written" in manifest else folder.stat().st_mtime
 
 
-def whole_at(root, step):
-    """The checkpoint of a step under `root`, if a whole one stands there, or None."""
-    folder = Path(root) / _names(step)[0]
-    return folder if folder.is_dir() and damage(folder) is None else None
+def whole_at(root, state, about):
+    """The checkpoint of a RunState under `root`, if a whole one stands there, or None.
+
+    One that an earlier run with another seed or other settings has left there is not it.
+    """
+    folder = Path(root) / _names(state.step)[0]
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if not manifest or damage(folder) is not None:
+        return None
+    ours = json.loads(json.dumps({"state": asdict(state), "flags": about["flags"]}))
+    return folder if all(manifest.get(key) == value for key, value in ours.items()) else None
 
 
 def damage(folder, contents=True):
@@ -368,9 +375,8 @@ def refuse_another_result(root, pipeline=None, adapted=()):
     have = None
     try:
         if pipeline and index.is_file():
-            name = json.loads(index.read_text())["_class_name"].removeprefix(
-                "Flax"
-            )  # the JAX script of old wrote that
+            # The JAX script of old wrote Flax before the name.
+            name = json.loads(index.read_text())["_class_name"].removeprefix("Flax")
             have = name if name != pipeline else None
         elif adapted and adapters.is_file():
             from safetensors import safe_open

@@ -466,15 +466,12 @@ class TrainingState:
     def keep(self, root, state, about, limit, ema, held_back):
         """`save_checkpoint` for a run that goes back to an earlier RunState, whose weights it still has.
 
-        `held_back` is the number of updates since. A whole checkpoint that stands there already is returned as it is.
+        `held_back` is the number of updates since.
         """
         if ema is not None:
             ema.optimization_step -= held_back
         restart_schedule(self.optimizer, self.lr_scheduler, state.step)
-        standing = checkpoints.whole_at(root, state.step) if self.accelerator.is_main_process else None
-        if self.accelerator.num_processes > 1:
-            standing = broadcast_object_list([standing])[0]
-        return standing or self.save_checkpoint(root, state, about, limit)
+        return self.save_checkpoint(root, state, about, limit)
 
     def save_checkpoint(self, root, state, about, limit):
         """One whole checkpoint of a RunState under `root`; None, and a warning, if it failed. See checkpoints.save."""

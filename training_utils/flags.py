@@ -386,9 +386,8 @@ def hide_secrets(args):
     The token goes on in the environment, which others cannot read. A launcher's command line is not ours to change.
     """
     if "hub_token" in args.given and os.name == "posix":
-        if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() and os.environ.get(
-            "RANK", "0"
-        ) == "0":
+        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        if launched and os.environ.get("RANK", "0") == "0":
             print(
                 "warning: the launcher shows --hub_token to every user of this machine, in the list of processes; "
                 "`hf auth login`, once, makes the flag unnecessary",
