@@ -1,0 +1,209 @@
+"""Runs one training script as a user does, in a process of its own, and measures it on request.
+
+    python benchmarks/run_script.py updates|building SCRIPT FLAGS...
+
+With `updates` it trains until its optimizer has its state and then does what it is told, a line on stdin each: "script
+N" makes N updates, "bare N" makes N bare steps of the trained network, "end" ends it. With `building` it lets the
+script build its cache for each "build" that it is told, and the bare encoders run after it. Each line is answered by
+one of JSON on stdout. Nothing of this is in the scripts: their functions are wrapped from outside.
+"""
+
+import copy
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+WARM_UP = 2  # the first update makes the optimizer's state, and may compile
+
+
+def peak():
+    """The largest memory that this process has taken, in bytes: on the GPU where it computes there, else altogether."""
+    if "jax" in sys.modules:
+        statistics = sys.modules["jax"].local_devices()[0].memory_stats()
+        if statistics:
+            return statistics["peak_bytes_in_use"]
+    elif sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kilobytes
+
+
+def synchronise(value=None):
+    """Wait until the device has done all that it was told, for JAX all that `value` needs."""
+    if "jax" in sys.modules:
+        sys.modules["jax"].block_until_ready(value)
+    elif sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.synchronize()
+
+
+class Dialogue:
+    """Takes lines from stdin and answers them on what was stdout; what the script prints goes to stderr."""
+
+    def __init__(self):
+        self.answers = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+
+    def answer(self, **values):
+        print(json.dumps(values), file=self.answers)
+
+    def asked(self):
+        """The next line as words; without one, since whoever asks is gone, this process ends."""
+        words = sys.stdin.readline().split()
+        if not words or words[0] == "end":
+            if words:
+                self.answer(peak=peak())
+            os._exit(0)  # the result is of no use
+        return words
+
+
+class Updates:
+    """Stands behind `reporting.Progress.update`, which every script calls once an update."""
+
+    def __init__(self, dialogue):
+        self.dialogue, self.left, self.began, self.step = dialogue, WARM_UP, None, None
+
+    def watch(self):
+        from training_utils.reporting import Progress
+
+        original = Progress.update
+
+        def update(progress, state, loss, *rest):
+            original(progress, state, loss, *rest)
+            self.left -= 1
+            if not self.left:
+                synchronise(loss)
+                self.dialogue.answer(seconds=time.perf_counter() - self.began if self.began else None)
+                self.obey()
+
+        Progress.update = update
+
+    def watch_network(self):
+        """Keep what the trained network is called with first, and its optimizer."""
+        from accelerate import Accelerator
+
+        original = Accelerator.prepare
+
+        def prepare(accelerator, *objects):
+            prepared = original(accelerator, *objects)
+            network, optimizer = prepared
+
+            def keep(_, args, kwargs):
+                self.step = partial(bare_step, network, optimizer.optimizer, args, kwargs)
+                hook.remove()
+
+            hook = network.register_forward_pre_hook(keep, with_kwargs=True)
+            return prepared
+
+        Accelerator.prepare = prepare
+
+    def obey(self):
+        while True:
+            what, number = self.dialogue.asked()
+            self.began = time.perf_counter()
+            if what == "script":
+                self.left = int(number)
+                return
+            for _ in range(int(number)):
+                self.step()
+            synchronise()
+            self.dialogue.answer(seconds=time.perf_counter() - self.began)
+
+
+def bare_step(network, optimizer, args, kwargs):
+    """Forward, backward and update of a network on ready tensors, and nothing else; its targets are zero."""
+    network(*args, **kwargs)[0].float().square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Building:
+    """Stands in for what builds a cache: builds it anew in each turn and runs the bare encoders as often."""
+
+    KEEPERS = ("keep_pictures", "keep_captions")
+
+    def __init__(self, dialogue):
+        self.dialogue, self.calls, self.inside, self.turns = dialogue, {}, False, None
+
+    def watch(self):
+        from training_utils import cache
+
+        for name in self.KEEPERS:
+            setattr(cache, name, partial(self.keep, getattr(cache, name), name))
+
+    def watch_encoders(self):
+        import diffusers
+        import transformers
+
+        for cls, name in (
+            (diffusers.AutoencoderKL, "encode"),
+            (diffusers.VQModel, "encode"),
+            (transformers.CLIPTextModel, "forward"),
+            (transformers.CLIPTextModelWithProjection, "forward"),
+            (transformers.CLIPVisionModelWithProjection, "forward"),
+        ):
+            setattr(cls, name, self.remembered(getattr(cls, name)))
+
+    def remembered(self, original):
+        """`original`, a method, remembering how often it is called from outside, and with what first."""
+
+        def call(network, *args, **kwargs):
+            if self.inside:
+                return original(network, *args, **kwargs)
+            self.inside = True
+            try:
+                again = partial(original, network, *args, **kwargs)
+                _, number = self.calls.setdefault(id(network), [again, 0])
+                self.calls[id(network)][1] = number + 1
+                return original(network, *args, **kwargs)
+            finally:
+                self.inside = False
+
+        return call
+
+    def keep(self, original, name, store, *rest, **options):
+        import torch
+
+        while self.dialogue.asked()[0] == "build":
+            for path in store.folder.glob("*"):
+                path.unlink()
+            empty = copy.copy(store)
+            empty.places, empty.shards, empty._open = {}, {}, {}
+            self.calls.clear()
+            began = time.perf_counter()
+            original(empty, *rest, **options)
+            synchronise()
+            built = time.perf_counter()
+            self.inside = True
+            with torch.inference_mode():
+                for again, number in self.calls.values():
+                    for _ in range(number):
+                        again()
+            synchronise()
+            self.inside = False
+            self.dialogue.answer(what=name, build=built - began, bare=time.perf_counter() - built, peak=peak())
+
+
+def main(kind, script, *argv):
+    dialogue, jax = Dialogue(), script.endswith("flax")
+    watchers = [Updates(dialogue)] + ([Building(dialogue)] if kind == "building" else [])
+    sys.argv[1:] = argv
+    module = importlib.import_module(script)
+    for watcher in watchers:
+        watcher.watch()
+    if not jax:
+        watchers[0].watch_network()
+        if kind == "building":
+            watchers[1].watch_encoders()
+    from training_utils import reporting
+
+    reporting.run(module.main)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
