@@ -24,7 +24,7 @@ WARM_UP = 2  # the first update makes the optimizer's state, and may compile
 
 
 def peak():
-    """The largest memory that this process has taken, in bytes: on the GPU where it computes there, else altogether."""
+    """The largest memory that this process has taken, in bytes: on the GPU where it computes there."""
     if "jax" in sys.modules:
         statistics = sys.modules["jax"].local_devices()[0].memory_stats()
         if statistics:
@@ -169,6 +169,7 @@ class Building:
     def keep(self, original, name, store, *rest, **options):
         import torch
 
+        self.dialogue.answer(what=name)
         while self.dialogue.asked()[0] == "build":
             for path in store.folder.glob("*"):
                 path.unlink()
@@ -186,7 +187,7 @@ class Building:
                         again()
             synchronise()
             self.inside = False
-            self.dialogue.answer(what=name, build=built - began, bare=time.perf_counter() - built, peak=peak())
+            self.dialogue.answer(build=built - began, bare=time.perf_counter() - built)
 
 
 def main(kind, script, *argv):

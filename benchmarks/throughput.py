@@ -15,9 +15,12 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,7 +235,7 @@ class Bench:
                     bare[turn] += answer["bare"]
                 child.tell("next")
             found["peak"] = child.ask("end")["peak"]
-        return found | {"pictures": self.pictures, "build": list(build), "bare": list(bare)}
+        return found | {"pictures": self.pictures, "build": build.tolist(), "bare": bare.tolist()}
 
 
 def seconds_to_read(repeats=200):
@@ -251,8 +254,6 @@ def seconds_to_read(repeats=200):
 
 
 def _seconds(work):
-    import time
-
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -352,11 +353,11 @@ GOALS = [
 ]
 
 
-def judge(goals, results, device):
+def judge(goals, results):
     """[(goal, value or None where it was not measured, whether it is met)] of the goals for what was run."""
     judged = []
     for goal in goals:
-        if goal.device not in (None, device) or (goal.family is not None and goal.family not in results):
+        if goal.device not in (None, results["device"]) or (goal.family is not None and goal.family not in results):
             continue
         try:
             value = goal.measure(results)
@@ -502,28 +503,38 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None, goals=GOALS):
-    args = parse_args(argv)
+def measure(args):
+    """All that is reported, a dict that JSON can hold."""
     results = {"device": args.device, "name": device_name(args.device), "size": args.size}
-    if (ROOT / "training_utils" / "cache.py").exists():
-        results["read ms"] = 1000 * seconds_to_read()
+    results["read ms"] = 1000 * seconds_to_read()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         for family in args.family:
             print(f"measuring {TITLES[family]} …", file=sys.stderr, flush=True)
-            results[family] = measure_family(
-                Path(folder) / family, family, args.size, args.device, args.repeats, args.updates, args.compiled
-            )
-    judged = judge(goals, results, args.device)
-    print(f"{args.size} models on {results['name']}\n\n{table(results)}\n\n{verdict(judged)}")
-    results["goals"] = [
-        {"goal": goal.name, "sign": goal.sign, "wanted": goal.wanted, "measured": value, "met": met}
-        for goal, value, met in judged
-    ]
-    args.json.write_text(json.dumps(results, indent=1) + "\n")
+            place = Path(folder) / family
+            options = (args.size, args.device, args.repeats, args.updates, args.compiled)
+            results[family] = measure_family(place, family, *options)
+            shutil.rmtree(place)  # real models are gigabytes
+    return results
+
+
+def conclude(results, goals, check, path):
+    """Print what was measured and which goals it meets, and write it as JSON. Returns the exit code."""
+    judged = judge(goals, results)
+    print(f"{results['size']} models on {results['name']}\n\n{table(results)}\n\n{verdict(judged)}")
+    facts = [goal._asdict() | {"measured": value, "met": met} for goal, value, met in judged]
+    for fact in facts:
+        del fact["measure"]
+    path.write_text(json.dumps(results | {"goals": facts}, indent=1) + "\n")
     missed = [goal.name for goal, _, met in judged if not met]
     if missed:
         print(f"missed: {'; '.join(missed)}", file=sys.stderr)
-    return int(args.check and bool(missed))
+    return int(check and bool(missed))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the contexts that end the processes
+    return conclude(measure(args), GOALS, args.check, args.json)
 
 
 if __name__ == "__main__":
