@@ -68,9 +68,23 @@ class Store:
     def __contains__(self, key):
         return key in self.places
 
+    def make_folder(self):
+        """Raises UserError where there can be none."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._not_written(error, exit_code=2) from None
+
+    def _not_written(self, error, exit_code):
+        return UserError(
+            f"the cache in {self.folder} cannot be written ({reason_of(error)}); make room there or name another "
+            "folder with --encoding_cache_dir",
+            exit_code,
+            everywhere=False,
+        )
+
     def look(self):
         """Read what shards there are now."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.glob("*.safetensors")):
             if path not in self.shards:
                 about = _header(path)
@@ -103,12 +117,7 @@ class Store:
             os.replace(unfinished, path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
-            raise UserError(
-                f"the cache in {self.folder} cannot be written ({reason_of(error)}); make room there or name another "
-                "folder with --encoding_cache_dir",
-                exit_code=1,
-                everywhere=False,
-            ) from None
+            raise self._not_written(error, exit_code=1) from None
 
     def is_damaged(self, path):
         """Whether a shard's content is not what was written."""
@@ -142,8 +151,9 @@ def _header(path):
 
 def _crc(arrays):
     crc = 0
-    for name in sorted(arrays):
-        crc = zlib.crc32(arrays[name].reshape(-1).view(np.uint8), crc)
+    for name, array in sorted(arrays.items()):
+        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
     return crc
 
 
@@ -187,13 +197,13 @@ def _bar(items, what, total):
     from tqdm import tqdm
 
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds; into a file, a line now and then is enough
-    return tqdm(items, what, total, dynamic_ncols=True, mininterval=pause, disable=not _first_process())
+    return tqdm(items, what, total, dynamic_ncols=True, mininterval=pause, delay=1, disable=not _first_process())
 
 
 def open_store(store, team):
     """Look what a store holds, on all processes; what is damaged is taken away."""
+    store.make_folder()
     if team.rank == 0:
-        store.folder.mkdir(parents=True, exist_ok=True)
         store.clear_left_overs()
     team.gather([])
     store.look()
