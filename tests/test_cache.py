@@ -412,11 +412,12 @@ def test_contradictions(run, run_lora, tmp_path, capsys):
         assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_one_crop_without_being_asked_for_it_is_said(run, tmp_path, capsys):
+def test_that_one_crop_is_kept_is_said(run, tmp_path, capsys):
     run(tmp_path / "out", "--max_train_steps", "1", *switches(run, tmp_path / "kept"))
-    assert "keeps one random crop of each picture" in capsys.readouterr().err
-    run(tmp_path / "out", "--max_train_steps", "1", "--cached_crops", "1", *switches(run, tmp_path / "kept"))
-    assert "one random crop" not in capsys.readouterr().err
+    assert "one random crop of each of 10 pictures is kept" in capsys.readouterr().err
+    for more in (["--cached_crops", "2"], ["--center_crop"]):
+        run(tmp_path / "out", "--max_train_steps", "1", *more, *switches(run, tmp_path / "kept"))
+        assert "random crop" not in capsys.readouterr().err
 
 
 def test_crops_come_from_the_content(tmp_path):

@@ -405,6 +405,12 @@ def keep_pictures(store, sets, encode, team, batch_size, crops, blank=None):
         for index in range(len(rows)):
             for mirrored, crop in pictures.views(index, prepare.mirrors, prepare.cropped):
                 wanted.setdefault(pictures.key(index, mirrored, crop), _View(samples, index, mirrored, crop))
+    narrowed = sum(samples.prepare.cropped * int(np.sum(~samples.prepare.pictures.square)) for samples in sets)
+    if narrowed and crops == 1 and team.rank == 0:
+        warn(
+            f"one random crop of each of {narrowed:,} pictures is kept, the same in every epoch; --cached_crops 4 "
+            "keeps four, in four times the room"
+        )
     failed = fill(store, wanted, _show, encode, team, batch_size, "views of pictures")
     for samples in sets:
         pictures, prepare = samples.prepare.pictures, samples.prepare
