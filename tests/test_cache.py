@@ -282,9 +282,22 @@ def test_a_damaged_shard_is_made_again(run, tmp_path, damage, capsys):
     assert result_bytes(tmp_path / "one") == result_bytes(tmp_path / "two")
 
 
+def test_only_shards_that_are_wanted_are_read_through(tmp_path, monkeypatch):
+    """Other data sets may be kept in the same store."""
+    store = cache.Store(tmp_path, "pictures", ["test"])
+    cache.open_store(store, [], alone())
+    for key in "abc":
+        store.write([key], {"mean": ("float32", np.ones((1, 3), dtype=np.float32))})
+    checked, real = [], cache.Store.is_damaged
+    monkeypatch.setattr(cache.Store, "is_damaged", lambda store, path: checked.append(path) or real(store, path))
+    again = cache.Store(tmp_path, "pictures", ["test"])
+    cache.open_store(again, ["b", "d"], alone())
+    assert checked == [again.places["b"][0]] and "d" not in again
+
+
 def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
     store = cache.Store(tmp_path, "pictures", ["test"])
-    cache.open_store(store, alone())
+    cache.open_store(store, [], alone())
     store.write(["one", "two"], {"mean": ("float32", np.arange(6, dtype=np.float32).reshape(2, 3))})
     path = next(store.folder.glob("*.safetensors"))
     whole = path.read_bytes()
@@ -294,7 +307,7 @@ def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
         changed[at // 8] ^= 1 << (at % 8)
         path.write_bytes(changed)
         again = cache.Store(tmp_path, "pictures", ["test"])
-        cache.open_store(again, alone())
+        cache.open_store(again, ["two"], alone())
         if "two" in again:  # a bit that says nothing, such as of a space in the header
             unseen += 1
             assert again.read("two")["mean"].tolist() == [3, 4, 5]
@@ -309,7 +322,7 @@ def alone():
 def test_an_entry_comes_back_as_it_was_computed(tmp_path, kind):
     values = torch.randn(3, 4, 5).to(getattr(torch, kind)).float().numpy()
     store = cache.Store(tmp_path, "pictures", [kind])
-    cache.open_store(store, alone())
+    cache.open_store(store, [], alone())
     store.write(["a", "b", "c"], {"mean": (kind, values)})
     store.look()
     for at, key in enumerate("abc"):
@@ -326,7 +339,6 @@ def test_a_machine_that_does_not_see_the_others_encodes_all(tmp_path):
 
     store = cache.Store(tmp_path, "pictures", ["two"])
     team = cache.Team(1, 2, 0, 1, lambda items: items * 2)
-    cache.open_store(store, team)
     wanted = {str(number): number for number in range(7)}
     cache.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, team, 4, "numbers")
     assert sorted(made) == list(range(7)) and made[:3] == [1, 3, 5]
@@ -430,6 +442,5 @@ def test_crops_come_from_the_content(tmp_path):
 
 def test_bad_data_raise_what_they_are(tmp_path):
     store = cache.Store(tmp_path, "pictures", ["bad"])
-    cache.open_store(store, alone())
     with pytest.raises(UserError, match="gone"):
         cache.fill(store, {"a": 0}, lambda _: UserError("gone"), None, alone(), 1, "numbers")

@@ -60,13 +60,17 @@ class Store:
     def __init__(self, root, kind, identity):
         words = json.dumps([FORMAT, identity], sort_keys=True)
         self.folder = Path(root) / f"{kind}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
-        self.places, self.shards, self._open = {}, {}, {}
+        self.forget()
 
     def __getstate__(self):
         return self.__dict__ | {"_open": {}}  # another process maps the files itself
 
     def __contains__(self, key):
         return key in self.places
+
+    def forget(self):
+        """Know of no shard any more, until the next look."""
+        self.places, self.shards, self._open = {}, {}, {}
 
     def make_folder(self):
         """Raises UserError where there can be none."""
@@ -200,33 +204,33 @@ def _bar(items, what, total):
     return tqdm(items, what, total, dynamic_ncols=True, mininterval=pause, delay=1, disable=not _first_process())
 
 
-def open_store(store, team):
-    """Look what a store holds, on all processes; what is damaged is taken away."""
+def open_store(store, wanted, team):
+    """Look what a store holds, on all processes. Shards with an entry that is `wanted` are read through, each by one
+    process, and taken away where they are damaged. Raises UserError."""
     store.make_folder()
     if team.rank == 0:
         store.clear_left_overs()
-    team.gather([])
     store.look()
-    paths = sorted(store.shards)
+    paths = sorted({store.places[key][0] for key in wanted if key in store})
     mine = paths[team.rank :: team.world]
-    if mine:
-        checks = read_ahead(store.is_damaged, mine, threads=4)
-        for path, damaged in zip(mine, _bar(checks, f"checking {store.folder.name}", len(mine))):
-            if damaged:
-                store.drop(path)
-    team.gather([])
-    store.shards, store.places, store._open = {}, {}, {}
+    checks = read_ahead(store.is_damaged, mine, team.threads)
+    for path, damaged in zip(mine, _bar(checks, f"checking {store.folder.name}", len(mine))):
+        if damaged:
+            store.drop(path)
+    team.gather([])  # until here some process may still be checking
+    store.forget()
     store.look()
 
 
 def fill(store, wanted, make, encode, team, batch_size, what):
-    """Add to a store what is missing of `wanted`, a dict from key to anything that `make(item)` makes a sample of.
+    """Open a store and add what is missing of `wanted`, a dict from key to anything `make(item)` makes a sample of.
 
     Samples are dicts of arrays; `encode(batch)` is what the networks make of several, {name: (type's name, float32
     array)}. The work is shared out over the processes, in order; a machine that does not see what another one wrote
     does it all itself. A BadSample that `make` returns is no entry: returns those, {key: sentence}. Raises another
     UserError that it returns.
     """
+    open_store(store, wanted, team)
     unusable = {}
     for rank, world in ((team.rank, team.world), (team.local_rank, team.local_world)):
         missing = [key for key in wanted if key not in store and key not in unusable]
@@ -238,6 +242,9 @@ def fill(store, wanted, make, encode, team, batch_size, what):
         failed = _encode(store, mine, wanted, make, encode, batch_size, team.threads, what)
         unusable |= dict(team.gather(list(failed.items())))
         store.look()
+    unseen = sum(key not in store and key not in unusable for key in wanted)
+    if unseen:
+        raise UserError(f"{unseen:,} entries that were written to {store.folder} cannot be seen there", exit_code=1)
     return unusable
 
 
@@ -394,7 +401,6 @@ def _look_at(rows, indices, threads):
 def keep_pictures(store, sets, encode, team, batch_size, crops, blank=None):
     """Let the networks see every picture of some data.Samples once, as their `prepare` shows them, and put what they
     made of it in `prepare.pictures`; `blank` is a sample to show them too. For the other arguments see `fill`."""
-    open_store(store, team)
     wanted = {BLANK: blank} if blank else {}
     for samples in sets:
         rows, prepare = samples.rows, samples.prepare
@@ -452,7 +458,6 @@ class _Caption:
 def keep_captions(store, sets, encode, team, batch_size, empty):
     """Let the text encoders read every caption of some data.Samples once, the empty one too where it is `empty` that
     may be asked for, and put what they made of it in `prepare.captions`. For the other arguments see `fill`."""
-    open_store(store, team)
     texts = dict.fromkeys([""] if empty else [])
     for samples in sets:
         for index in range(len(samples)):
