@@ -53,7 +53,6 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take seconds.
     flags.hide_secrets(parse_args())
 
-import math  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -277,13 +276,13 @@ def main(argv=None):
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    window = args.train_batch_size * args.gradient_accumulation_steps * devices
+    updates = data.Updates(len(samples), state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+        args.max_train_steps = args.num_train_epochs * updates.per_epoch
     optimizer = engine.make_optimizer((args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon)
     learning_rate = engine.learning_rate_curve(
         args.lr_scheduler,
-        args.learning_rate * (window if args.scale_lr else 1),
+        args.learning_rate * (updates.window if args.scale_lr else 1),
         args.lr_warmup_steps,
         args.max_train_steps,
         args.lr_num_cycles,
@@ -330,15 +329,15 @@ def main(argv=None):
             engine.finish(trackers)
             return folder
 
-        names = data.names_after(samples, before.position, window)
+        names = updates.names(rows, before.position)
         reporting.not_finite(step, loss, names, args.on_nan == "stop", keep)
 
-    reporting.announce(jax.tree.leaves(trained["params"]), len(samples), args.max_train_steps, window, state)
+    reporting.announce(jax.tree.leaves(trained["params"]), updates, args.max_train_steps, state)
     progress = reporting.Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
-        window,
+        updates.window,
         lambda scalars: [float(scalar) for scalar in jax.device_get(scalars)],
         lambda values, step: engine.log(trackers, values, step),
         not_finite,
@@ -396,9 +395,7 @@ def main(argv=None):
         in_axes=(None, None, 0, None),
         donate=(0,),
     )
-    batches = engine.training_batches(
-        samples, state, args.train_batch_size, args.gradient_accumulation_steps, mesh, args.dataloader_num_workers
-    )
+    batches = engine.training_batches(samples, updates, state, mesh, args.dataloader_num_workers)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     pace, stopped_by = engine.Pace(), 0
@@ -409,7 +406,7 @@ def main(argv=None):
             pace(seen["loss"])
             state.micro_step += args.gradient_accumulation_steps
             # As in the torch scripts: the end of an update.
-            state.position = state.position.advance(window, len(samples))
+            state.position = updates.after(state.position)
             updated = not fp16 or bool(seen["applied"])  # False: an overflow, only data moved on
             if updated:
                 state.step += 1

@@ -4,6 +4,7 @@ Nothing here needs torch; what a batch holds are NumPy arrays, which torch's Dat
 """
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -505,38 +506,51 @@ class Position:
         """This position in a set of `size`: the next epoch, where the set has become smaller."""
         return Position(self.epoch + 1, 0) if self.sample >= size else self
 
-    def advance(self, window, size):
-        """The position after one update that takes `window` samples from a set of `size`."""
-        return Position(self.epoch, self.sample + window).within(size)
 
+class Updates:
+    """Which of `size` samples each update of a run takes, and how they are shared out.
 
-class UpdateSampler:
-    """Batches of (epoch, index, weight) for one process, without end, beginning at a position.
-
-    An update takes the next `batch_size * accumulation * world_size` samples of the epoch's order, or what is left of
-    it, and shares them out as evenly as can be over its micro-steps and processes, so every process makes the same
-    number of micro-steps. The weights of an update's samples are accumulation * world_size / samples: a micro-batch's
-    loss is the sum of weight x loss, and averaging over micro-steps and processes gives the mean over the samples,
-    however they were shared out. A process left without a sample gets one of weight 0.
+    An update takes the next `window` = batch_size * accumulation * world_size samples of the epoch's order, or what is
+    left of it, and shares them out as evenly as can be over its micro-steps and processes, so every process makes the
+    same number of micro-steps. There are `per_epoch` updates in an epoch. The weights of an update's samples are
+    accumulation * world_size / samples: a micro-batch's loss is the sum of weight x loss, and averaging over
+    micro-steps and processes gives the mean over the samples, however they were shared out.
     """
 
-    def __init__(self, size, seed, position, batch_size, accumulation=1, rank=0, world_size=1):
-        self.size, self.seed, self.position = size, seed, position
-        self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
+    def __init__(self, size, seed, batch_size, accumulation=1, world_size=1):
+        self.size, self.seed, self.batch_size = size, seed, batch_size
+        self.accumulation, self.world_size = accumulation, world_size
         self.window = batch_size * accumulation * world_size
+        self.per_epoch = -(-size // self.window)
+        self._order = functools.lru_cache(maxsize=2)(functools.partial(draws.order, seed, size=size))
 
-    def __iter__(self):
-        position = self.position
+    def after(self, position):
+        """The position after the update at a position."""
+        position = position.within(self.size)
+        return Position(position.epoch, position.sample + self.window).within(self.size)
+
+    def shares(self, position):
+        """The samples of the update at a position: for each micro-step the indices, an array, of each process."""
+        position = position.within(self.size)
+        samples = self._order(position.epoch)[position.sample : position.sample + self.window]
+        return np.array_split(samples, self.accumulation * self.world_size)
+
+    def names(self, rows, position):
+        """What to call the pictures of the update at a position: a list."""
+        return [rows.name(int(index)) for index in np.concatenate(self.shares(position))]
+
+    def batches(self, position, rank=0):
+        """Batches of (epoch, index, weight) for one process, without end, beginning at a position.
+
+        A process left without a sample gets one of weight 0.
+        """
+        position = position.within(self.size)
         while True:
-            order = draws.order(self.seed, position.epoch, self.size)
-            epoch = position.epoch
-            while position.epoch == epoch:
-                samples = order[position.sample : position.sample + self.window]
-                shares = np.array_split(samples, self.accumulation * self.world_size)
-                weight = self.accumulation * self.world_size / len(samples)
-                for share in shares[self.rank :: self.world_size]:
-                    yield [(epoch, int(i), weight) for i in share] or [(epoch, int(samples[0]), 0.0)]
-                position = position.advance(self.window, self.size)
+            shares, epoch = self.shares(position), position.epoch
+            weight = len(shares) / sum(map(len, shares))
+            for share in shares[rank :: self.world_size]:
+                yield [(epoch, int(i), weight) for i in share] or [(epoch, int(shares[0][0]), 0.0)]
+            position = self.after(position)
 
 
 class Samples:
@@ -569,12 +583,6 @@ class Samples:
                 sample["weight"] = np.float32(weight)
                 return sample | {"skipped": skipped} if skipped else sample
         return UserError(f"not one of {len(self)} samples can be used; the first: {skipped[0]}")
-
-
-def names_after(samples, position, window):
-    """What to call the pictures of the update after a Position: a list of at most `window`."""
-    order = draws.order(samples.seed, position.epoch, len(samples))
-    return [samples.rows.name(int(index)) for index in order[position.sample : position.sample + window]]
 
 
 def collate(samples):
