@@ -13,6 +13,7 @@ def parse_args(argv=None):
     groups = [
         (flags.MODEL[0], flags.MODEL[1] + OWN_MODEL_FLAGS),
         flags.DATA,
+        flags.BUCKETS,
         flags.TRAINING,
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.RECTIFICATION),

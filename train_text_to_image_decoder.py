@@ -17,6 +17,7 @@ def parse_args(argv=None):
                 *flags.KANDINSKY_DECODER,
             ],
         ),
+        flags.BUCKETS,
         flags.TRAINING,
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], [flags.SNR_GAMMA, flags.NOISE_OFFSET]),

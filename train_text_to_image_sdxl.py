@@ -11,6 +11,7 @@ def parse_args(argv=None):
     groups = [
         (flags.MODEL[0], flags.MODEL[1] + flags.SDXL),
         flags.DATA,
+        flags.BUCKETS,
         flags.TRAINING,
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.TIMESTEP_BIAS),

@@ -9,11 +9,13 @@ import hashlib
 import io
 import json
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from . import draws
 from .problems import (
@@ -48,14 +50,18 @@ class Rows:
     `dataset` is a datasets.Dataset whose picture column is not decoded; `caption_column` is None where only the
     pictures matter; `root` is the folder of the pictures, resolved, where they are files; `findings` are shared with
     the rows that are selected from these; `numbers` are the rows' places in the whole data set, whose pictures are
-    `stored`, an Arrow column.
+    `stored`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels at which each row is
+    trained; None where all of them have one size.
     """
 
-    def __init__(self, dataset, image_column, caption_column, root=None, findings=None, numbers=None, stored=None):
+    def __init__(
+        self, dataset, image_column, caption_column, root=None, findings=None, numbers=None, stored=None, sizes=None
+    ):
         self.dataset, self.image_column, self.caption_column, self.root = dataset, image_column, caption_column, root
         self.findings = Findings() if findings is None else findings
         self.numbers = np.arange(len(dataset)) if numbers is None else numbers
         self.stored = dataset.data.column(image_column) if stored is None else stored
+        self.sizes = sizes
         self._pictures = dataset[image_column]  # read when they are indexed, like the captions
         self._captions = None if caption_column is None else dataset[caption_column]
 
@@ -66,8 +72,8 @@ class Rows:
         """The rows with these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         columns = (self.image_column, self.caption_column)
-        numbers = self.numbers[indices]
-        return Rows(self.dataset.select(indices), *columns, self.root, self.findings, numbers, self.stored)
+        numbers, sizes = self.numbers[indices], None if self.sizes is None else self.sizes[indices]
+        return Rows(self.dataset.select(indices), *columns, self.root, self.findings, numbers, self.stored, sizes)
 
     def without(self, indices):
         """The rows but for those with these indices."""
@@ -124,6 +130,14 @@ class Rows:
 def upright_rgb(picture):
     """The first frame of a PIL picture, decoded, upright, in RGB."""
     return to_rgb(ImageOps.exif_transpose(picture))
+
+
+def upright_size(picture):
+    """The (width, height) of a PIL picture when it is upright, from its header: it is not decoded."""
+    # PNG's own getexif decodes the picture where its header says nothing, since the tags may follow the pixels.
+    turned = Image.Image.getexif(picture).get(ExifTags.Base.Orientation) in range(5, 9)
+    # TIFF gives the upright size already.
+    return picture.size[::-1] if turned and picture.format != "TIFF" else picture.size
 
 
 def to_rgb(picture):
@@ -371,6 +385,39 @@ def header_problems(rows):
     return problems
 
 
+def picture_sizes(rows):
+    """The size (width, height) of every picture when it is upright, in pixels, int64, shape (N, 2).
+
+    Headers are read, in threads, and no pixels. A picture that cannot be opened gets zeros.
+    """
+    from tqdm import tqdm
+
+    threads = min(16, 4 * (os.cpu_count() or 1))  # they wait for the disk
+    sizes = in_threads(_size_of, rows.cells(), threads)
+    sizes = tqdm(sizes, desc="sizes of pictures", total=len(rows), dynamic_ncols=True, delay=2)
+    return np.array(list(sizes), dtype=np.int64).reshape(-1, 2)
+
+
+def _size_of(name, cell):
+    try:
+        with open_picture(cell) as picture:
+            return upright_size(picture)
+    except Exception:  # `check`, or reading it, says what is wrong
+        return (0, 0)
+
+
+def in_threads(function, items, threads):
+    """`function(*item)` of each item, in order, a few items ahead: all of them at once might not fit into memory."""
+    waiting = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, *item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def check(rows, on_bad_sample="error"):
     """Look at every caption, and open the header of every picture that is a file.
 
@@ -515,25 +562,55 @@ class Updates:
     same number of micro-steps. There are `per_epoch` updates in an epoch. The weights of an update's samples are
     accumulation * world_size / samples: a micro-batch's loss is the sum of weight x loss, and averaging over
     micro-steps and processes gives the mean over the samples, however they were shared out.
+
+    Where the samples are of several `shapes`, an array with an entry for each, a micro-batch holds samples of one.
+    They are put into micro-batches of `batch_size` in the epoch's order, of which the last of each shape may have
+    fewer; these are shuffled, and an update takes the next accumulation * world_size of them. So it may have fewer
+    samples than the window, and the order depends on the batch size: a run that goes on with another one inside an
+    epoch visits some of its samples twice and others not.
     """
 
-    def __init__(self, size, seed, batch_size, accumulation=1, world_size=1):
+    def __init__(self, size, seed, batch_size, accumulation=1, world_size=1, shapes=None):
         self.size, self.seed, self.batch_size = size, seed, batch_size
         self.accumulation, self.world_size = accumulation, world_size
         self.window = batch_size * accumulation * world_size
-        self.per_epoch = -(-size // self.window)
-        self._order = functools.lru_cache(maxsize=2)(functools.partial(draws.order, seed, size=size))
+        self.per_epoch, self.shape = -(-size // self.window), None
+        if shapes is not None:
+            _, shape, counts = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
+            if len(counts) > 1:
+                self.shape = shape.reshape(-1)
+                self.per_epoch = -(-int((-(-counts // batch_size)).sum()) // (accumulation * world_size))
+        self._order = functools.lru_cache(maxsize=2)(self._order)  # batches are read ahead of the loop's position
+
+    def _order(self, epoch):
+        """The samples in the order in which an epoch visits them, and where in it each micro-batch ends; None without
+        shapes."""
+        order = draws.order(self.seed, epoch, self.size)
+        if self.shape is None:
+            return order, None
+        groups = [order[self.shape[order] == shape] for shape in range(self.shape.max() + 1)]
+        batches = [
+            group[at : at + self.batch_size] for group in groups for at in range(0, len(group), self.batch_size)
+        ]
+        shuffled = [batches[at] for at in draws.generator(self.seed, "batches", epoch).permutation(len(batches))]
+        return np.concatenate(shuffled), np.cumsum([len(batch) for batch in shuffled])
+
+    def shares(self, position):
+        """The samples of the update at a position: for each micro-step the indices, an array, of each process."""
+        position, parts = position.within(self.size), self.accumulation * self.world_size
+        order, ends = self._order(position.epoch)
+        order = order[position.sample :]
+        if ends is None:
+            return np.array_split(order[: self.window], parts)
+        ends = ends[ends > position.sample][:parts] - position.sample
+        shares = np.split(order[: ends[-1]], ends[:-1])
+        return shares + [order[:0]] * (parts - len(shares))
 
     def after(self, position):
         """The position after the update at a position."""
         position = position.within(self.size)
-        return Position(position.epoch, position.sample + self.window).within(self.size)
-
-    def shares(self, position):
-        """The samples of the update at a position: for each micro-step the indices, an array, of each process."""
-        position = position.within(self.size)
-        samples = self._order(position.epoch)[position.sample : position.sample + self.window]
-        return np.array_split(samples, self.accumulation * self.world_size)
+        taken = sum(map(len, self.shares(position)))
+        return Position(position.epoch, position.sample + taken).within(self.size)
 
     def names(self, rows, position):
         """What to call the pictures of the update at a position: a list."""
@@ -612,7 +689,18 @@ def say_skipped(skipped):
         say(f"{len(skipped)} pictures could not be used in training; each time the next one stood in for it")
 
 
-def held_out_samples(size, batch_size, rank=0, world_size=1):
-    """The batches of (epoch, index, weight) in which this process evaluates `size` held-out samples."""
-    mine = range(rank, size, world_size)
-    return [[(draws.HELD_OUT, i, 1.0) for i in mine[at : at + batch_size]] for at in range(0, len(mine), batch_size)]
+def held_out_samples(size, batch_size, rank=0, world_size=1, shapes=None):
+    """The batches of (epoch, index, weight) in which this process evaluates `size` held-out samples.
+
+    With `shapes`, an array with an entry for each sample, a batch holds samples of one.
+    """
+    mine = np.arange(rank, size, world_size)
+    groups = [mine]
+    if shapes is not None:
+        shape = np.unique(shapes, axis=0, return_inverse=True)[1].reshape(-1)[mine]
+        groups = [mine[shape == number] for number in np.unique(shape)]
+    return [
+        [(draws.HELD_OUT, int(i), 1.0) for i in group[at : at + batch_size]]
+        for group in groups
+        for at in range(0, len(group), batch_size)
+    ]

@@ -3,8 +3,6 @@
 import hashlib
 import os
 import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +90,7 @@ def look_at_pictures(rows):
                 shown_by.setdefault(problem.name, [])
         pictures = ((name, {"path": name}) for name in shown_by)
     threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a whole picture
-    results = _in_threads(_look, pictures, threads)
+    results = data.in_threads(_look, pictures, threads)
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds; into a file, a line now and then is enough
     total = len(shown_by) or len(rows)
     looks, problems, bad = [], [], set()
@@ -103,18 +101,6 @@ def look_at_pictures(rows):
             problems.append(result)
             bad.update([at] if rows.root is None else shown_by[result.name])
     return looks, problems, bad
-
-
-def _in_threads(function, items, threads):
-    """`function(*item)` of each item, in order, a few items ahead: all of them at once might not fit into memory."""
-    waiting = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, *item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _look(name, cell):

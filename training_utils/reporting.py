@@ -154,7 +154,9 @@ def announce(parameters, updates, total, state):
     """The lines before the progress bar: what is about to be trained, in `total` updates of data.Updates."""
     size = sum(math.prod(parameter.shape) for parameter in parameters)
     say(f"training {size / 1e6:,.3g} M parameters on {updates.size:,} pictures")
-    epochs, many = total / updates.per_epoch, updates.window
+    epochs, many = total / updates.per_epoch, str(updates.window)
+    if updates.shape is not None:
+        many = f"up to {many}, on average {updates.size / updates.per_epoch:.3g},"
     say(f"{total:,} updates of {many} pictures are {epochs:,.1f} epochs; update {state.step:,}, seed {state.seed}")
 
 
