@@ -52,46 +52,46 @@ def scale(sizes, buckets):
 
 
 def assign(rows, resolution, smallest, largest, step):
-    """The training size of each row, int64, shape (N, 2): its picture's bucket, as `make` makes them.
+    """Read the header of every picture and find its bucket, of those that `make` makes.
 
-    Reads the header of every picture, and says how the pictures lie in the buckets.
+    Returns the size at which each row is trained, int64, shape (N, 2); the lines of a table; and remarks about
+    pictures that the buckets do not suit, each a clause and the names of the pictures. Pictures that cannot be opened
+    are put with the squares and not counted.
     """
-    sizes, all_buckets = data.picture_sizes(rows), make(resolution, smallest, largest, step)
-    chosen = all_buckets[nearest(sizes, all_buckets)]
-    lines, remarks = report(rows, sizes, chosen, len(all_buckets), resolution)
-    say("\n".join(lines))
-    for remark in remarks:
-        warn(remark)
-    return chosen
-
-
-def report(rows, sizes, chosen, count, resolution):
-    """How pictures of `sizes` lie in their buckets, `chosen` of `count`; both of shape (N, 2).
-
-    Returns the lines of a table, and a list of sentences about the pictures that the buckets do not suit. Pictures
-    whose size is not known are not counted.
-    """
+    sizes, choice = data.picture_sizes(rows), make(resolution, smallest, largest, step)
+    chosen = choice[nearest(sizes, choice)]
     known = np.flatnonzero(sizes.all(axis=1))
-    sizes, chosen = sizes[known], chosen[known]
-    lost, factor = cropped(sizes, chosen), scale(sizes, chosen)
-    used, number = np.unique(chosen, axis=0, return_inverse=True)
-    counts = np.bincount(number, minlength=len(used))
+    sizes, targets = sizes[known], chosen[known]
+    lost, factor = cropped(sizes, targets), scale(sizes, targets)
+    used, number, counts = np.unique(targets, axis=0, return_inverse=True, return_counts=True)
     table = [("bucket", "pictures", "cropped")]
     for at in sorted(range(len(used)), key=lambda at: used[at, 0] / used[at, 1]):
-        table.append((f"{used[at, 0]} x {used[at, 1]}", f"{counts[at]:,}", _percent(lost[number == at])))
-    table.append((f"{len(used)} of {count}", f"{len(known):,}", _percent(lost)))
-    width, wide = (max(len(row[column]) for row in table) for column in (0, 1))
-    lines = [f"{size:>{width}}  {pictures:>{wide}}  {share:>7}" for size, pictures, share in table]
-    square = np.array([resolution, resolution])
-    lines.append(f"cut to squares, {_percent(cropped(sizes, square[None]))} of a picture would be cropped on average")
+        table.append((f"{used[at, 0]} x {used[at, 1]}", f"{counts[at]:,}", _percent(lost[number.reshape(-1) == at])))
+    table.append(("in all", f"{len(known):,}", _percent(lost)))
+    width, wide = (max(len(line[column]) for line in table) for column in (0, 1))
+    squares = _percent(cropped(sizes, np.array([[resolution, resolution]])))
+    lines = [
+        "aspect-ratio buckets, width x height in pixels",
+        *(f"{size:>{width}}  {pictures:>{wide}}  {share:>7}" for size, pictures, share in table),
+        f"{len(used)} of {len(choice)} buckets are used; cut to squares, the pictures would lose {squares}",
+    ]
     remarks = []
     for what, which in (
-        (f"lose more than {MUCH_CROPPED:.0%} of themselves, since no bucket is near their shape", lost > MUCH_CROPPED),
+        (f"lose more than {100 * MUCH_CROPPED:g} %, since no bucket is near their shape", lost > MUCH_CROPPED),
         (f"are enlarged more than {MUCH_ENLARGED:g} times to fill their bucket", factor > MUCH_ENLARGED),
     ):
         names = [rows.name(int(index)) for index in known[which]]
-        remarks += [f"{len(names)} pictures {what}: {shortened(names)}"] if names else []
-    return lines, remarks
+        remarks += [(f"{len(names):,} pictures {what}", names)] if names else []
+    return chosen, lines, remarks
+
+
+def training_sizes(rows, limits):
+    """The size at which each row is trained, as `assign` finds it, which is said; `limits` are its other arguments."""
+    chosen, lines, remarks = assign(rows, **limits)
+    say("\n  ".join(lines))
+    for remark, names in remarks:
+        warn(f"{remark}: {shortened(names)}")
+    return chosen
 
 
 def _percent(shares):

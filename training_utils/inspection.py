@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import data
+from . import buckets, data
 from .problems import KINDS, open_picture, problem_of, shortened
 from .reporting import _first_process
 
@@ -37,12 +37,12 @@ class Look(NamedTuple):
     turned: bool
 
 
-def check_data(source, resolution):
+def check_data(source, resolution, limits=None):
     """Look at a whole data set and print a report. Returns the exit code: 0 when every sample can be used, else 2.
 
     `source` is the dict of what data.load_rows takes; `resolution` is the side in pixels that the pictures are resized
-    to, None where the script does not resize them. Of several processes only the first one looks. Raises UserError for
-    a data set that cannot be opened.
+    to, None where the script does not resize them; `limits` is what buckets.make takes, None where they are cut to
+    squares. Of several processes only the first one looks. Raises UserError for a data set that cannot be opened.
     """
     if not _first_process():
         return 0
@@ -57,9 +57,10 @@ def check_data(source, resolution):
         _summary(title, samples, unusable, rows, captions, looks),
         _malformed(rows.findings.malformed),
         _unusable_lines(problems, rows.root),
-        _remarks(rows, looks, [rows.name(index) for index in empty], resolution),
+        _remarks(rows, looks, [rows.name(index) for index in empty], None if limits else resolution),
         _histogram("shorter side in pixels", *_sides(looks, resolution)),
         _histogram("width to height", *_ratios(looks)),
+        _buckets(rows.without(sorted(bad | captions.keys())), limits),
         [_verdict(samples, unusable, rows.findings.malformed)],
     ]
     text = "\n\n".join("\n".join(lines) for lines in blocks if lines)
@@ -219,6 +220,17 @@ def _ratios(looks):
 
 def _counts(values, bounds):
     return np.bincount(np.searchsorted(bounds, values, side="right"), minlength=len(bounds) + 1)
+
+
+def _buckets(rows, limits):
+    """What a run would say of its aspect-ratio buckets."""
+    if limits is None or not len(rows):
+        return []
+    _, lines, remarks = buckets.assign(rows, **limits)
+    lines = [lines[0], *(f"  {line}" for line in lines[1:])]
+    for remark, names in remarks:
+        lines += [f"  {remark}", f"      {shortened([_short(name, rows.root) for name in names])}"]
+    return lines
 
 
 def _histogram(title, labels, counts):
