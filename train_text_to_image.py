@@ -20,6 +20,7 @@ def parse_args(argv=None):
         flags.EMA,
         (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
+        flags.CACHES,
         flags.HARDWARE,
         flags.REPORTING,
     ]
@@ -35,6 +36,7 @@ from training_utils import libraries  # noqa: E402
 libraries.prepare()
 
 import math  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -45,7 +47,7 @@ from diffusers.optimization import get_scheduler  # noqa: E402
 from diffusers.training_utils import compute_dream_and_update_latents  # noqa: E402
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from training_utils import checkpoints, data, draws, engine, hub, inspection, losses, reporting, validation  # noqa: E402
+from training_utils import checkpoints, data, draws, engine, frozen, hub, inspection, losses, reporting, validation  # noqa: E402
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
@@ -66,25 +68,36 @@ class Prepare:
     def __init__(self, args, tokenizer, latent_shape, timesteps, held_out=0):
         self.args, self.tokenizer, self.latent_shape, self.timesteps = args, tokenizer, latent_shape, timesteps
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not held_out, not (args.center_crop or held_out)
+        self.pictures = self.captions = None  # the caches, where there are any
+
+    def show(self, rows, index, mirrored, corner):
+        """One view of a picture; `corner` draws its crop, None takes the middle."""
+        args = self.args
+        picture = data.resize(rows.picture(index), args.resolution, args.image_interpolation_mode)
+        picture, _ = data.crop(picture, args.resolution, corner)
+        pixels = data.to_array(picture)
+        return {"pixels": np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)}
+
+    def tokenize(self, caption):
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(caption, max_length=length, padding="max_length", truncation=True)
+        return {"tokens": np.array(tokens.input_ids, dtype=np.int64)}
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
-        picture = data.resize(rows.picture(index), args.resolution, args.image_interpolation_mode)
-        picture, _ = data.crop(picture, args.resolution, draw if train and not args.center_crop else None)
-        pixels = data.to_array(picture)
-        if train and args.random_flip and draw("flip").random() < 0.5:
-            pixels = pixels[:, :, ::-1]
+        mirrored = self.mirrors and draw("flip").random() < 0.5
+        corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
-        tokens = self.tokenizer(
-            caption or "", max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True
-        )
+        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        text = self.tokenize(caption or "")
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
         else:  # spread over the whole schedule, so that few pictures make a steady loss
             timestep = int((index + 0.5) / self.held_out * self.timesteps)
         sample = {
-            "pixels": np.ascontiguousarray(pixels),
-            "tokens": np.array(tokens.input_ids, dtype=np.int64),
+            **picture(index, mirrored, corner),
+            **(self.captions.read(text) if self.captions else text),
             "timestep": np.int64(timestep),
             "latent_noise": draw("latent").standard_normal(self.latent_shape, dtype=np.float32),
             "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
@@ -98,19 +111,30 @@ class Prepare:
         return sample
 
 
-def training_loss(unet, vae, text_encoder, schedule, batch, snr_gamma=None, dream_p=None):
-    """The diffusion loss of each sample of a batch, shape (B,).
+@frozen.encoder
+def encode_pictures(vae, batch):
+    """Mean and standard deviation of what the VAE makes of a batch's pictures, each (B, C, h, w)."""
+    moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
+    return {"latent_mean": moments.mean, "latent_std": moments.std}
+
+
+@frozen.encoder
+def encode_captions(text_encoder, batch):
+    """The text encoder's last hidden states of a batch's captions, (B, tokens, D)."""
+    return {"text_states": text_encoder(batch["tokens"]).last_hidden_state}
+
+
+def training_loss(unet, schedule, batch, scaling_factor, snr_gamma=None, dream_p=None):
+    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` and `encode_captions` make of
+    it; shape (B,).
 
     Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
     float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `snr_gamma`
     weights by min-SNR; `dream_p` is DREAM's exponent, None for plain training.
     """
-    timesteps, noise = batch["timestep"], batch["noise"]
-    with torch.no_grad():
-        moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
-        latents = moments.mean.float() + moments.std.float() * batch["latent_noise"]
-        latents = latents * vae.config.scaling_factor
-        text_states = text_encoder(batch["tokens"]).last_hidden_state
+    timesteps, noise, text_states = batch["timestep"], batch["noise"], batch["text_states"]
+    latents = batch["latent_mean"].float() + batch["latent_std"].float() * batch["latent_noise"]
+    latents = latents * scaling_factor
     noisy = schedule.add_noise(latents, batch.get("input_noise", noise), timesteps)
     kind = schedule.config.prediction_type
     target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
@@ -127,7 +151,7 @@ def training_loss(unet, vae, text_encoder, schedule, batch, snr_gamma=None, drea
 
 
 def load_models(args, accelerator):
-    """The parts of the base model, placed and frozen: (folder, tokenizer, text_encoder, vae, unet, schedule, sampler).
+    """The parts of the base model, in host memory: (folder, tokenizer, text_encoder, vae, unet, schedule, sampler).
 
     `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
     """
@@ -149,9 +173,9 @@ def load_models(args, accelerator):
     unet = engine.load_part(UNet2DConditionModel, unet_base, "unet", variant=variant, dtype=torch.float32)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
-    for frozen in (vae, text_encoder):
-        frozen.requires_grad_(False).eval().to(accelerator.device)
-    unet.to(accelerator.device).train()
+    for network in (vae, text_encoder):
+        network.requires_grad_(False).eval()
+    unet.train()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -230,6 +254,27 @@ def main(argv=None):
         prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
+    # --- what is frozen runs once ------------------------------------------------------------------------------------
+    prompts = args.validation_prompts or []
+    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
+    if args.cache_latents:
+        settings = ["stable diffusion", args.resolution, args.image_interpolation_mode]
+        frozen.keep_pictures(*keeping, [vae], partial(encode_pictures, vae), settings, args.cached_crops)
+    if args.cache_text_embeddings:
+        empty = bool(args.caption_dropout)
+        frozen.keep_captions(*keeping, [text_encoder], partial(encode_captions, text_encoder), empty)
+    scaling_factor = vae.config.scaling_factor
+    vae = frozen.settle(vae, accelerator.device, args.cache_latents, prompts)
+    text_encoder = frozen.settle(text_encoder, accelerator.device, args.cache_text_embeddings, prompts)
+    unet.to(accelerator.device)
+
+    def encode(batch):
+        """A batch with what the frozen networks make of it; caches have put it there already."""
+        pictures = {} if args.cache_latents else encode_pictures(vae, batch)
+        captions = {} if args.cache_text_embeddings else encode_captions(text_encoder, batch)
+        return batch | pictures | captions
+
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
     updates = data.Updates(
         len(samples), state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
@@ -295,7 +340,6 @@ def main(argv=None):
         guard.report,
     )
 
-    prompts = args.validation_prompts or []
     drawing = dict(
         height=args.resolution,
         width=args.resolution,
@@ -308,13 +352,13 @@ def main(argv=None):
         """Held-out loss and pictures with the weights that would be saved now."""
         progress.flush()
         unet.eval()
-        with averaged(ema):
+        with averaged(ema), frozen.visiting([vae, text_encoder], accelerator.device):
             if held_out_rows is not None:
                 validation.log_held_out_loss(
                     accelerator,
                     held_out,
                     args.train_batch_size,
-                    lambda batch: training_loss(unet, vae, text_encoder, schedule, batch),
+                    lambda batch: training_loss(unet, schedule, encode(batch), scaling_factor),
                     state.step,
                 )
             if prompts:
@@ -350,7 +394,8 @@ def main(argv=None):
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
             state.micro_step += 1
             with accelerator.accumulate(network):
-                sample_losses = training_loss(network, vae, text_encoder, schedule, batch, args.snr_gamma, dream_p)
+                batch = encode(batch)
+                sample_losses = training_loss(network, schedule, batch, scaling_factor, args.snr_gamma, dream_p)
                 loss = (sample_losses * batch["weight"]).sum()
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps

@@ -24,6 +24,7 @@ def parse_args(argv=None):
         flags.EMA,
         (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
+        (flags.CACHES[0], flags.without(flags.CACHES, "cache_text_embeddings")),
         flags.HARDWARE,
         flags.REPORTING,
     ]
@@ -44,6 +45,7 @@ from training_utils import libraries  # noqa: E402
 libraries.prepare()
 
 import math  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -57,10 +59,22 @@ from diffusers import (  # noqa: E402
     VQModel,
 )
 from diffusers.optimization import get_scheduler  # noqa: E402
-from PIL import ImageOps  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection  # noqa: E402
 
-from training_utils import checkpoints, data, draws, engine, hub, inspection, kandinsky, losses, reporting, validation  # noqa: E402
+from training_utils import (  # noqa: E402
+    checkpoints,
+    data,
+    draws,
+    engine,
+    frozen,
+    hub,
+    inspection,
+    kandinsky,
+    losses,
+    reporting,
+    validation,
+)
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
@@ -74,6 +88,7 @@ prior = KandinskyV22PriorPipeline.from_pretrained("{prior}")
 decoder = KandinskyV22Pipeline.from_pretrained("{model}", use_safetensors=True)
 decoder(**prior("what to draw")).images[0].save("picture.png")
 """
+CONDITION = ("clip_pixels", "image")  # what CLIP sees, and what it makes of it
 
 
 class Prepare:
@@ -86,50 +101,65 @@ class Prepare:
         self.args, self.image_processor = args, image_processor
         self.latent_shape, self.timesteps = latent_shape, timesteps
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not held_out, args.random_crop and not held_out
+        self.pictures = None  # the cache, where there is one
 
-    def __call__(self, rows, index, draw):
-        args, train = self.args, not self.held_out
-        picture = rows.picture(index)
-        if train and args.random_flip and draw("flip").random() < 0.5:
+    def show(self, rows, index, mirrored, corner):
+        """One view of a picture; `corner` draws its crop, None takes the middle."""
+        args, picture = self.args, rows.picture(index)
+        if mirrored:
             picture = ImageOps.mirror(picture)
-        random_crop = train and args.random_crop
-        square, _ = data.crop(picture, min(picture.size), draw if random_crop else None)
+        square, _ = data.crop(picture, min(picture.size), corner)
         pixels = square.resize(
             (args.resolution, args.resolution),
             data.FILTERS[args.image_interpolation_mode],
             reducing_gap=args.reducing_gap,
         )
-        seen = square if random_crop else picture  # CLIP's processor takes the middle of the picture by itself
+        seen = picture if corner is None else square  # CLIP's processor takes the middle of the picture by itself
         clip_pixels = self.image_processor(seen, return_tensors="np").pixel_values[0]
-        if train and args.caption_dropout and draw("caption_dropout").random() < args.caption_dropout:
-            clip_pixels = np.zeros_like(clip_pixels)  # the pipeline's condition for no picture
+        return {"pixels": data.to_array(pixels), "clip_pixels": clip_pixels}
+
+    def blank(self):
+        """What is shown in the place of no picture; the pipeline conditions on what CLIP makes of it."""
+        grey = Image.new("RGB", (self.args.resolution, self.args.resolution))
+        clip_pixels = self.image_processor(grey, return_tensors="np").pixel_values[0]
+        return {"pixels": data.to_array(grey), "clip_pixels": np.zeros_like(clip_pixels)}
+
+    def __call__(self, rows, index, draw):
+        args, train = self.args, not self.held_out
+        mirrored = self.mirrors and draw("flip").random() < 0.5
+        corner = draw("crop") if self.cropped else None
+        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        dropped = train and args.caption_dropout and draw("caption_dropout").random() < args.caption_dropout
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
         else:  # spread over the whole schedule, so that few pictures make a steady loss
             timestep = int((index + 0.5) / self.held_out * self.timesteps)
         sample = {
-            "pixels": data.to_array(pixels),
-            "clip_pixels": clip_pixels,
+            **picture(index, mirrored, corner),
             "timestep": np.int64(timestep),
             "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
         }
+        if dropped:
+            blank = self.pictures.read_blank() if self.pictures else self.blank()
+            sample |= {name: blank[name] for name in CONDITION if name in blank}
         if train and args.noise_offset:
             shape = (self.latent_shape[0], 1, 1)
             sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
         return sample
 
 
-@torch.no_grad()
-def encode(movq, image_encoder, batch):
-    """What the frozen networks make of a batch, in float32: MOVQ's latents (B, C, h, w), which are x0 as they are, and
-    CLIP's embedding of the picture (B, D)."""
+@frozen.encoder
+def encode_pictures(networks, batch):
+    """What MOVQ and CLIP make of a batch's pictures: latents (B, C, h, w), which are x0 as they are, and embeddings
+    (B, D)."""
+    movq, image_encoder = networks
     latents = movq.encode(batch["pixels"].to(movq.dtype)).latents
-    image = image_encoder(batch["clip_pixels"].to(image_encoder.dtype)).image_embeds
-    return latents.float(), image.float()
+    return {"latents": latents, "image": image_encoder(batch["clip_pixels"].to(image_encoder.dtype)).image_embeds}
 
 
-def training_loss(unet, movq, image_encoder, schedule, batch, snr_gamma=None):
-    """The diffusion loss of each sample of a batch, shape (B,).
+def training_loss(unet, schedule, batch, snr_gamma=None):
+    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` makes of it; shape (B,).
 
     Noise is mixed into MOVQ's latents in float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4); the UNet is told CLIP's
     embedding of the picture. Of its output only the first C channels get a loss. The other C, the variance that the
@@ -137,7 +167,7 @@ def training_loss(unet, movq, image_encoder, schedule, batch, snr_gamma=None):
     script, so that they follow what the layers before them learn. `snr_gamma` weights by min-SNR.
     """
     timesteps, noise = batch["timestep"], batch["noise"]
-    latents, image = encode(movq, image_encoder, batch)
+    latents, image = batch["latents"].float(), batch["image"].float()
     noisy = schedule.add_noise(latents, noise, timesteps)
     kind = schedule.config.prediction_type
     target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
@@ -151,7 +181,7 @@ def training_loss(unet, movq, image_encoder, schedule, batch, snr_gamma=None):
 
 
 def load_models(args, accelerator, draws_pictures):
-    """The two folders and their parts, placed and frozen: (prior's folder, decoder's folder, image_processor,
+    """The two folders and their parts, in host memory: (prior's folder, decoder's folder, image_processor,
     image_encoder, movq, unet, schedule, sampler).
 
     `schedule` is the noise schedule of the training, `sampler` the decoder's own scheduler. Of the prior, only what
@@ -179,10 +209,10 @@ def load_models(args, accelerator, draws_pictures):
     unet = engine.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
-    for frozen in (image_encoder, movq):
-        frozen.requires_grad_(False).eval().to(accelerator.device)
+    for network in (image_encoder, movq):
+        network.requires_grad_(False).eval()
     kandinsky.check_decoder(unet, movq)
-    unet.to(accelerator.device).train()
+    unet.train()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -251,13 +281,36 @@ def main(argv=None):
         args, accelerator, draws_pictures=bool(prompts)
     )
     drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
-    pairs = prompts and kandinsky.embed_prompts(prior_base, args.variant, image_encoder, prompts, state.seed, *drawing)
+    pairs = prompts and kandinsky.embed_prompts(
+        prior_base, args.variant, image_encoder, accelerator.device, prompts, state.seed, *drawing
+    )
     latent_shape = latent_shape_of(movq, unet, args.resolution)
     prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
         prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
+
+    # --- what is frozen runs once ------------------------------------------------------------------------------------
+    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
+    if args.cache_latents:
+        settings = [
+            "decoder",
+            args.resolution,
+            args.image_interpolation_mode,
+            args.reducing_gap,
+            repr(image_processor),
+        ]
+        see, blank = partial(encode_pictures, (movq, image_encoder)), prepare.blank() if args.caption_dropout else None
+        frozen.keep_pictures(*keeping, [movq, image_encoder], see, settings, args.cached_crops, blank)
+    movq = frozen.settle(movq, accelerator.device, args.cache_latents, prompts)
+    image_encoder = frozen.settle(image_encoder, accelerator.device, args.cache_latents, wanted_again=False)
+    unet.to(accelerator.device)
+
+    def encode(batch):
+        """A batch with what the frozen networks make of it; a cache has put it there already."""
+        return batch if args.cache_latents else batch | encode_pictures((movq, image_encoder), batch)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
     updates = data.Updates(
@@ -330,13 +383,13 @@ def main(argv=None):
         """Held-out loss and pictures with the weights that would be saved now."""
         progress.flush()
         unet.eval()
-        with averaged(ema):
+        with averaged(ema), frozen.visiting([movq], accelerator.device):
             if held_out_rows is not None:
                 validation.log_held_out_loss(
                     accelerator,
                     held_out,
                     args.train_batch_size,
-                    lambda batch: training_loss(unet, movq, image_encoder, schedule, batch),
+                    lambda batch: training_loss(unet, schedule, encode(batch)),
                     state.step,
                 )
             if prompts:
@@ -370,7 +423,8 @@ def main(argv=None):
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
             state.micro_step += 1
             with accelerator.accumulate(network):
-                sample_losses = training_loss(network, movq, image_encoder, schedule, batch, args.snr_gamma)
+                batch = encode(batch)
+                sample_losses = training_loss(network, schedule, batch, args.snr_gamma)
                 loss = (sample_losses * batch["weight"]).sum()
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps

@@ -91,25 +91,36 @@ class Prepare:
     def __init__(self, args, tokenizer, latent_shape, timesteps, held_out=0):
         self.args, self.tokenizer, self.latent_shape, self.timesteps = args, tokenizer, latent_shape, timesteps
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not held_out, not (args.center_crop or held_out)
+        self.pictures = self.captions = None  # the caches, where there are any
+
+    def show(self, rows, index, mirrored, corner):
+        """One view of a picture; `corner` draws its crop, None takes the middle."""
+        args = self.args
+        picture = data.resize(rows.picture(index), args.resolution, args.image_interpolation_mode)
+        picture, _ = data.crop(picture, args.resolution, corner)
+        pixels = data.to_array(picture)
+        return {"pixels": np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)}
+
+    def tokenize(self, caption):
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(caption, max_length=length, padding="max_length", truncation=True)
+        return {"tokens": np.array(tokens.input_ids, dtype=np.int64)}
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
-        picture = data.resize(rows.picture(index), args.resolution, args.image_interpolation_mode)
-        picture, _ = data.crop(picture, args.resolution, draw if train and not args.center_crop else None)
-        pixels = data.to_array(picture)
-        if train and args.random_flip and draw("flip").random() < 0.5:
-            pixels = pixels[:, :, ::-1]
+        mirrored = self.mirrors and draw("flip").random() < 0.5
+        corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
-        tokens = self.tokenizer(
-            caption or "", max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True
-        )
+        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        text = self.tokenize(caption or "")
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
         else:  # spread over the whole schedule, so that few pictures make a steady loss
             timestep = int((index + 0.5) / self.held_out * self.timesteps)
         sample = {
-            "pixels": np.ascontiguousarray(pixels),
-            "tokens": np.array(tokens.input_ids, dtype=np.int64),
+            **picture(index, mirrored, corner),
+            **(self.captions.read(text) if self.captions else text),
             "timestep": np.int64(timestep),
             "latent_noise": draw("latent").standard_normal(self.latent_shape, dtype=np.float32),
             "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),

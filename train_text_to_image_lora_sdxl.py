@@ -23,6 +23,7 @@ def parse_args(argv=None):
         (flags.EMA[0], flags.without(flags.EMA, "offload_ema", "foreach_ema")),
         (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
+        flags.CACHES,
         flags.HARDWARE,
         (flags.REPORTING[0], flags.REPORTING[1] + OWN_REPORTING_FLAGS),
     ]
@@ -39,6 +40,7 @@ from training_utils import libraries  # noqa: E402
 libraries.prepare()
 
 import math  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -49,7 +51,19 @@ from diffusers.optimization import get_scheduler  # noqa: E402
 from PIL import ImageOps  # noqa: E402
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
-from training_utils import checkpoints, data, draws, engine, hub, inspection, lora, losses, reporting, validation  # noqa: E402
+from training_utils import (  # noqa: E402
+    checkpoints,
+    data,
+    draws,
+    engine,
+    frozen,
+    hub,
+    inspection,
+    lora,
+    losses,
+    reporting,
+    validation,
+)
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
@@ -71,29 +85,42 @@ class Prepare:
         self.args, self.tokenizers, self.latent_shape = args, tokenizers, latent_shape
         self.probabilities, self.timesteps = probabilities, timesteps
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not held_out, not (args.center_crop or held_out)
+        self.pictures = self.captions = None  # the caches, where there are any
+
+    def show(self, rows, index, mirrored, corner):
+        """One view of a picture and what the UNet is told of it; `corner` draws its crop, None takes the middle."""
+        args, picture = self.args, rows.picture(index)
+        original_size = (picture.height, picture.width)
+        picture = data.resize(picture, args.resolution, args.image_interpolation_mode)
+        if mirrored:
+            picture = ImageOps.mirror(picture)  # before the crop, whose corner the network is told
+        picture, corner = data.crop(picture, args.resolution, corner)
+        time_ids = np.array([*original_size, *corner, args.resolution, args.resolution], dtype=np.float32)
+        return {"pixels": data.to_array(picture), "time_ids": time_ids}
+
+    def tokenize(self, caption):
+        tokens = {}
+        for name, tokenizer in zip(("tokens", "tokens_2"), self.tokenizers, strict=True):
+            ids = tokenizer(caption, max_length=tokenizer.model_max_length, padding="max_length", truncation=True)
+            tokens[name] = np.array(ids.input_ids, dtype=np.int64)
+        return tokens
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
-        picture = rows.picture(index)
-        original_size = (picture.height, picture.width)
-        picture = data.resize(picture, args.resolution, args.image_interpolation_mode)
-        if train and args.random_flip and draw("flip").random() < 0.5:
-            picture = ImageOps.mirror(picture)  # before the crop, whose corner the network is told
-        picture, corner = data.crop(picture, args.resolution, draw if train and not args.center_crop else None)
+        mirrored = self.mirrors and draw("flip").random() < 0.5
+        corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        text = self.tokenize(caption or "")
         sample = {
             "index": np.int64(index),
-            "pixels": data.to_array(picture),
+            **picture(index, mirrored, corner),
+            **(self.captions.read(text) if self.captions else text),
             "caption_given": np.float32(caption is not None),
-            "time_ids": np.array([*original_size, *corner, args.resolution, args.resolution], dtype=np.float32),
             "latent_noise": draw("latent").standard_normal(self.latent_shape, dtype=np.float32),
             "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
         }
-        for name, tokenizer in zip(("tokens", "tokens_2"), self.tokenizers, strict=True):
-            ids = tokenizer(
-                caption or "", max_length=tokenizer.model_max_length, padding="max_length", truncation=True
-            )
-            sample[name] = np.array(ids.input_ids, dtype=np.int64)
         if train:
             sample["timestep"] = np.int64(data.choose_timestep(draw, self.timesteps, self.probabilities))
         else:  # spread over the whole schedule, so that few pictures make a steady loss
@@ -104,36 +131,48 @@ class Prepare:
         return sample
 
 
-def encode_captions(text_encoders, batch, zero_dropped):
-    """Text states (B, tokens, width of both encoders) and pooled text (B, projection) of a batch, in float32.
+@frozen.encoder
+def encode_pictures(vae, batch):
+    """Mean and standard deviation of what the VAE makes of a batch's pictures, each (B, C, h, w)."""
+    moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
+    return {"latent_mean": moments.mean, "latent_std": moments.std}
+
+
+@frozen.encoder
+def encode_captions(text_encoders, batch):
+    """Text states (B, tokens, width of both encoders) and pooled text (B, projection) of a batch.
 
     The states are the penultimate layers of both encoders, side by side; pooled is the second one's projection (Podell
-    et al. 2023, arXiv 2307.01952, section 2.1). `zero_dropped` sets them to zero where the caption was dropped, which
-    is what the pipeline feeds for an empty prompt, rather than the encoding of "".
+    et al. 2023, arXiv 2307.01952, section 2.1).
     """
     outputs = [
         encoder(tokens, output_hidden_states=True)
         for encoder, tokens in zip(text_encoders, (batch["tokens"], batch["tokens_2"]), strict=True)
     ]
-    states = torch.cat([output.hidden_states[-2].float() for output in outputs], dim=-1)
-    pooled = outputs[1].text_embeds.float()
+    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return {"text_states": states, "pooled": outputs[1].text_embeds}
+
+
+def text_of(batch, zero_dropped):
+    """The text states and the pooled text of an encoded batch, in float32. `zero_dropped` sets them to zero where the
+    caption was dropped, which is what the pipeline feeds for an empty prompt, rather than the encoding of ""."""
+    states, pooled = batch["text_states"].float(), batch["pooled"].float()
     if zero_dropped:
         states, pooled = states * batch["caption_given"][:, None, None], pooled * batch["caption_given"][:, None]
     return states, pooled
 
 
-def training_loss(unet, vae, text_encoders, schedule, batch, zero_dropped=True, snr_gamma=None):
-    """The diffusion loss of each sample of a batch, shape (B,).
+def training_loss(unet, schedule, batch, scaling_factor, zero_dropped=True, snr_gamma=None):
+    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` and `encode_captions` make of
+    it; shape (B,).
 
     As in train_text_to_image.py, but that the UNet is also told the pooled text, the picture's first size, the corner
     of the crop that was cut and the target size (`time_ids`, pixels, float32: bfloat16 is exact only up to 256).
     """
     timesteps, noise = batch["timestep"], batch["noise"]
-    with torch.no_grad():
-        moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
-        latents = moments.mean.float() + moments.std.float() * batch["latent_noise"]
-        latents = latents * vae.config.scaling_factor
-    text_states, pooled = encode_captions(text_encoders, batch, zero_dropped)  # their adapters learn too, if any
+    text_states, pooled = text_of(batch, zero_dropped)
+    latents = batch["latent_mean"].float() + batch["latent_std"].float() * batch["latent_noise"]
+    latents = latents * scaling_factor
     noisy = schedule.add_noise(latents, noise, timesteps)
     kind = schedule.config.prediction_type
     target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
@@ -147,7 +186,7 @@ def training_loss(unet, vae, text_encoders, schedule, batch, zero_dropped=True, 
 
 
 def load_models(args, accelerator, seed):
-    """The parts, placed, frozen and adapted: (folder, tokenizers, text_encoders, vae, unet, schedule, sampler).
+    """The parts, in host memory, adapted: (folder, tokenizers, text_encoders, vae, unet, schedule, sampler).
 
     `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
     """
@@ -169,9 +208,9 @@ def load_models(args, accelerator, seed):
     unet = engine.load_part(UNet2DConditionModel, base, "unet", variant, dtype=half)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
-    for frozen in (vae, *text_encoders):
-        frozen.requires_grad_(False).eval().to(accelerator.device)
-    unet.to(accelerator.device).train()
+    for network in (vae, *text_encoders):
+        network.requires_grad_(False).eval()
+    unet.train()
     options = (args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)
     lora.add_adapter(unet, lora.UNET_LAYERS, *options)
     if args.train_text_encoder:
@@ -288,6 +327,29 @@ def main(argv=None):
         prepare = Prepare(args, tokenizers, latent_shape, None, timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
+    # --- what is frozen runs once ------------------------------------------------------------------------------------
+    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
+    if args.cache_latents:
+        settings = ["sdxl", args.resolution, args.image_interpolation_mode]
+        frozen.keep_pictures(*keeping, [vae], partial(encode_pictures, vae), settings, args.cached_crops)
+    if args.cache_text_embeddings:
+        empty = bool(args.caption_dropout)
+        frozen.keep_captions(*keeping, text_encoders, partial(encode_captions, text_encoders), empty)
+    scaling_factor = vae.config.scaling_factor
+    vae = frozen.settle(vae, accelerator.device, args.cache_latents, prompts)
+    text_encoders = [
+        frozen.settle(encoder, accelerator.device, args.cache_text_embeddings, prompts) for encoder in text_encoders
+    ]
+    unet.to(accelerator.device)
+
+    def encode(batch, text_encoders):
+        """A batch with what the frozen networks make of it; caches have put it there already."""
+        pictures = {} if args.cache_latents else encode_pictures(vae, batch)
+        captions = {} if args.cache_text_embeddings else encode_captions(text_encoders, batch)
+        return batch | pictures | captions
+
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
     updates = data.Updates(
         len(samples), state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
@@ -356,7 +418,6 @@ def main(argv=None):
         guard.report,
     )
 
-    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     drawing = dict(
         height=args.resolution,
         width=args.resolution,
@@ -370,13 +431,15 @@ def main(argv=None):
         progress.flush()
         for model in adapted.values():
             model.eval()
-        with averaged(ema):
+        with averaged(ema), frozen.visiting([vae, *text_encoders], accelerator.device):
             if held_out_rows is not None:
                 validation.log_held_out_loss(
                     accelerator,
                     held_out,
                     args.train_batch_size,
-                    lambda batch: training_loss(unet, vae, text_encoders, schedule, batch, zero_dropped),
+                    lambda batch: training_loss(
+                        unet, schedule, encode(batch, text_encoders), scaling_factor, zero_dropped
+                    ),
                     state.step,
                 )
             if prompts:
@@ -414,9 +477,8 @@ def main(argv=None):
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
             state.micro_step += 1
             with accelerator.accumulate(network, *text_networks):
-                sample_losses = training_loss(
-                    network, vae, text_networks, schedule, batch, zero_dropped, args.snr_gamma
-                )
+                batch = encode(batch, text_networks)
+                sample_losses = training_loss(network, schedule, batch, scaling_factor, zero_dropped, args.snr_gamma)
                 loss = (sample_losses * batch["weight"]).sum()
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps

@@ -432,13 +432,13 @@ def test_shorter_side_then_crop(size):
     assert min(resized.size) == 16
     assert max(resized.size) == int(16 * max(size) / min(size))
     for draw in (None, SampleDraws(0, 0, 0)):
-        cut, (top, left) = data.crop(resized, 16, draw)
+        cut, (top, left) = data.crop(resized, 16, draw and draw("crop"))
         assert cut.size == (16, 16)
         assert np.array_equal(np.asarray(cut), np.asarray(resized)[top : top + 16, left : left + 16])
 
 
 def test_random_crops_reach_every_place():
-    places = {data.crop(picture(0, (20, 16)), 16, SampleDraws(0, epoch, 0))[1] for epoch in range(60)}
+    places = {data.crop(picture(0, (20, 16)), 16, SampleDraws(0, epoch, 0)("crop"))[1] for epoch in range(60)}
     assert places == {(0, left) for left in range(5)}
 
 

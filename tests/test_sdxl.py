@@ -134,7 +134,10 @@ def reference(parts, batch, kind, snr_gamma, zero_dropped):
 @pytest.mark.parametrize(("snr_gamma", "zero_dropped"), [(None, True), (5.0, False)])
 def test_training_loss(script, sdxl, parts, kind, snr_gamma, zero_dropped):
     schedule = DDPMScheduler.from_pretrained(sdxl, subfolder="scheduler", prediction_type=kind)
-    got = script.training_loss(*parts, schedule, a_batch(), zero_dropped, snr_gamma)
+    unet, vae, encoders = parts
+    batch = a_batch()
+    batch |= script.encode_pictures(vae, batch) | script.encode_captions(encoders, batch)
+    got = script.training_loss(unet, schedule, batch, vae.config.scaling_factor, zero_dropped, snr_gamma)
     expected = reference(parts, a_batch(), kind, snr_gamma, zero_dropped)
     torch.testing.assert_close(got.detach().double(), expected, rtol=5e-5, atol=1e-7)
 
@@ -146,7 +149,8 @@ def test_dropped_captions_are_what_the_pipeline_feeds_for_an_empty_prompt(sdxl, 
         _, negative, _, negative_pooled = pipeline.encode_prompt("x", do_classifier_free_guidance=True)
         ids = pipeline.tokenizer("", padding="max_length", max_length=16, return_tensors="pt").input_ids
         batch = {"tokens": ids, "tokens_2": ids, "caption_given": torch.zeros(1)}
-        states, pooled = train_text_to_image_sdxl.encode_captions(parts[2], batch, zero)
+        batch |= train_text_to_image_sdxl.encode_captions(parts[2], batch)
+        states, pooled = train_text_to_image_sdxl.text_of(batch, zero)
         torch.testing.assert_close(states, negative, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(pooled, negative_pooled, rtol=1e-5, atol=1e-6)
         assert bool(states.any()) is not zero

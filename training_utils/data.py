@@ -114,6 +114,17 @@ class Rows:
             problem = problem_of(error, self._name(index, cell))
         raise (UserError if problem.kind in ("absent", "not readable") else BadSample)(problem.sentence())
 
+    def content(self, index):
+        """(SHA-256, whether it is a square) of the file of a row's picture; for one that cannot be read, of its
+        name."""
+        cell = self._pictures[index]
+        try:
+            content = cell.get("bytes") or Path(cell["path"]).read_bytes()
+            with open_picture({"bytes": content}) as picture:
+                return hashlib.sha256(content).hexdigest(), picture.width == picture.height
+        except Exception:  # what is wrong with it, whoever decodes it will say
+            return hashlib.sha256(repr(self.name(index)).encode()).hexdigest(), True
+
     def fingerprint(self):
         """SHA-256 over the captions, and over the file names of a folder: a resumed run compares it. Without either,
         over up to a thousand pictures."""
@@ -504,23 +515,22 @@ def resize(picture, size, interpolation):
     return picture if new == picture.size else picture.resize(new, FILTERS[interpolation])
 
 
-def crop(picture, size, draw=None):
-    """Cut a square of `size` pixels: drawn by `draw`, a SampleDraws, or from the middle when it is None.
+def crop(picture, size, generator=None):
+    """Cut a square of `size` pixels: drawn by a generator, or from the middle when it is None.
 
     Returns (picture, (top, left)), the corner in pixels of the picture that came in.
     """
     width, height = picture.size
-    if draw is None:
+    if generator is None:
         top, left = round((height - size) / 2), round((width - size) / 2)
     else:
-        generator = draw("crop")
         top, left = int(generator.integers(height - size + 1)), int(generator.integers(width - size + 1))
     return picture.crop((left, top, left + size, top + size)), (top, left)
 
 
 def to_array(picture):
     """RGB PIL picture to float32 in [-1, 1], shape (3, H, W)."""
-    return np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0
+    return np.ascontiguousarray(np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)) / 127.5 - 1.0
 
 
 def choose_caption(captions, draw, dropout=0.0):
@@ -652,7 +662,7 @@ class Samples:
                 sample = self.prepare(self.rows, at % len(self), draw)
             except BadSample as error:
                 if self.on_bad_sample == "error":
-                    return UserError(f"{error}; mend or remove it, or leave it out with --on_bad_sample skip")
+                    return self.refusal(error)
                 skipped.append(str(error))
             except UserError as error:
                 return error  # raised in a worker it would arrive as a stack trace
@@ -660,6 +670,11 @@ class Samples:
                 sample["weight"] = np.float32(weight)
                 return sample | {"skipped": skipped} if skipped else sample
         return UserError(f"not one of {len(self)} samples can be used; the first: {skipped[0]}")
+
+    @staticmethod
+    def refusal(error):
+        """The UserError that a BadSample becomes where none may be passed over."""
+        return UserError(f"{error}; mend or remove it, or leave it out with --on_bad_sample skip", everywhere=False)
 
 
 def collate(samples):

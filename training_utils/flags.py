@@ -231,6 +231,13 @@ HARDWARE = ("Speed and memory", [
     Flag("process_group_timeout", whole(1), 1800, "seconds that processes wait for each other before they give up"),
     Flag("local_rank", int, -1, "set by old launchers; leave it alone"),
 ])
+CACHES = ("Caches: frozen networks run once", [
+    Flag("cache_latents", bool, False, "let the networks that see pictures run once for each picture and keep on disk "
+         "what they make of it, for this run and later ones"),
+    Flag("cached_crops", whole(1), 1, "how many random crops of each picture are kept"),
+    Flag("cache_text_embeddings", bool, False, "the same for the text encoders and captions"),
+    Flag("encoding_cache_dir", help="folder for both; left out, one beside the downloads"),
+])
 KANDINSKY_DEFAULTS = {"train_batch_size": 1, "adam_weight_decay": 0.0, "validation_guidance_scale": 4.0}
 KANDINSKY_RESOLUTION = Flag("resolution", whole(1), 512, "side of the validation pictures; CLIP's image processor "
                             "sizes the training pictures")
@@ -267,7 +274,7 @@ MATHEMATICS = frozenset(
     train_text_encoder pretrained_vae_model_name_or_path proportion_empty_prompts timestep_bias_strategy
     timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion
     pretrained_prior_model_name_or_path pretrained_decoder_model_name_or_path prior_revision decoder_revision
-    random_crop reducing_gap aspect_ratio_bucketing min_bucket_reso max_bucket_reso bucket_reso_steps
+    random_crop reducing_gap cached_crops aspect_ratio_bucketing min_bucket_reso max_bucket_reso bucket_reso_steps
     """.split()
 )
 SECRETS = frozenset(["hub_token"])
@@ -340,7 +347,13 @@ def parse(argv, description, groups, defaults=None):
     if getattr(args, "proportion_empty_prompts", 0):
         args.caption_dropout = args.proportion_empty_prompts
     args.notices = _notices(args)
+    if not (vars(args).get("cache_latents") and _crops_at_random(args)):
+        args.cached_crops = None
     return args
+
+
+def _crops_at_random(args):
+    return vars(args).get("random_crop", not vars(args).get("center_crop", True))
 
 
 def _notices(args):
@@ -348,6 +361,11 @@ def _notices(args):
     notices = []
     if args.lr_scheduler == "constant" and "lr_warmup_steps" in args.given and args.lr_warmup_steps:
         notices.append("--lr_scheduler constant has no warm-up; use constant_with_warmup for --lr_warmup_steps")
+    if vars(args).get("cache_latents") and _crops_at_random(args) and "cached_crops" not in args.given:
+        notices.append(
+            "--cache_latents keeps one random crop of each picture, which every epoch shows again; --cached_crops 4 "
+            "keeps four, in four times the room; --cached_crops 1 says that one is meant"
+        )
     return notices
 
 
@@ -383,6 +401,10 @@ def _contradiction(args):
         return "--enable_npu_flash_attention needs an Ascend NPU and torch_npu: pip install torch_npu"
     if get("lr_scheduler") == "polynomial" and args.learning_rate <= 1e-7:
         return f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate {args.learning_rate} must be above it"
+    if "cached_crops" in args.given and not (get("cache_latents") and _crops_at_random(args)):
+        return "--cached_crops is for --cache_latents with random crops"
+    if get("cache_text_embeddings") and get("train_text_encoder"):
+        return "--cache_text_embeddings keeps what the text encoders make, which --train_text_encoder changes"
     report_to = get("report_to")
     if report_to not in (None, "all", "none") and _missing(report_to):
         return f"--report_to {report_to} needs {report_to}: pip install {report_to}, or give --report_to none"
@@ -452,6 +474,12 @@ def bucket_limits(args):
         "largest": args.resolution * 2 if args.max_bucket_reso is None else args.max_bucket_reso,
         "step": args.bucket_reso_steps,
     }
+
+
+def encoding_folder(args):
+    """Where the caches of what frozen networks make are."""
+    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
+    return args.encoding_cache_dir or os.path.join(args.cache_dir or home, "text-to-image-encodings")
 
 
 def mathematics(args):
