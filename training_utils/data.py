@@ -51,7 +51,7 @@ class Rows:
     pictures matter; `root` is the folder of the pictures, resolved, where they are files; `findings` are shared with
     the rows that are selected from these; `numbers` are the rows' places in the whole data set, whose pictures are
     `stored`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels at which each row is
-    trained; None where all of them have one size.
+    trained; None where that is no matter of the data.
     """
 
     def __init__(
@@ -100,6 +100,10 @@ class Rows:
         null = np.concatenate([np.zeros(0, bool), *(chunk.is_null().to_numpy(False) for chunk in self.stored.chunks)])
         return np.flatnonzero(null[self.numbers])
 
+    def size(self, index):
+        """The (width, height) in pixels at which a row is trained, or None."""
+        return None if self.sizes is None else tuple(self.sizes[index].tolist())
+
     def captions(self, index):
         """The captions of a row, a list of at least one string."""
         return texts_of(self._captions[index])
@@ -115,15 +119,15 @@ class Rows:
         raise (UserError if problem.kind in ("absent", "not readable") else BadSample)(problem.sentence())
 
     def content(self, index):
-        """(SHA-256, whether it is a square) of the file of a row's picture; for one that cannot be read, of its
-        name."""
+        """(SHA-256, upright size) of the file of a row's picture; for one that cannot be read, of its name, and
+        zeros."""
         cell = self._pictures[index]
         try:
             content = cell.get("bytes") or Path(cell["path"]).read_bytes()
             with open_picture({"bytes": content}) as picture:
-                return hashlib.sha256(content).hexdigest(), picture.width == picture.height
+                return hashlib.sha256(content).hexdigest(), upright_size(picture)
         except Exception:  # what is wrong with it, whoever decodes it will say
-            return hashlib.sha256(repr(self.name(index)).encode()).hexdigest(), True
+            return hashlib.sha256(repr(self.name(index)).encode()).hexdigest(), (0, 0)
 
     def fingerprint(self):
         """SHA-256 over the captions, and over the file names of a folder: a resumed run compares it. Without either,
@@ -404,29 +408,31 @@ def picture_sizes(rows):
     from tqdm import tqdm
 
     threads = min(16, 4 * (os.cpu_count() or 1))  # they wait for the disk
-    sizes = in_threads(_size_of, rows.cells(), threads)
+    sizes = read_ahead(_size_of, rows.cells(), threads)
     sizes = tqdm(sizes, desc="sizes of pictures", total=len(rows), dynamic_ncols=True, delay=2)
     return np.array(list(sizes), dtype=np.int64).reshape(-1, 2)
 
 
-def _size_of(name, cell):
+def _size_of(named_cell):
     try:
-        with open_picture(cell) as picture:
+        with open_picture(named_cell[1]) as picture:
             return upright_size(picture)
     except Exception:  # `check`, or reading it, says what is wrong
         return (0, 0)
 
 
-def in_threads(function, items, threads):
-    """`function(*item)` of each item, in order, a few items ahead: all of them at once might not fit into memory."""
-    waiting = deque()
-    with ThreadPoolExecutor(threads) as pool:
+def read_ahead(function, items, threads):
+    """`function(item)` of each item, in order, a few items ahead: all of them at once might not fit into memory."""
+    waiting, pool = deque(), ThreadPoolExecutor(threads)
+    try:
         for item in items:
-            waiting.append(pool.submit(function, *item))
+            waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def check(rows, on_bad_sample="error"):
@@ -506,26 +512,34 @@ def take(rows, most, seed):
 
 
 def resize(picture, size, interpolation):
-    """Scale a PIL picture so that its shorter side is `size` pixels."""
-    width, height = picture.size
-    if width <= height:
-        new = (size, max(size, int(size * height / width)))
+    """Scale a PIL picture so that it just covers `size`, (width, height): one side is equal, the other not less."""
+    (width, height), (new_width, new_height) = picture.size, size
+    if new_width * height >= new_height * width:
+        new = (new_width, max(new_height, new_width * height // width))
     else:
-        new = (max(size, int(size * width / height)), size)
+        new = (max(new_width, new_height * width // height), new_height)
     return picture if new == picture.size else picture.resize(new, FILTERS[interpolation])
 
 
 def crop(picture, size, generator=None):
-    """Cut a square of `size` pixels: drawn by a generator, or from the middle when it is None.
+    """Cut `size`, (width, height), out of a PIL picture: drawn by a generator, or from the middle when it is None.
 
     Returns (picture, (top, left)), the corner in pixels of the picture that came in.
     """
-    width, height = picture.size
+    (width, height), (new_width, new_height) = picture.size, size
     if generator is None:
-        top, left = round((height - size) / 2), round((width - size) / 2)
+        top, left = round((height - new_height) / 2), round((width - new_width) / 2)
     else:
-        top, left = int(generator.integers(height - size + 1)), int(generator.integers(width - size + 1))
-    return picture.crop((left, top, left + size, top + size)), (top, left)
+        top, left = int(generator.integers(height - new_height + 1)), int(generator.integers(width - new_width + 1))
+    return picture.crop((left, top, left + new_width, top + new_height)), (top, left)
+
+
+def largest_within(size, shape):
+    """The largest (width, height) of the ratio of `shape` that `size` has room for, to the pixel."""
+    (width, height), (ratio_width, ratio_height) = size, shape
+    if width * ratio_height >= height * ratio_width:
+        return max(1, round(height * ratio_width / ratio_height)), height
+    return width, max(1, round(width * ratio_height / ratio_width))
 
 
 def to_array(picture):
@@ -585,11 +599,10 @@ class Updates:
         self.accumulation, self.world_size = accumulation, world_size
         self.window = batch_size * accumulation * world_size
         self.per_epoch, self.shape = -(-size // self.window), None
-        if shapes is not None:
+        if shapes is not None and (shapes != shapes[0]).any():
             _, shape, counts = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
-            if len(counts) > 1:
-                self.shape = shape.reshape(-1)
-                self.per_epoch = -(-int((-(-counts // batch_size)).sum()) // (accumulation * world_size))
+            self.shape = shape.reshape(-1)
+            self.per_epoch = -(-int((-(-counts // batch_size)).sum()) // (accumulation * world_size))
         self._order = functools.lru_cache(maxsize=2)(self._order)  # batches are read ahead of the loop's position
 
     def _order(self, epoch):

@@ -91,7 +91,7 @@ def look_at_pictures(rows):
                 shown_by.setdefault(problem.name, [])
         pictures = ((name, {"path": name}) for name in shown_by)
     threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a whole picture
-    results = data.in_threads(_look, pictures, threads)
+    results = data.read_ahead(_look, pictures, threads)
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds; into a file, a line now and then is enough
     total = len(shown_by) or len(rows)
     looks, problems, bad = [], [], set()
@@ -104,8 +104,9 @@ def look_at_pictures(rows):
     return looks, problems, bad
 
 
-def _look(name, cell):
+def _look(named_cell):
     """A picture's Look, or its Problem."""
+    name, cell = named_cell
     try:
         with open_picture(cell) as picture:
             rgb, turned = data.upright_rgb(picture), picture.getexif().get(ORIENTATION) in range(2, 9)
