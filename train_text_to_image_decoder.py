@@ -17,6 +17,7 @@ def parse_args(argv=None):
                 *flags.KANDINSKY_DECODER,
             ],
         ),
+        flags.BUCKETS,
         flags.TRAINING,
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], [flags.SNR_GAMMA, flags.NOISE_OFFSET]),
@@ -62,6 +63,7 @@ from PIL import Image, ImageOps  # noqa: E402
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection  # noqa: E402
 
 from training_utils import (  # noqa: E402
+    buckets,
     checkpoints,
     data,
     draws,
@@ -96,25 +98,21 @@ class Prepare:
     Runs in the data workers.
     """
 
-    def __init__(self, args, image_processor, latent_shape, timesteps, held_out=0):
-        self.args, self.image_processor = args, image_processor
-        self.latent_shape, self.timesteps = latent_shape, timesteps
+    def __init__(self, args, image_processor, latents, timesteps, held_out=0):
+        self.args, self.image_processor, self.timesteps = args, image_processor, timesteps
+        self.channels, self.factor = latents  # of MOVQ: the latents' channels, and pixels a side of one
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
         self.mirrors, self.cropped = args.random_flip and not held_out, args.random_crop and not held_out
         self.pictures = None  # the cache, where there is one
 
-    def show(self, rows, index, mirrored, corner):
-        """One view of a picture; `corner` draws its crop, None takes the middle."""
+    def show(self, rows, index, mirrored, corner, size):
+        """One view of a picture, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
         args, picture = self.args, rows.picture(index)
         if mirrored:
             picture = ImageOps.mirror(picture)
-        square, _ = data.crop(picture, min(picture.size), corner)
-        pixels = square.resize(
-            (args.resolution, args.resolution),
-            data.FILTERS[args.image_interpolation_mode],
-            reducing_gap=args.reducing_gap,
-        )
-        seen = picture if corner is None else square  # CLIP's processor takes the middle of the picture by itself
+        cut, _ = data.crop(picture, data.largest_within(picture.size, size), corner)
+        pixels = cut.resize(size, data.FILTERS[args.image_interpolation_mode], reducing_gap=args.reducing_gap)
+        seen = picture if corner is None else cut  # CLIP's processor takes the middle of the picture by itself
         clip_pixels = self.image_processor(seen, return_tensors="np").pixel_values[0]
         return {"pixels": data.to_array(pixels), "clip_pixels": clip_pixels}
 
@@ -126,6 +124,8 @@ class Prepare:
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
+        width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
+        latent_shape = (self.channels, height // self.factor, width // self.factor)
         mirrored = self.mirrors and draw("flip").random() < 0.5
         corner = draw("crop") if self.cropped else None
         picture = self.pictures.read if self.pictures else partial(self.show, rows)
@@ -135,15 +135,15 @@ class Prepare:
         else:  # spread over the whole schedule, so that few pictures make a steady loss
             timestep = int((index + 0.5) / self.held_out * self.timesteps)
         sample = {
-            **picture(index, mirrored, corner),
+            **picture(index, mirrored, corner, size),
             "timestep": np.int64(timestep),
-            "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
+            "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
         }
         if dropped:
             blank = self.pictures.read_blank() if self.pictures else self.blank()
             sample |= {name: blank[name] for name in CONDITION if name in blank}
         if train and args.noise_offset:
-            shape = (self.latent_shape[0], 1, 1)
+            shape = (self.channels, 1, 1)
             sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
         return sample
 
@@ -219,15 +219,16 @@ def load_models(args, accelerator, draws_pictures):
     return prior_base, base, image_processor, image_encoder, movq, unet, schedule, engine.sampling_scheduler(base, {})
 
 
-def latent_shape_of(movq, unet, resolution):
-    """The shape (C, h, w) of the latents of a square picture. Raises UserError for a side that does not come out even
-    in every layer of the UNet."""
+def latents_of(movq, unet, **sides):
+    """The channels of MOVQ's latents, and how many pixels a side of one has. Raises UserError for one of `sides`, in
+    pixels and by the name of its flag, that does not come out even in every layer of the UNet."""
     factor = 2 ** (len(movq.config.block_out_channels) - 1)
     multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
-    if resolution % multiple:
-        nearest = max(1, round(resolution / multiple)) * multiple
-        raise UserError(f"--resolution {resolution} is not a multiple of {multiple}, the decoder's; try {nearest}")
-    return movq.config.latent_channels, resolution // factor, resolution // factor
+    for name, side in sides.items():
+        if side % multiple:
+            nearest = max(1, round(side / multiple)) * multiple
+            raise UserError(f"--{name} {side} is not a multiple of {multiple}, the decoder's; try {nearest}")
+    return movq.config.latent_channels, factor
 
 
 def save_result(args, base, unet):
@@ -242,7 +243,7 @@ def main(argv=None):
     args = parse_args(argv)
     command = flags.without_secrets(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), args.resolution)
+        return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
     accelerator = engine.make_accelerator(
@@ -274,6 +275,9 @@ def main(argv=None):
     rows = data.take(rows, args.max_train_samples, state.seed)
     unusable = engine.from_main(accelerator, lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
+    rows.sizes = engine.from_main(
+        accelerator, lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args))
+    )
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     prompts = args.validation_prompts or []
     prior_base, base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(
@@ -283,11 +287,13 @@ def main(argv=None):
     pairs = prompts and kandinsky.embed_prompts(
         prior_base, args.variant, image_encoder, accelerator.device, prompts, state.seed, *drawing
     )
-    latent_shape = latent_shape_of(movq, unet, args.resolution)
-    prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps)
+    latents = latents_of(movq, unet, resolution=args.resolution)
+    if args.aspect_ratio_bucketing:
+        latents_of(movq, unet, bucket_reso_steps=args.bucket_reso_steps)
+    prepare = Prepare(args, image_processor, latents, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
-        prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
+        prepare = Prepare(args, image_processor, latents, schedule.config.num_train_timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
@@ -312,14 +318,21 @@ def main(argv=None):
         return batch if args.cache_latents else batch | encode_pictures((movq, image_encoder), batch)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    updates = data.Updates(
+        len(samples),
+        state.seed,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator.num_processes,
+        rows.sizes,
+    )
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+        args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = list(unet.parameters())
     optimizer = engine.make_optimizer(
         args.optimizer,
         parameters,
-        args.learning_rate * (window if args.scale_lr else 1),
+        args.learning_rate * (updates.window if args.scale_lr else 1),
         (args.adam_beta1, args.adam_beta2),
         args.adam_weight_decay,
         args.adam_epsilon,
@@ -354,7 +367,7 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    reporting.announce(parameters, updates, args.max_train_steps, state)
     guard = engine.FiniteGuard(
         accelerator,
         optimizer,
@@ -362,13 +375,13 @@ def main(argv=None):
         lambda good: saved.keep(
             args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step
         ),
-        lambda before: data.names_after(samples, before.position, window),
+        lambda before: updates.names(rows, before.position),
     )
     progress = reporting.Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
-        window,
+        updates.window,
         lambda scalars: engine.fetch_mean(accelerator, scalars),
         lambda values, step: engine.log(accelerator, values, step),
         guard.report,
@@ -410,14 +423,7 @@ def main(argv=None):
         return folder
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    batches = engine.training_batches(
-        samples,
-        state,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator,
-        args.dataloader_num_workers,
-    )
+    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     update_loss, stopped_by = 0.0, 0
@@ -440,7 +446,7 @@ def main(argv=None):
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of an update.
-            state.position = state.position.advance(window, len(samples))
+            state.position = updates.after(state.position)
             finished_loss, update_loss = update_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:

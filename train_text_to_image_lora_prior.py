@@ -302,14 +302,16 @@ def main(argv=None):
         return batch | pictures | captions
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    updates = data.Updates(
+        len(samples), state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
+    )
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+        args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = lora.parameters([prior])
     optimizer = engine.make_optimizer(
         args.optimizer,
         parameters,
-        args.learning_rate * (window if args.scale_lr else 1),
+        args.learning_rate * (updates.window if args.scale_lr else 1),
         (args.adam_beta1, args.adam_beta2),
         args.adam_weight_decay,
         args.adam_epsilon,
@@ -344,7 +346,7 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    reporting.announce(parameters, updates, args.max_train_steps, state)
     guard = engine.FiniteGuard(
         accelerator,
         optimizer,
@@ -352,13 +354,13 @@ def main(argv=None):
         lambda good: saved.keep(
             args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step
         ),
-        lambda before: data.names_after(samples, before.position, window),
+        lambda before: updates.names(rows, before.position),
     )
     progress = reporting.Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
-        window,
+        updates.window,
         lambda scalars: engine.fetch_mean(accelerator, scalars),
         lambda values, step: engine.log(accelerator, values, step),
         guard.report,
@@ -409,14 +411,7 @@ def main(argv=None):
         return folder
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    batches = engine.training_batches(
-        samples,
-        state,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator,
-        args.dataloader_num_workers,
-    )
+    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     update_loss, stopped_by = 0.0, 0
@@ -439,7 +434,7 @@ def main(argv=None):
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of an update.
-            state.position = state.position.advance(window, len(samples))
+            state.position = updates.after(state.position)
             finished_loss, update_loss = update_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:

@@ -15,6 +15,7 @@ def parse_args(argv=None):
     groups = [
         (flags.MODEL[0], flags.MODEL[1] + flags.SDXL),
         flags.DATA,
+        flags.BUCKETS,
         flags.TRAINING,
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.TIMESTEP_BIAS),
@@ -51,6 +52,7 @@ from PIL import ImageOps  # noqa: E402
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
 from training_utils import (  # noqa: E402
+    buckets,
     checkpoints,
     data,
     draws,
@@ -80,22 +82,24 @@ pipeline("what to draw").images[0].save("picture.png")
 class Prepare:
     """Makes a sample: the picture, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
 
-    def __init__(self, args, tokenizers, latent_shape, probabilities, timesteps, held_out=0):
-        self.args, self.tokenizers, self.latent_shape = args, tokenizers, latent_shape
+    def __init__(self, args, tokenizers, latents, probabilities, timesteps, held_out=0):
+        self.args, self.tokenizers = args, tokenizers
+        self.channels, self.factor = latents  # of the VAE: the latents' channels, and pixels a side of one
         self.probabilities, self.timesteps = probabilities, timesteps
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
         self.mirrors, self.cropped = args.random_flip and not held_out, not (args.center_crop or held_out)
         self.pictures = self.captions = None  # the caches, where there are any
 
-    def show(self, rows, index, mirrored, corner):
-        """One view of a picture and what the UNet is told of it; `corner` draws its crop, None takes the middle."""
-        args, picture = self.args, rows.picture(index)
+    def show(self, rows, index, mirrored, corner, size):
+        """One view of a picture, (width, height) pixels large, and what the UNet is told of it; `corner` draws its
+        crop, None takes the middle."""
+        picture = rows.picture(index)
         original_size = (picture.height, picture.width)
-        picture = data.resize(picture, args.resolution, args.image_interpolation_mode)
+        picture = data.resize(picture, size, self.args.image_interpolation_mode)
         if mirrored:
             picture = ImageOps.mirror(picture)  # before the crop, whose corner the network is told
-        picture, corner = data.crop(picture, args.resolution, corner)
-        time_ids = np.array([*original_size, *corner, args.resolution, args.resolution], dtype=np.float32)
+        picture, corner = data.crop(picture, size, corner)
+        time_ids = np.array([*original_size, *corner, picture.height, picture.width], dtype=np.float32)
         return {"pixels": data.to_array(picture), "time_ids": time_ids}
 
     def tokenize(self, caption):
@@ -107,6 +111,8 @@ class Prepare:
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
+        width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
+        latent_shape = (self.channels, height // self.factor, width // self.factor)
         mirrored = self.mirrors and draw("flip").random() < 0.5
         corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
@@ -114,18 +120,18 @@ class Prepare:
         text = self.tokenize(caption or "")
         sample = {
             "index": np.int64(index),
-            **picture(index, mirrored, corner),
+            **picture(index, mirrored, corner, size),
             **(self.captions.read(text) if self.captions else text),
             "caption_given": np.float32(caption is not None),
-            "latent_noise": draw("latent").standard_normal(self.latent_shape, dtype=np.float32),
-            "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
+            "latent_noise": draw("latent").standard_normal(latent_shape, dtype=np.float32),
+            "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
         }
         if train:
             sample["timestep"] = np.int64(data.choose_timestep(draw, self.timesteps, self.probabilities))
         else:  # spread over the whole schedule, so that few pictures make a steady loss
             sample["timestep"] = np.int64((index + 0.5) / self.held_out * self.timesteps)
         if train and args.noise_offset:
-            shape = (self.latent_shape[0], 1, 1)
+            shape = (self.channels, 1, 1)
             sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
         return sample
 
@@ -277,7 +283,7 @@ def main(argv=None):
     args = parse_args(argv)
     command = flags.without_secrets(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), args.resolution)
+        return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
     accelerator = engine.make_accelerator(
@@ -308,6 +314,9 @@ def main(argv=None):
     rows = data.take(rows, args.max_train_samples, state.seed)
     unusable = engine.from_main(accelerator, lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
+    rows.sizes = engine.from_main(
+        accelerator, lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args))
+    )
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     base, tokenizers, text_encoders, vae, unet, schedule, sampler = load_models(args, accelerator, state.seed)
     adapted = {"unet": unet}
@@ -316,14 +325,13 @@ def main(argv=None):
     zero_dropped = StableDiffusionXLPipeline.load_config(base).get("force_zeros_for_empty_prompt", True)
     if accelerator.is_main_process:
         data.warn_of_long_captions(rows, tokenizers[0])
-    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    latent_shape = (vae.config.latent_channels, side, side)
+    latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
     timesteps = schedule.config.num_train_timesteps
     probabilities = timestep_probabilities(args, timesteps)
-    prepare = Prepare(args, tokenizers, latent_shape, probabilities, timesteps)
+    prepare = Prepare(args, tokenizers, latents, probabilities, timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
-        prepare = Prepare(args, tokenizers, latent_shape, None, timesteps, len(held_out_rows))
+        prepare = Prepare(args, tokenizers, latents, None, timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
@@ -350,14 +358,21 @@ def main(argv=None):
         return batch | pictures | captions
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    updates = data.Updates(
+        len(samples),
+        state.seed,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator.num_processes,
+        rows.sizes,
+    )
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+        args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = lora.parameters(adapted.values())
     optimizer = engine.make_optimizer(
         args.optimizer,
         parameters,
-        args.learning_rate * (window if args.scale_lr else 1),
+        args.learning_rate * (updates.window if args.scale_lr else 1),
         (args.adam_beta1, args.adam_beta2),
         args.adam_weight_decay,
         args.adam_epsilon,
@@ -395,7 +410,7 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    reporting.announce(parameters, updates, args.max_train_steps, state)
     guard = engine.FiniteGuard(
         accelerator,
         optimizer,
@@ -403,13 +418,13 @@ def main(argv=None):
         lambda good: saved.keep(
             args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step
         ),
-        lambda before: data.names_after(samples, before.position, window),
+        lambda before: updates.names(rows, before.position),
     )
     progress = reporting.Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
-        window,
+        updates.window,
         lambda scalars: engine.fetch_mean(accelerator, scalars),
         lambda values, step: engine.log(accelerator, values, step),
         guard.report,
@@ -464,14 +479,7 @@ def main(argv=None):
         return folder
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    batches = engine.training_batches(
-        samples,
-        state,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator,
-        args.dataloader_num_workers,
-    )
+    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     update_loss, stopped_by = 0.0, 0
@@ -499,7 +507,7 @@ def main(argv=None):
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of an update.
-            state.position = state.position.advance(window, len(samples))
+            state.position = updates.after(state.position)
             finished_loss, update_loss = update_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:

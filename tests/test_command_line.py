@@ -36,6 +36,12 @@ OURS = {
     "on_bad_sample": (str, "error"),
     "check_data": (bool, False),
 }
+OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not for JAX, which compiles one shape
+    "aspect_ratio_bucketing": (bool, False),
+    "min_bucket_reso": (int, None),
+    "max_bucket_reso": (int, None),
+    "bucket_reso_steps": (int, 64),
+}
 OURS_FOR_ADAPTERS = {
     "lora_alpha": (float, None),
     "lora_dropout": (float, 0.0),
@@ -155,6 +161,7 @@ def test_command_line_is_frozen(script, monkeypatch):
         if "choices" in fact or name not in CHOICES_ADDED:
             assert sorted(choices or []) == sorted(fact.get("choices", [])), name
     ours = OURS | (OURS_FOR_ADAPTERS if "lora" in script else {})
+    ours |= {} if "prior" in script or "flax" in script else OURS_FOR_PIXELS
     kandinsky = "prior" in script or "decoder" in script
     elsewhere = ELSEWHERE | (OURS_FOR_KANDINSKY if kandinsky else {})
     ours |= {name: elsewhere[name] for name in TAKEN_OVER[script]}
@@ -221,6 +228,13 @@ REFUSED = {
     "--hub_tok hf_x": "there is no flag --hub_tok; did you mean --hub_token?",
     "--adam_beta2 1": "below 1",
     "--lr_scheduler polynomial --learning_rate 1e-7": "must be above it",
+    "--min_bucket_reso 256": "--min_bucket_reso says nothing without --aspect_ratio_bucketing",
+    "--bucket_reso_steps 64 --max_bucket_reso 512": "--bucket_reso_steps says nothing without",
+    "--aspect_ratio_bucketing --min_bucket_reso 520": "--min_bucket_reso 520 is above --resolution 512",
+    "--aspect_ratio_bucketing --max_bucket_reso 504": "--max_bucket_reso 504 is below --resolution 512",
+    "--aspect_ratio_bucketing --bucket_reso_steps 60": "not a multiple of 8; the nearest is 64",
+    "--aspect_ratio_bucketing --resolution 32": "--bucket_reso_steps 64 has no multiple from 16 to 32",
+    "--aspect_ratio_bucketing --min_bucket_reso 500 --bucket_reso_steps 96": "has no multiple from 500 to 512",
     "--dream_training --input_perturbation 0.1": "use one of them",
     "--dream_training --prediction_type v_prediction": "epsilon prediction only",
     "--use_8bit_adam": "pip install bitsandbytes",

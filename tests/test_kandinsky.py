@@ -27,7 +27,8 @@ from tiny import picture, write_pictures
 import train_text_to_image_decoder
 import train_text_to_image_lora_prior
 import train_text_to_image_prior
-from training_utils import data, draws, engine, lora
+from training_utils import buckets, data, draws, engine, lora
+from training_utils.flags import bucket_limits
 from training_utils.reporting import UserError
 
 LARGE = ["--learning_rate", "5e-2"]  # so that what was learned shows in a picture
@@ -187,7 +188,8 @@ def prepared(script, run, pictures, *flags, index=3):
     rows = data.load_rows(folder=pictures, caption_column=getattr(args, "caption_column", None))
     prior = KandinskyV22PriorPipeline.from_pretrained(run.base[0])
     if "decoder" in script.__name__:
-        prepare = script.Prepare(args, prior.image_processor, (4, 8, 8), 1000)
+        rows.sizes = buckets.training_sizes(rows, args.resolution, bucket_limits(args))
+        prepare = script.Prepare(args, prior.image_processor, (4, 2), 1000)
     else:
         prepare = script.Prepare(args, prior.tokenizer, prior.image_processor, 16, 1000)
     return prepare(rows, index, draws.SampleDraws(7, 0, index)), rows.picture(index), prior
@@ -670,10 +672,12 @@ def test_a_checkpoint_of_the_original_prior_script_continues(run_prior, kandinsk
 def test_a_resolution_that_the_decoder_cannot_halve():
     """Three halvings by MOVQ and three by the UNet, as in the released decoder."""
     four_levels = SimpleNamespace(config=SimpleNamespace(block_out_channels=(1,) * 4, latent_channels=4))
-    shape = train_text_to_image_decoder.latent_shape_of
-    assert shape(four_levels, four_levels, 768) == (4, 96, 96)
-    with pytest.raises(UserError, match="not a multiple of 64, the decoder's; try 768"):
-        shape(four_levels, four_levels, 776)
+    latents = train_text_to_image_decoder.latents_of
+    assert latents(four_levels, four_levels, resolution=768) == (4, 8)
+    with pytest.raises(UserError, match="--resolution 776 is not a multiple of 64, the decoder's; try 768"):
+        latents(four_levels, four_levels, resolution=776)
+    with pytest.raises(UserError, match="--bucket_reso_steps 96 is not a multiple of 64"):
+        latents(four_levels, four_levels, resolution=768, bucket_reso_steps=96)
 
 
 @pytest.mark.parametrize("name", [name.replace("run", "train_text_to_image") for name in KANDINSKY])

@@ -41,7 +41,7 @@ SAME = [
     (
         train_text_to_image_decoder,
         train_text_to_image_lora_decoder,
-        ["Prepare", "encode_pictures", "training_loss", "latent_shape_of"],
+        ["Prepare", "encode_pictures", "training_loss", "latents_of"],
     ),
 ]
 OTHERS = [

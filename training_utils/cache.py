@@ -12,8 +12,6 @@ import shutil
 import sys
 import time
 import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from . import draws
+from .data import read_ahead
 from .problems import BadSample
 from .reporting import UserError, _first_process, reason_of, say, warn
 
@@ -183,20 +182,6 @@ class Team:
         return max(1, min(8, (os.cpu_count() or 1) // self.local_world))
 
 
-def read_ahead(function, items, threads):
-    """`function(item)` of each item, in order, a few items ahead: all of them at once might not fit into memory."""
-    waiting, pool = deque(), ThreadPoolExecutor(threads)
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _bar(items, what, total):
     from tqdm import tqdm
 
@@ -330,37 +315,42 @@ class Pictures:
     """What the networks made of a data set's pictures: `read` stands in for `Prepare.show` and the networks.
 
     Of a picture that is cropped at random `crops` crops are kept. They are drawn from its content, so that every run
-    finds the same ones. `digests` are those of the pictures' content, `square` says which pictures leave a crop no
-    room, `unusable` maps indices to sentences.
+    finds the same ones. `digests` are those of the pictures' content, `sizes` their own (width, height), `unusable`
+    maps indices to sentences. The `size` of a view is the one at which it is shown, None where there is no choice.
     """
 
-    def __init__(self, store, digests, square, crops):
-        self.store, self.digests, self.square, self.crops, self.unusable = store, digests, square, crops, {}
+    def __init__(self, store, digests, sizes, crops):
+        self.store, self.digests, self.sizes, self.crops, self.unusable = store, digests, sizes, crops, {}
 
-    def key(self, index, mirrored, crop):
+    def key(self, index, mirrored, crop, size):
         """The key of one view; `crop` is None for the middle of the picture, else a number."""
         words = [self.digests[index], *(["mirrored"] if mirrored else []), *([] if crop is None else [f"crop {crop}"])]
-        return " ".join(words)
+        return " ".join(words if size is None else [*words, f"{size[0]} x {size[1]}"])
 
     def corner(self, index, crop):
         """The generator of one crop."""
         return None if crop is None else draws.generator(int(self.digests[index][:15], 16), "cached_crop", crop)
 
-    def views(self, index, mirrors, cropped):
+    def views(self, index, mirrors, cropped, size):
         """All that `read` may be asked for: a list of (mirrored, crop)."""
-        crops = range(self._crops(index)) if cropped else [None]
+        crops = range(self._crops(index, size)) if cropped else [None]
         return [(mirrored, crop) for mirrored in ((False, True) if mirrors else (False,)) for crop in crops]
 
-    def _crops(self, index):
-        return 1 if self.square[index] else self.crops
+    def has_room(self, index, size):
+        """Whether crops of a picture for this size can differ."""
+        (width, height), (shown_width, shown_height) = self.sizes[index], size or (1, 1)
+        return width * shown_height != height * shown_width
 
-    def read(self, index, mirrored, generator):
+    def _crops(self, index, size):
+        return self.crops if self.has_room(index, size) else 1
+
+    def read(self, index, mirrored, generator, size=None):
         """The entry of a picture, mirrored or not; `generator` draws which crop, None takes the middle. Raises
         BadSample for a picture that could not be used when the cache was made."""
         if index in self.unusable:
             raise BadSample(self.unusable[index])
-        crop = None if generator is None else int(generator.integers(self._crops(index)))
-        return self.store.read(self.key(index, mirrored, crop))
+        crop = None if generator is None else int(generator.integers(self._crops(index, size)))
+        return self.store.read(self.key(index, mirrored, crop, size))
 
     def read_blank(self):
         """The entry of what stands in the place of no picture."""
@@ -375,6 +365,7 @@ class _View:
     index: int
     mirrored: bool
     crop: Any
+    size: Any
 
     def __str__(self):
         return self.samples.rows.name(self.index)
@@ -386,7 +377,8 @@ def _show(view):
     samples, prepare = view.samples, view.samples.prepare
     try:
         corner = prepare.pictures.corner(view.index, view.crop)
-        return prepare.show(samples.rows, view.index, view.mirrored, corner)
+        size = () if view.size is None else (view.size,)
+        return prepare.show(samples.rows, view.index, view.mirrored, corner, *size)
     except BadSample as error:
         return error if samples.on_bad_sample == "skip" else samples.refusal(error)
     except UserError as error:
@@ -401,29 +393,48 @@ def _look_at(rows, indices, threads):
 def keep_pictures(store, sets, encode, team, batch_size, crops, blank=None):
     """Let the networks see every picture of some data.Samples once, as their `prepare` shows them, and put what they
     made of it in `prepare.pictures`; `blank` is a sample to show them too. For the other arguments see `fill`."""
-    wanted = {BLANK: blank} if blank else {}
     for samples in sets:
-        rows, prepare = samples.rows, samples.prepare
-        mine = range(team.rank, len(rows), team.world)
-        seen = sorted(team.gather(list(zip(mine, _look_at(rows, mine, team.threads)))))
-        digests, square = [digest for _, (digest, _) in seen], np.array([is_square for _, (_, is_square) in seen])
-        pictures = prepare.pictures = Pictures(store, digests, square, crops)
-        for index in range(len(rows)):
-            for mirrored, crop in pictures.views(index, prepare.mirrors, prepare.cropped):
-                wanted.setdefault(pictures.key(index, mirrored, crop), _View(samples, index, mirrored, crop))
-    narrowed = sum(samples.prepare.cropped * int(np.sum(~samples.prepare.pictures.square)) for samples in sets)
+        mine = range(team.rank, len(samples), team.world)
+        seen = sorted(team.gather(list(zip(mine, _look_at(samples.rows, mine, team.threads)))))
+        digests, sizes = [digest for _, (digest, _) in seen], [size for _, (_, size) in seen]
+        samples.prepare.pictures = Pictures(store, digests, sizes, crops)
+    wanted, narrowed = {}, 0
+    for samples in sets:
+        for index in range(len(samples)):
+            size = samples.rows.size(index)
+            wanted |= _views(samples, index, size)
+            narrowed += samples.prepare.cropped and samples.prepare.pictures.has_room(index, size)
     if narrowed and crops == 1 and team.rank == 0:
         warn(
             f"one random crop of each of {narrowed:,} pictures is kept, the same in every epoch; --cached_crops 4 "
             "keeps four, in four times the room"
         )
-    failed = fill(store, wanted, _show, encode, team, batch_size, "views of pictures")
-    for samples in sets:
-        pictures, prepare = samples.prepare.pictures, samples.prepare
-        for index in range(len(samples)) if failed else ():
-            for view in pictures.views(index, prepare.mirrors, prepare.cropped):
-                if pictures.key(index, *view) in failed:
-                    pictures.unusable[index] = failed[pictures.key(index, *view)]
+    # Views of one size lie together, so that they can be encoded together.
+    wanted = dict(sorted(wanted.items(), key=lambda pair: pair[1].size or ()))
+    failed = fill(
+        store, ({BLANK: blank} if blank else {}) | wanted, _show, encode, team, batch_size, "views of pictures"
+    )
+    if failed:
+        stand_ins = {}
+        for samples in sets:
+            pictures, sized = samples.prepare.pictures, samples.rows.size
+            for index in range(len(samples)):
+                for key in failed.keys() & _views(samples, index, sized(index)).keys():
+                    pictures.unusable[index] = failed[key]
+            usable = np.setdiff1d(np.arange(len(samples)), list(pictures.unusable))
+            for place in pictures.unusable if len(usable) else ():
+                index = int(usable[np.searchsorted(usable, place) % len(usable)])  # as data.Samples goes on from there
+                stand_ins |= _views(samples, index, sized(place))
+        fill(store, stand_ins, _show, encode, team, batch_size, "views of pictures that stand in for others")
+
+
+def _views(samples, index, size):
+    """All views of a picture that are shown at a size, {key: _View}."""
+    pictures, prepare = samples.prepare.pictures, samples.prepare
+    return {
+        pictures.key(index, *view, size): _View(samples, index, *view, size)
+        for view in pictures.views(index, prepare.mirrors, prepare.cropped, size)
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
