@@ -17,12 +17,14 @@ def parse_args(argv=None):
                 *flags.KANDINSKY_DECODER,
             ],
         ),
+        flags.BUCKETS,
         flags.TRAINING,
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], [flags.SNR_GAMMA, flags.NOISE_OFFSET]),
         flags.EMA,
         (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
+        (flags.CACHES[0], flags.without(flags.CACHES, "cache_text_embeddings")),
         flags.HARDWARE,
         flags.REPORTING,
     ]
@@ -43,6 +45,7 @@ from training_utils import libraries  # noqa: E402
 libraries.prepare()
 
 import math  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -56,10 +59,23 @@ from diffusers import (  # noqa: E402
     VQModel,
 )
 from diffusers.optimization import get_scheduler  # noqa: E402
-from PIL import ImageOps  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection  # noqa: E402
 
-from training_utils import checkpoints, data, draws, engine, hub, inspection, kandinsky, losses, reporting, validation  # noqa: E402
+from training_utils import (  # noqa: E402
+    buckets,
+    checkpoints,
+    data,
+    draws,
+    engine,
+    frozen,
+    hub,
+    inspection,
+    kandinsky,
+    losses,
+    reporting,
+    validation,
+)
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
@@ -73,6 +89,7 @@ prior = KandinskyV22PriorPipeline.from_pretrained("{prior}")
 decoder = KandinskyV22Pipeline.from_pretrained("{model}", use_safetensors=True)
 decoder(**prior("what to draw")).images[0].save("picture.png")
 """
+CONDITION = ("clip_pixels", "image")  # what CLIP sees, and what it makes of it
 
 
 class Prepare:
@@ -81,54 +98,67 @@ class Prepare:
     Runs in the data workers.
     """
 
-    def __init__(self, args, image_processor, latent_shape, timesteps, held_out=0):
-        self.args, self.image_processor = args, image_processor
-        self.latent_shape, self.timesteps = latent_shape, timesteps
+    def __init__(self, args, image_processor, latents, timesteps, held_out=0):
+        self.args, self.image_processor, self.timesteps = args, image_processor, timesteps
+        self.channels, self.factor = latents  # of MOVQ: the latents' channels, and pixels a side of one
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not held_out, args.random_crop and not held_out
+        self.pictures = None  # the cache, where there is one
+
+    def show(self, rows, index, mirrored, corner, size):
+        """One view of a picture, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
+        args, picture = self.args, rows.picture(index)
+        if mirrored:
+            picture = ImageOps.mirror(picture)
+        cut, _ = data.crop(picture, data.largest_within(picture.size, size), corner)
+        pixels = cut.resize(size, data.FILTERS[args.image_interpolation_mode], reducing_gap=args.reducing_gap)
+        seen = picture if corner is None else cut  # CLIP's processor takes the middle of the picture by itself
+        clip_pixels = self.image_processor(seen, return_tensors="np").pixel_values[0]
+        return {"pixels": data.to_array(pixels), "clip_pixels": clip_pixels}
+
+    def blank(self):
+        """What is shown in the place of no picture; the pipeline conditions on what CLIP makes of it."""
+        grey = Image.new("RGB", (self.args.resolution, self.args.resolution))
+        clip_pixels = self.image_processor(grey, return_tensors="np").pixel_values[0]
+        return {"pixels": data.to_array(grey), "clip_pixels": np.zeros_like(clip_pixels)}
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
-        picture = rows.picture(index)
-        if train and args.random_flip and draw("flip").random() < 0.5:
-            picture = ImageOps.mirror(picture)
-        random_crop = train and args.random_crop
-        square, _ = data.crop(picture, min(picture.size), draw if random_crop else None)
-        pixels = square.resize(
-            (args.resolution, args.resolution),
-            data.FILTERS[args.image_interpolation_mode],
-            reducing_gap=args.reducing_gap,
-        )
-        seen = square if random_crop else picture  # CLIP's processor takes the middle of the picture by itself
-        clip_pixels = self.image_processor(seen, return_tensors="np").pixel_values[0]
-        if train and args.caption_dropout and draw("caption_dropout").random() < args.caption_dropout:
-            clip_pixels = np.zeros_like(clip_pixels)  # the pipeline's condition for no picture
+        width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
+        latent_shape = (self.channels, height // self.factor, width // self.factor)
+        mirrored = self.mirrors and draw("flip").random() < 0.5
+        corner = draw("crop") if self.cropped else None
+        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        dropped = train and args.caption_dropout and draw("caption_dropout").random() < args.caption_dropout
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
         else:  # spread over the whole schedule, so that few pictures make a steady loss
             timestep = int((index + 0.5) / self.held_out * self.timesteps)
         sample = {
-            "pixels": data.to_array(pixels),
-            "clip_pixels": clip_pixels,
+            **picture(index, mirrored, corner, size),
             "timestep": np.int64(timestep),
-            "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
+            "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
         }
+        if dropped:
+            blank = self.pictures.read_blank() if self.pictures else self.blank()
+            sample |= {name: blank[name] for name in CONDITION if name in blank}
         if train and args.noise_offset:
-            shape = (self.latent_shape[0], 1, 1)
+            shape = (self.channels, 1, 1)
             sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
         return sample
 
 
-@torch.no_grad()
-def encode(movq, image_encoder, batch):
-    """What the frozen networks make of a batch, in float32: MOVQ's latents (B, C, h, w), which are x0 as they are, and
-    CLIP's embedding of the picture (B, D)."""
+@frozen.encoder
+def encode_pictures(networks, batch):
+    """What MOVQ and CLIP make of a batch's pictures: latents (B, C, h, w), which are x0 as they are, and embeddings
+    (B, D)."""
+    movq, image_encoder = networks
     latents = movq.encode(batch["pixels"].to(movq.dtype)).latents
-    image = image_encoder(batch["clip_pixels"].to(image_encoder.dtype)).image_embeds
-    return latents.float(), image.float()
+    return {"latents": latents, "image": image_encoder(batch["clip_pixels"].to(image_encoder.dtype)).image_embeds}
 
 
-def training_loss(unet, movq, image_encoder, schedule, batch, snr_gamma=None):
-    """The diffusion loss of each sample of a batch, shape (B,).
+def training_loss(unet, schedule, batch, snr_gamma=None):
+    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` makes of it; shape (B,).
 
     Noise is mixed into MOVQ's latents in float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4); the UNet is told CLIP's
     embedding of the picture. Of its output only the first C channels get a loss. The other C, the variance that the
@@ -136,7 +166,7 @@ def training_loss(unet, movq, image_encoder, schedule, batch, snr_gamma=None):
     script, so that they follow what the layers before them learn. `snr_gamma` weights by min-SNR.
     """
     timesteps, noise = batch["timestep"], batch["noise"]
-    latents, image = encode(movq, image_encoder, batch)
+    latents, image = batch["latents"].float(), batch["image"].float()
     noisy = schedule.add_noise(latents, noise, timesteps)
     kind = schedule.config.prediction_type
     target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
@@ -150,7 +180,7 @@ def training_loss(unet, movq, image_encoder, schedule, batch, snr_gamma=None):
 
 
 def load_models(args, accelerator, draws_pictures):
-    """The two folders and their parts, placed and frozen: (prior's folder, decoder's folder, image_processor,
+    """The two folders and their parts, in host memory: (prior's folder, decoder's folder, image_processor,
     image_encoder, movq, unet, schedule, sampler).
 
     `schedule` is the noise schedule of the training, `sampler` the decoder's own scheduler. Of the prior, only what
@@ -178,10 +208,10 @@ def load_models(args, accelerator, draws_pictures):
     unet = engine.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
-    for frozen in (image_encoder, movq):
-        frozen.requires_grad_(False).eval().to(accelerator.device)
+    for network in (image_encoder, movq):
+        network.requires_grad_(False).eval()
     kandinsky.check_decoder(unet, movq)
-    unet.to(accelerator.device).train()
+    unet.train()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -189,15 +219,16 @@ def load_models(args, accelerator, draws_pictures):
     return prior_base, base, image_processor, image_encoder, movq, unet, schedule, engine.sampling_scheduler(base, {})
 
 
-def latent_shape_of(movq, unet, resolution):
-    """The shape (C, h, w) of the latents of a square picture. Raises UserError for a side that does not come out even
-    in every layer of the UNet."""
+def latents_of(movq, unet, **sides):
+    """The channels of MOVQ's latents, and how many pixels a side of one has. Raises UserError for one of `sides`, in
+    pixels and by the name of its flag, that does not come out even in every layer of the UNet."""
     factor = 2 ** (len(movq.config.block_out_channels) - 1)
     multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
-    if resolution % multiple:
-        nearest = max(1, round(resolution / multiple)) * multiple
-        raise UserError(f"--resolution {resolution} is not a multiple of {multiple}, the decoder's; try {nearest}")
-    return movq.config.latent_channels, resolution // factor, resolution // factor
+    for name, side in sides.items():
+        if side % multiple:
+            nearest = max(1, round(side / multiple)) * multiple
+            raise UserError(f"--{name} {side} is not a multiple of {multiple}, the decoder's; try {nearest}")
+    return movq.config.latent_channels, factor
 
 
 def save_result(args, base, unet):
@@ -212,7 +243,7 @@ def main(argv=None):
     args = parse_args(argv)
     command = flags.without_secrets(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), args.resolution)
+        return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
     accelerator = engine.make_accelerator(
@@ -244,29 +275,64 @@ def main(argv=None):
     rows = data.take(rows, args.max_train_samples, state.seed)
     unusable = engine.from_main(accelerator, lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
+    rows.sizes = engine.from_main(
+        accelerator, lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args))
+    )
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     prompts = args.validation_prompts or []
     prior_base, base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(
         args, accelerator, draws_pictures=bool(prompts)
     )
     drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
-    pairs = prompts and kandinsky.embed_prompts(prior_base, args.variant, image_encoder, prompts, state.seed, *drawing)
-    latent_shape = latent_shape_of(movq, unet, args.resolution)
-    prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps)
+    pairs = prompts and kandinsky.embed_prompts(
+        prior_base, args.variant, image_encoder, accelerator.device, prompts, state.seed, *drawing
+    )
+    latents = latents_of(movq, unet, resolution=args.resolution)
+    if args.aspect_ratio_bucketing:
+        latents_of(movq, unet, bucket_reso_steps=args.bucket_reso_steps)
+    prepare = Prepare(args, image_processor, latents, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
-        prepare = Prepare(args, image_processor, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
+        prepare = Prepare(args, image_processor, latents, schedule.config.num_train_timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
+    # --- what is frozen runs once ------------------------------------------------------------------------------------
+    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
+    if args.cache_latents:
+        settings = [
+            "decoder",
+            args.resolution,
+            args.image_interpolation_mode,
+            args.reducing_gap,
+            repr(image_processor),
+        ]
+        see, blank = partial(encode_pictures, (movq, image_encoder)), prepare.blank() if args.caption_dropout else None
+        frozen.keep_pictures(*keeping, [movq, image_encoder], see, settings, args.cached_crops, blank)
+    movq = frozen.settle(movq, accelerator.device, args.cache_latents, prompts)
+    image_encoder = frozen.settle(image_encoder, accelerator.device, args.cache_latents, wanted_again=False)
+    unet.to(accelerator.device)
+
+    def encode(batch):
+        """A batch with what the frozen networks make of it; a cache has put it there already."""
+        return batch if args.cache_latents else batch | encode_pictures((movq, image_encoder), batch)
+
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    updates = data.Updates(
+        len(samples),
+        state.seed,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator.num_processes,
+        rows.sizes,
+    )
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+        args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = list(unet.parameters())
     optimizer = engine.make_optimizer(
         args.optimizer,
         parameters,
-        args.learning_rate * (window if args.scale_lr else 1),
+        args.learning_rate * (updates.window if args.scale_lr else 1),
         (args.adam_beta1, args.adam_beta2),
         args.adam_weight_decay,
         args.adam_epsilon,
@@ -301,7 +367,7 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    reporting.announce(parameters, updates, args.max_train_steps, state)
     guard = engine.FiniteGuard(
         accelerator,
         optimizer,
@@ -309,13 +375,13 @@ def main(argv=None):
         lambda good: saved.keep(
             args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step
         ),
-        lambda before: data.names_after(samples, before.position, window),
+        lambda before: updates.names(rows, before.position),
     )
     progress = reporting.Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
-        window,
+        updates.window,
         lambda scalars: engine.fetch_mean(accelerator, scalars),
         lambda values, step: engine.log(accelerator, values, step),
         guard.report,
@@ -327,13 +393,13 @@ def main(argv=None):
         """Held-out loss and pictures with the weights that would be saved now."""
         progress.flush()
         unet.eval()
-        with averaged(ema):
+        with averaged(ema), frozen.visiting([movq], accelerator.device):
             if held_out_rows is not None:
                 validation.log_held_out_loss(
                     accelerator,
                     held_out,
                     args.train_batch_size,
-                    lambda batch: training_loss(unet, movq, image_encoder, schedule, batch),
+                    lambda batch: training_loss(unet, schedule, encode(batch)),
                     state.step,
                 )
             if prompts:
@@ -357,14 +423,7 @@ def main(argv=None):
         return folder
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    batches = engine.training_batches(
-        samples,
-        state,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator,
-        args.dataloader_num_workers,
-    )
+    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     update_loss, stopped_by = 0.0, 0
@@ -374,7 +433,8 @@ def main(argv=None):
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
             state.micro_step += 1
             with accelerator.accumulate(network):
-                sample_losses = training_loss(network, movq, image_encoder, schedule, batch, args.snr_gamma)
+                batch = encode(batch)
+                sample_losses = training_loss(network, schedule, batch, args.snr_gamma)
                 loss = (sample_losses * batch["weight"]).sum()
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
@@ -386,7 +446,7 @@ def main(argv=None):
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of an update.
-            state.position = state.position.advance(window, len(samples))
+            state.position = updates.after(state.position)
             finished_loss, update_loss = update_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:

@@ -53,7 +53,6 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take seconds.
     flags.hide_secrets(parse_args())
 
-import math  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -89,37 +88,50 @@ pipeline("what to draw").images[0].save("picture.png")
 class Prepare:
     """Makes a sample: the picture, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
 
-    def __init__(self, args, tokenizer, latent_shape, timesteps, held_out=0):
-        self.args, self.tokenizer, self.latent_shape, self.timesteps = args, tokenizer, latent_shape, timesteps
+    def __init__(self, args, tokenizer, latents, timesteps, held_out=0):
+        self.args, self.tokenizer, self.timesteps = args, tokenizer, timesteps
+        self.channels, self.factor = latents  # of the VAE: the latents' channels, and pixels a side of one
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not held_out, not (args.center_crop or held_out)
+        self.pictures = self.captions = None  # the caches, where there are any
+
+    def show(self, rows, index, mirrored, corner, size):
+        """One view of a picture, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
+        picture = data.resize(rows.picture(index), size, self.args.image_interpolation_mode)
+        picture, _ = data.crop(picture, size, corner)
+        pixels = data.to_array(picture)
+        return {"pixels": np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)}
+
+    def tokenize(self, caption):
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(caption, max_length=length, padding="max_length", truncation=True)
+        return {"tokens": np.array(tokens.input_ids, dtype=np.int64)}
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
-        picture = data.resize(rows.picture(index), args.resolution, args.image_interpolation_mode)
-        picture, _ = data.crop(picture, args.resolution, draw if train and not args.center_crop else None)
-        pixels = data.to_array(picture)
-        if train and args.random_flip and draw("flip").random() < 0.5:
-            pixels = pixels[:, :, ::-1]
+        width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
+        latent_shape = (self.channels, height // self.factor, width // self.factor)
+        mirrored = self.mirrors and draw("flip").random() < 0.5
+        corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
-        tokens = self.tokenizer(
-            caption or "", max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True
-        )
+        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        text = self.tokenize(caption or "")
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
         else:  # spread over the whole schedule, so that few pictures make a steady loss
             timestep = int((index + 0.5) / self.held_out * self.timesteps)
         sample = {
-            "pixels": np.ascontiguousarray(pixels),
-            "tokens": np.array(tokens.input_ids, dtype=np.int64),
+            **picture(index, mirrored, corner, size),
+            **(self.captions.read(text) if self.captions else text),
             "timestep": np.int64(timestep),
-            "latent_noise": draw("latent").standard_normal(self.latent_shape, dtype=np.float32),
-            "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
+            "latent_noise": draw("latent").standard_normal(latent_shape, dtype=np.float32),
+            "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
         }
         if train and args.noise_offset:
-            shape = (self.latent_shape[0], 1, 1)
+            shape = (self.channels, 1, 1)
             sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
         if train and args.input_perturbation:
-            extra = draw("input_perturbation").standard_normal(self.latent_shape, dtype=np.float32)
+            extra = draw("input_perturbation").standard_normal(latent_shape, dtype=np.float32)
             sample["input_noise"] = sample["noise"] + np.float32(args.input_perturbation) * extra
         return sample
 
@@ -262,28 +274,28 @@ def main(argv=None):
     rows = data.take(rows, args.max_train_samples, state.seed)
     unusable = engine.from_main(lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
+    rows.sizes = np.full((len(rows), 2), args.resolution)
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     pipeline, parameters, schedule = load_models(args)
     networks = {part: getattr(pipeline, part) for part in parameters}
     tokenizer, vae = pipeline.tokenizer, pipeline.vae
     if engine.is_main():
         data.warn_of_long_captions(rows, tokenizer)
-    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    latent_shape = (vae.config.latent_channels, side, side)
-    prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps)
+    latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
+    prepare = Prepare(args, tokenizer, latents, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
-        prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
+        prepare = Prepare(args, tokenizer, latents, schedule.config.num_train_timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    window = args.train_batch_size * args.gradient_accumulation_steps * devices
+    updates = data.Updates(len(samples), state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+        args.max_train_steps = args.num_train_epochs * updates.per_epoch
     optimizer = engine.make_optimizer((args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon)
     learning_rate = engine.learning_rate_curve(
         args.lr_scheduler,
-        args.learning_rate * (window if args.scale_lr else 1),
+        args.learning_rate * (updates.window if args.scale_lr else 1),
         args.lr_warmup_steps,
         args.max_train_steps,
         args.lr_num_cycles,
@@ -330,15 +342,15 @@ def main(argv=None):
             engine.finish(trackers)
             return folder
 
-        names = data.names_after(samples, before.position, window)
+        names = updates.names(rows, before.position)
         reporting.not_finite(step, loss, names, args.on_nan == "stop", keep)
 
-    reporting.announce(jax.tree.leaves(trained["params"]), len(samples), args.max_train_steps, window, state)
+    reporting.announce(jax.tree.leaves(trained["params"]), updates, args.max_train_steps, state)
     progress = reporting.Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
-        window,
+        updates.window,
         lambda scalars: [float(scalar) for scalar in jax.device_get(scalars)],
         lambda values, step: engine.log(trackers, values, step),
         not_finite,
@@ -366,7 +378,7 @@ def main(argv=None):
                     frozen | {"unet": result_weights()},
                     prompts,
                     state.seed,
-                    latent_shape,
+                    (latents[0], args.resolution // latents[1], args.resolution // latents[1]),
                     height=args.resolution,
                     width=args.resolution,
                     num_inference_steps=args.validation_num_inference_steps,
@@ -396,9 +408,7 @@ def main(argv=None):
         in_axes=(None, None, 0, None),
         donate=(0,),
     )
-    batches = engine.training_batches(
-        samples, state, args.train_batch_size, args.gradient_accumulation_steps, mesh, args.dataloader_num_workers
-    )
+    batches = engine.training_batches(samples, updates, state, mesh, args.dataloader_num_workers)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     pace, stopped_by = engine.Pace(), 0
@@ -409,7 +419,7 @@ def main(argv=None):
             pace(seen["loss"])
             state.micro_step += args.gradient_accumulation_steps
             # As in the torch scripts: the end of an update.
-            state.position = state.position.advance(window, len(samples))
+            state.position = updates.after(state.position)
             updated = not fp16 or bool(seen["applied"])  # False: an overflow, only data moved on
             if updated:
                 state.step += 1

@@ -11,6 +11,7 @@ def parse_args(argv=None):
     groups = [
         flags.MODEL,
         flags.DATA,
+        flags.BUCKETS,
         flags.TRAINING,
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.RECTIFICATION),
@@ -18,6 +19,7 @@ def parse_args(argv=None):
         (flags.EMA[0], flags.without(flags.EMA, "offload_ema", "foreach_ema")),
         (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
+        flags.CACHES,
         flags.HARDWARE,
         flags.REPORTING,
     ]
@@ -38,6 +40,7 @@ from training_utils import libraries  # noqa: E402
 libraries.prepare()
 
 import math  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -48,7 +51,20 @@ from diffusers.optimization import get_scheduler  # noqa: E402
 from diffusers.training_utils import compute_dream_and_update_latents  # noqa: E402
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from training_utils import checkpoints, data, draws, engine, hub, inspection, lora, losses, reporting, validation  # noqa: E402
+from training_utils import (  # noqa: E402
+    buckets,
+    checkpoints,
+    data,
+    draws,
+    engine,
+    frozen,
+    hub,
+    inspection,
+    lora,
+    losses,
+    reporting,
+    validation,
+)
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
@@ -66,54 +82,78 @@ pipeline("what to draw").images[0].save("picture.png")
 class Prepare:
     """Makes a sample: the picture, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
 
-    def __init__(self, args, tokenizer, latent_shape, timesteps, held_out=0):
-        self.args, self.tokenizer, self.latent_shape, self.timesteps = args, tokenizer, latent_shape, timesteps
+    def __init__(self, args, tokenizer, latents, timesteps, held_out=0):
+        self.args, self.tokenizer, self.timesteps = args, tokenizer, timesteps
+        self.channels, self.factor = latents  # of the VAE: the latents' channels, and pixels a side of one
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not held_out, not (args.center_crop or held_out)
+        self.pictures = self.captions = None  # the caches, where there are any
+
+    def show(self, rows, index, mirrored, corner, size):
+        """One view of a picture, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
+        picture = data.resize(rows.picture(index), size, self.args.image_interpolation_mode)
+        picture, _ = data.crop(picture, size, corner)
+        pixels = data.to_array(picture)
+        return {"pixels": np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)}
+
+    def tokenize(self, caption):
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(caption, max_length=length, padding="max_length", truncation=True)
+        return {"tokens": np.array(tokens.input_ids, dtype=np.int64)}
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
-        picture = data.resize(rows.picture(index), args.resolution, args.image_interpolation_mode)
-        picture, _ = data.crop(picture, args.resolution, draw if train and not args.center_crop else None)
-        pixels = data.to_array(picture)
-        if train and args.random_flip and draw("flip").random() < 0.5:
-            pixels = pixels[:, :, ::-1]
+        width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
+        latent_shape = (self.channels, height // self.factor, width // self.factor)
+        mirrored = self.mirrors and draw("flip").random() < 0.5
+        corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
-        tokens = self.tokenizer(
-            caption or "", max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True
-        )
+        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        text = self.tokenize(caption or "")
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
         else:  # spread over the whole schedule, so that few pictures make a steady loss
             timestep = int((index + 0.5) / self.held_out * self.timesteps)
         sample = {
-            "pixels": np.ascontiguousarray(pixels),
-            "tokens": np.array(tokens.input_ids, dtype=np.int64),
+            **picture(index, mirrored, corner, size),
+            **(self.captions.read(text) if self.captions else text),
             "timestep": np.int64(timestep),
-            "latent_noise": draw("latent").standard_normal(self.latent_shape, dtype=np.float32),
-            "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
+            "latent_noise": draw("latent").standard_normal(latent_shape, dtype=np.float32),
+            "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
         }
         if train and args.noise_offset:
-            shape = (self.latent_shape[0], 1, 1)
+            shape = (self.channels, 1, 1)
             sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
         if train and args.input_perturbation:
-            extra = draw("input_perturbation").standard_normal(self.latent_shape, dtype=np.float32)
+            extra = draw("input_perturbation").standard_normal(latent_shape, dtype=np.float32)
             sample["input_noise"] = sample["noise"] + np.float32(args.input_perturbation) * extra
         return sample
 
 
-def training_loss(unet, vae, text_encoder, schedule, batch, snr_gamma=None, dream_p=None):
-    """The diffusion loss of each sample of a batch, shape (B,).
+@frozen.encoder
+def encode_pictures(vae, batch):
+    """Mean and standard deviation of what the VAE makes of a batch's pictures, each (B, C, h, w)."""
+    moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
+    return {"latent_mean": moments.mean, "latent_std": moments.std}
+
+
+@frozen.encoder
+def encode_captions(text_encoder, batch):
+    """The text encoder's last hidden states of a batch's captions, (B, tokens, D)."""
+    return {"text_states": text_encoder(batch["tokens"]).last_hidden_state}
+
+
+def training_loss(unet, schedule, batch, scaling_factor, snr_gamma=None, dream_p=None):
+    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` and `encode_captions` make of
+    it; shape (B,).
 
     Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
     float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `snr_gamma`
     weights by min-SNR; `dream_p` is DREAM's exponent, None for plain training.
     """
-    timesteps, noise = batch["timestep"], batch["noise"]
-    with torch.no_grad():
-        moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
-        latents = moments.mean.float() + moments.std.float() * batch["latent_noise"]
-        latents = latents * vae.config.scaling_factor
-    text_states = text_encoder(batch["tokens"]).last_hidden_state  # its adapters, where it has some, learn too
+    timesteps, noise, text_states = batch["timestep"], batch["noise"], batch["text_states"]
+    latents = batch["latent_mean"].float() + batch["latent_std"].float() * batch["latent_noise"]
+    latents = latents * scaling_factor
     noisy = schedule.add_noise(latents, batch.get("input_noise", noise), timesteps)
     kind = schedule.config.prediction_type
     target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
@@ -130,7 +170,7 @@ def training_loss(unet, vae, text_encoder, schedule, batch, snr_gamma=None, drea
 
 
 def load_models(args, accelerator, seed):
-    """The parts of the base model, placed, frozen, adapted: (tokenizer, text_encoder, vae, unet, schedule, sampler).
+    """The parts of the base model, in host memory, adapted: (tokenizer, text_encoder, vae, unet, schedule, sampler).
 
     `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
     """
@@ -149,9 +189,9 @@ def load_models(args, accelerator, seed):
     unet = engine.load_part(UNet2DConditionModel, base, "unet", variant=variant, dtype=half)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
-    for frozen in (vae, text_encoder):
-        frozen.requires_grad_(False).eval().to(accelerator.device)
-    unet.to(accelerator.device).train()
+    for network in (vae, text_encoder):
+        network.requires_grad_(False).eval()
+    unet.train()
     options = (args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)
     lora.add_adapter(unet, lora.UNET_LAYERS, *options)
     if args.train_text_encoder:
@@ -189,7 +229,7 @@ def main(argv=None):
     args = parse_args(argv)
     command = flags.without_secrets(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), args.resolution)
+        return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
     accelerator = engine.make_accelerator(
@@ -219,28 +259,58 @@ def main(argv=None):
     rows = data.take(rows, args.max_train_samples, state.seed)
     unusable = engine.from_main(accelerator, lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
+    rows.sizes = engine.from_main(
+        accelerator, lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args))
+    )
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     tokenizer, text_encoder, vae, unet, schedule, sampler = load_models(args, accelerator, state.seed)
     adapted = {"unet": unet} | ({"text_encoder": text_encoder} if args.train_text_encoder else {})
     if accelerator.is_main_process:
         data.warn_of_long_captions(rows, tokenizer)
-    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    latent_shape = (vae.config.latent_channels, side, side)
-    prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps)
+    latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
+    prepare = Prepare(args, tokenizer, latents, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
-        prepare = Prepare(args, tokenizer, latent_shape, schedule.config.num_train_timesteps, len(held_out_rows))
+        prepare = Prepare(args, tokenizer, latents, schedule.config.num_train_timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
+    # --- what is frozen runs once ------------------------------------------------------------------------------------
+    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
+    if args.cache_latents:
+        settings = ["stable diffusion", args.resolution, args.image_interpolation_mode]
+        frozen.keep_pictures(*keeping, [vae], partial(encode_pictures, vae), settings, args.cached_crops)
+    if args.cache_text_embeddings:
+        empty = bool(args.caption_dropout)
+        frozen.keep_captions(*keeping, [text_encoder], partial(encode_captions, text_encoder), empty)
+    scaling_factor = vae.config.scaling_factor
+    vae = frozen.settle(vae, accelerator.device, args.cache_latents, prompts)
+    text_encoder = frozen.settle(text_encoder, accelerator.device, args.cache_text_embeddings, prompts)
+    unet.to(accelerator.device)
+
+    def encode(batch, text_encoder):
+        """A batch with what the frozen networks make of it; caches have put it there already."""
+        pictures = {} if args.cache_latents else encode_pictures(vae, batch)
+        captions = {} if args.cache_text_embeddings else encode_captions(text_encoder, batch)
+        return batch | pictures | captions
+
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    updates = data.Updates(
+        len(samples),
+        state.seed,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator.num_processes,
+        rows.sizes,
+    )
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+        args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = lora.parameters(adapted.values())
     optimizer = engine.make_optimizer(
         args.optimizer,
         parameters,
-        args.learning_rate * (window if args.scale_lr else 1),
+        args.learning_rate * (updates.window if args.scale_lr else 1),
         (args.adam_beta1, args.adam_beta2),
         args.adam_weight_decay,
         args.adam_epsilon,
@@ -276,7 +346,7 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    reporting.announce(parameters, updates, args.max_train_steps, state)
     guard = engine.FiniteGuard(
         accelerator,
         optimizer,
@@ -284,19 +354,18 @@ def main(argv=None):
         lambda good: saved.keep(
             args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step
         ),
-        lambda before: data.names_after(samples, before.position, window),
+        lambda before: updates.names(rows, before.position),
     )
     progress = reporting.Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
-        window,
+        updates.window,
         lambda scalars: engine.fetch_mean(accelerator, scalars),
         lambda values, step: engine.log(accelerator, values, step),
         guard.report,
     )
 
-    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     drawing = dict(
         height=args.resolution,
         width=args.resolution,
@@ -310,13 +379,13 @@ def main(argv=None):
         progress.flush()
         for model in adapted.values():
             model.eval()
-        with averaged(ema):
+        with averaged(ema), frozen.visiting([vae, text_encoder], accelerator.device):
             if held_out_rows is not None:
                 validation.log_held_out_loss(
                     accelerator,
                     held_out,
                     args.train_batch_size,
-                    lambda batch: training_loss(unet, vae, text_encoder, schedule, batch),
+                    lambda batch: training_loss(unet, schedule, encode(batch, text_encoder), scaling_factor),
                     state.step,
                 )
             if prompts:
@@ -342,14 +411,7 @@ def main(argv=None):
         return folder
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    batches = engine.training_batches(
-        samples,
-        state,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator,
-        args.dataloader_num_workers,
-    )
+    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
     dream_p = args.dream_detail_preservation if args.dream_training else None
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
@@ -360,7 +422,8 @@ def main(argv=None):
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
             state.micro_step += 1
             with accelerator.accumulate(network, text_network):
-                sample_losses = training_loss(network, vae, text_network, schedule, batch, args.snr_gamma, dream_p)
+                batch = encode(batch, text_network)
+                sample_losses = training_loss(network, schedule, batch, scaling_factor, args.snr_gamma, dream_p)
                 loss = (sample_losses * batch["weight"]).sum()
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
@@ -372,7 +435,7 @@ def main(argv=None):
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of an update.
-            state.position = state.position.advance(window, len(samples))
+            state.position = updates.after(state.position)
             finished_loss, update_loss = update_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:

@@ -24,6 +24,7 @@ def parse_args(argv=None):
         (flags.EMA[0], flags.without(flags.EMA, "offload_ema", "foreach_ema")),
         (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
+        (flags.CACHES[0], flags.without(flags.CACHES, "cached_crops")),
         flags.HARDWARE,
         flags.REPORTING,
     ]
@@ -40,6 +41,7 @@ from training_utils import libraries  # noqa: E402
 libraries.prepare()
 
 import math  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -60,6 +62,7 @@ from training_utils import (  # noqa: E402
     data,
     draws,
     engine,
+    frozen,
     hub,
     inspection,
     kandinsky,
@@ -93,52 +96,67 @@ class Prepare:
         self.args, self.tokenizer, self.image_processor = args, tokenizer, image_processor
         self.width, self.timesteps = width, timesteps
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not held_out, False
+        self.pictures = self.captions = None  # the caches, where there are any
+
+    def show(self, rows, index, mirrored, corner=None):
+        """One view of a picture, whose middle CLIP's processor takes."""
+        picture = rows.picture(index)
+        seen = ImageOps.mirror(picture) if mirrored else picture
+        return {"clip_pixels": self.image_processor(seen, return_tensors="np").pixel_values[0]}
+
+    def tokenize(self, caption):
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(caption, max_length=length, padding="max_length", truncation=True)
+        return {
+            "tokens": np.array(tokens.input_ids, dtype=np.int64),
+            "token_mask": np.array(tokens.attention_mask, dtype=bool),
+        }
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
-        picture = rows.picture(index)
-        if train and args.random_flip and draw("flip").random() < 0.5:
-            picture = ImageOps.mirror(picture)
+        mirrored = self.mirrors and draw("flip").random() < 0.5
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
-        tokens = self.tokenizer(
-            caption or "", max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True
-        )
+        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        text = self.tokenize(caption or "")
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
         else:  # spread over the whole schedule, so that few pictures make a steady loss
             timestep = int((index + 0.5) / self.held_out * self.timesteps)
         return {
-            "clip_pixels": self.image_processor(picture, return_tensors="np").pixel_values[0],
-            "tokens": np.array(tokens.input_ids, dtype=np.int64),
-            "token_mask": np.array(tokens.attention_mask, dtype=bool),
+            **picture(index, mirrored, None),
+            **text,
+            **(self.captions.read(text) if self.captions else {}),
             "timestep": np.int64(timestep),
             "noise": draw("noise").standard_normal((self.width,), dtype=np.float32),
         }
 
 
-@torch.no_grad()
-def encode(text_encoder, image_encoder, statistics, batch):
-    """What the frozen networks make of a batch, in float32: (x0, pooled, states).
+@frozen.encoder
+def encode_pictures(image_encoder, batch):
+    """CLIP's embeddings of a batch's pictures, (B, D)."""
+    return {"image": image_encoder(batch["clip_pixels"].to(image_encoder.dtype)).image_embeds}
 
-    `x0` (B, D) is CLIP's embedding of the picture, shifted and scaled by `statistics`, the embeddings' mean and
-    standard deviation (Ramesh et al. 2022, arXiv 2204.06125, section 2.2, and the released priors); `pooled` (B, D) is
-    CLIP's embedding of the caption and `states` (B, tokens, D) are its last hidden states.
-    """
-    mean, std = statistics
-    image = image_encoder(batch["clip_pixels"].to(image_encoder.dtype)).image_embeds
+
+@frozen.encoder
+def encode_captions(text_encoder, batch):
+    """CLIP's embeddings of a batch's captions, (B, D), and their last hidden states, (B, tokens, D)."""
     text = text_encoder(batch["tokens"])
-    return (image.float() - mean) / std, text.text_embeds.float(), text.last_hidden_state.float()
+    return {"pooled": text.text_embeds, "text_states": text.last_hidden_state}
 
 
-def training_loss(prior, text_encoder, image_encoder, statistics, schedule, batch, snr_gamma=None):
-    """The diffusion loss of each sample of a batch, shape (B,).
+def training_loss(prior, schedule, batch, statistics, snr_gamma=None):
+    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` and `encode_captions` make of
+    it; shape (B,).
 
-    Noise is mixed into the picture's normalised embedding x0 in float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), and
-    the prior predicts x0 itself (arXiv 2204.06125, eq. 2), told the caption; padding tokens are masked out.
-    `snr_gamma` weights by min-SNR.
+    x0 is CLIP's embedding of the picture, shifted and scaled by `statistics`, the embeddings' mean and standard
+    deviation (Ramesh et al. 2022, arXiv 2204.06125, section 2.2, and the released priors). Noise is mixed into it in
+    float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), and the prior predicts x0 itself (arXiv 2204.06125, eq. 2), told
+    the caption; padding tokens are masked out. `snr_gamma` weights by min-SNR.
     """
-    timesteps = batch["timestep"]
-    x0, pooled, states = encode(text_encoder, image_encoder, statistics, batch)
+    timesteps, (mean, std) = batch["timestep"], statistics
+    x0 = (batch["image"].float() - mean) / std
+    pooled, states = batch["pooled"].float(), batch["text_states"].float()
     noisy = schedule.add_noise(x0, batch["noise"], timesteps)
     prediction = prior(noisy, timesteps, pooled, states, batch["token_mask"]).predicted_image_embedding
     loss = F.mse_loss(prediction.float(), x0, reduction="none").mean(dim=1)
@@ -149,7 +167,7 @@ def training_loss(prior, text_encoder, image_encoder, statistics, schedule, batc
 
 
 def load_models(args, accelerator, seed):
-    """The prior's parts, placed, frozen, adapted: (tokenizer, image_processor, text_encoder, image_encoder, prior,
+    """The prior's parts, in host memory, adapted: (tokenizer, image_processor, text_encoder, image_encoder, prior,
     statistics, schedule, sampler).
 
     `schedule` is the noise schedule of the training, `sampler` the model's own scheduler, `statistics` the mean and
@@ -172,12 +190,12 @@ def load_models(args, accelerator, seed):
     prior = engine.load_part(PriorTransformer, base, "prior", variant, dtype=torch.float32)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
-    for frozen in (text_encoder, image_encoder):
-        frozen.requires_grad_(False).eval().to(accelerator.device)
+    for network in (text_encoder, image_encoder):
+        network.requires_grad_(False).eval()
     for parameter in prior.parameters():
         if parameter is not prior.clip_mean and parameter is not prior.clip_std:  # half has too few digits for them
             parameter.data = parameter.data.to(half)
-    prior.to(accelerator.device).train()
+    prior.train()
     statistics = embedding_statistics(prior)
     lora.add_adapter(prior, lora.UNET_LAYERS, args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)
     if args.gradient_checkpointing:
@@ -244,7 +262,6 @@ def main(argv=None):
         args, accelerator, state.seed
     )
     adapted = {"prior": prior}
-    frozen = (text_encoder, image_encoder, statistics)
     prompts, decoder = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else [], None
     if prompts:
         decoder = kandinsky.load_decoder(
@@ -264,15 +281,37 @@ def main(argv=None):
         prepare = Prepare(args, *facts, schedule.config.num_train_timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
+    # --- what is frozen runs once ------------------------------------------------------------------------------------
+    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
+    if args.cache_latents:
+        see = partial(encode_pictures, image_encoder)
+        frozen.keep_pictures(*keeping, [image_encoder], see, [repr(image_processor)])
+    if args.cache_text_embeddings:
+        empty = bool(args.caption_dropout)
+        frozen.keep_captions(*keeping, [text_encoder], partial(encode_captions, text_encoder), empty)
+    image_encoder = frozen.settle(image_encoder, accelerator.device, args.cache_latents, prompts)
+    text_encoder = frozen.settle(text_encoder, accelerator.device, args.cache_text_embeddings, prompts)
+    prior.to(accelerator.device)
+    statistics = [statistic.to(accelerator.device) for statistic in statistics]
+
+    def encode(batch):
+        """A batch with what the frozen networks make of it; caches have put it there already."""
+        pictures = {} if args.cache_latents else encode_pictures(image_encoder, batch)
+        captions = {} if args.cache_text_embeddings else encode_captions(text_encoder, batch)
+        return batch | pictures | captions
+
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    updates = data.Updates(
+        len(samples), state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
+    )
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+        args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = lora.parameters([prior])
     optimizer = engine.make_optimizer(
         args.optimizer,
         parameters,
-        args.learning_rate * (window if args.scale_lr else 1),
+        args.learning_rate * (updates.window if args.scale_lr else 1),
         (args.adam_beta1, args.adam_beta2),
         args.adam_weight_decay,
         args.adam_epsilon,
@@ -307,7 +346,7 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    reporting.announce(parameters, updates, args.max_train_steps, state)
     guard = engine.FiniteGuard(
         accelerator,
         optimizer,
@@ -315,13 +354,13 @@ def main(argv=None):
         lambda good: saved.keep(
             args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step
         ),
-        lambda before: data.names_after(samples, before.position, window),
+        lambda before: updates.names(rows, before.position),
     )
     progress = reporting.Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
-        window,
+        updates.window,
         lambda scalars: engine.fetch_mean(accelerator, scalars),
         lambda values, step: engine.log(accelerator, values, step),
         guard.report,
@@ -333,20 +372,20 @@ def main(argv=None):
         """Held-out loss and pictures with the weights that would be saved now."""
         progress.flush()
         prior.eval()
-        with averaged(ema):
+        with averaged(ema), frozen.visiting([image_encoder, text_encoder], accelerator.device):
             if held_out_rows is not None:
                 validation.log_held_out_loss(
                     accelerator,
                     held_out,
                     args.train_batch_size,
-                    lambda batch: training_loss(prior, *frozen, schedule, batch),
+                    lambda batch: training_loss(prior, schedule, encode(batch), statistics),
                     state.step,
                 )
             if prompts:
                 pipeline = KandinskyV22PriorPipeline(
                     prior, image_encoder, text_encoder, tokenizer, sampler, image_processor
                 )
-                with kandinsky.visiting(decoder, accelerator.device):
+                with frozen.visiting(kandinsky.networks(decoder), accelerator.device):
                     grids[:] = [
                         validation.show_pictures(
                             accelerator,
@@ -372,14 +411,7 @@ def main(argv=None):
         return folder
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    batches = engine.training_batches(
-        samples,
-        state,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator,
-        args.dataloader_num_workers,
-    )
+    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     update_loss, stopped_by = 0.0, 0
@@ -389,7 +421,8 @@ def main(argv=None):
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
             state.micro_step += 1
             with accelerator.accumulate(network):
-                sample_losses = training_loss(network, *frozen, schedule, batch, args.snr_gamma)
+                batch = encode(batch)
+                sample_losses = training_loss(network, schedule, batch, statistics, args.snr_gamma)
                 loss = (sample_losses * batch["weight"]).sum()
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
@@ -401,7 +434,7 @@ def main(argv=None):
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of an update.
-            state.position = state.position.advance(window, len(samples))
+            state.position = updates.after(state.position)
             finished_loss, update_loss = update_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:

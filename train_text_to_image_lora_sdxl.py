@@ -15,6 +15,7 @@ def parse_args(argv=None):
     groups = [
         (flags.MODEL[0], flags.MODEL[1] + flags.SDXL),
         flags.DATA,
+        flags.BUCKETS,
         flags.TRAINING,
         flags.OPTIMIZATION,
         (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.TIMESTEP_BIAS),
@@ -22,6 +23,7 @@ def parse_args(argv=None):
         (flags.EMA[0], flags.without(flags.EMA, "offload_ema", "foreach_ema")),
         (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
+        flags.CACHES,
         flags.HARDWARE,
         (flags.REPORTING[0], flags.REPORTING[1] + OWN_REPORTING_FLAGS),
     ]
@@ -38,6 +40,7 @@ from training_utils import libraries  # noqa: E402
 libraries.prepare()
 
 import math  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -48,7 +51,20 @@ from diffusers.optimization import get_scheduler  # noqa: E402
 from PIL import ImageOps  # noqa: E402
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
-from training_utils import checkpoints, data, draws, engine, hub, inspection, lora, losses, reporting, validation  # noqa: E402
+from training_utils import (  # noqa: E402
+    buckets,
+    checkpoints,
+    data,
+    draws,
+    engine,
+    frozen,
+    hub,
+    inspection,
+    lora,
+    losses,
+    reporting,
+    validation,
+)
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
@@ -66,73 +82,102 @@ pipeline("what to draw").images[0].save("picture.png")
 class Prepare:
     """Makes a sample: the picture, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
 
-    def __init__(self, args, tokenizers, latent_shape, probabilities, timesteps, held_out=0):
-        self.args, self.tokenizers, self.latent_shape = args, tokenizers, latent_shape
+    def __init__(self, args, tokenizers, latents, probabilities, timesteps, held_out=0):
+        self.args, self.tokenizers = args, tokenizers
+        self.channels, self.factor = latents  # of the VAE: the latents' channels, and pixels a side of one
         self.probabilities, self.timesteps = probabilities, timesteps
         self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not held_out, not (args.center_crop or held_out)
+        self.pictures = self.captions = None  # the caches, where there are any
+
+    def show(self, rows, index, mirrored, corner, size):
+        """One view of a picture, (width, height) pixels large, and what the UNet is told of it; `corner` draws its
+        crop, None takes the middle."""
+        picture = rows.picture(index)
+        original_size = (picture.height, picture.width)
+        picture = data.resize(picture, size, self.args.image_interpolation_mode)
+        if mirrored:
+            picture = ImageOps.mirror(picture)  # before the crop, whose corner the network is told
+        picture, corner = data.crop(picture, size, corner)
+        time_ids = np.array([*original_size, *corner, picture.height, picture.width], dtype=np.float32)
+        return {"pixels": data.to_array(picture), "time_ids": time_ids}
+
+    def tokenize(self, caption):
+        tokens = {}
+        for name, tokenizer in zip(("tokens", "tokens_2"), self.tokenizers, strict=True):
+            ids = tokenizer(caption, max_length=tokenizer.model_max_length, padding="max_length", truncation=True)
+            tokens[name] = np.array(ids.input_ids, dtype=np.int64)
+        return tokens
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
-        picture = rows.picture(index)
-        original_size = (picture.height, picture.width)
-        picture = data.resize(picture, args.resolution, args.image_interpolation_mode)
-        if train and args.random_flip and draw("flip").random() < 0.5:
-            picture = ImageOps.mirror(picture)  # before the crop, whose corner the network is told
-        picture, corner = data.crop(picture, args.resolution, draw if train and not args.center_crop else None)
+        width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
+        latent_shape = (self.channels, height // self.factor, width // self.factor)
+        mirrored = self.mirrors and draw("flip").random() < 0.5
+        corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        text = self.tokenize(caption or "")
         sample = {
             "index": np.int64(index),
-            "pixels": data.to_array(picture),
+            **picture(index, mirrored, corner, size),
+            **(self.captions.read(text) if self.captions else text),
             "caption_given": np.float32(caption is not None),
-            "time_ids": np.array([*original_size, *corner, args.resolution, args.resolution], dtype=np.float32),
-            "latent_noise": draw("latent").standard_normal(self.latent_shape, dtype=np.float32),
-            "noise": draw("noise").standard_normal(self.latent_shape, dtype=np.float32),
+            "latent_noise": draw("latent").standard_normal(latent_shape, dtype=np.float32),
+            "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
         }
-        for name, tokenizer in zip(("tokens", "tokens_2"), self.tokenizers, strict=True):
-            ids = tokenizer(
-                caption or "", max_length=tokenizer.model_max_length, padding="max_length", truncation=True
-            )
-            sample[name] = np.array(ids.input_ids, dtype=np.int64)
         if train:
             sample["timestep"] = np.int64(data.choose_timestep(draw, self.timesteps, self.probabilities))
         else:  # spread over the whole schedule, so that few pictures make a steady loss
             sample["timestep"] = np.int64((index + 0.5) / self.held_out * self.timesteps)
         if train and args.noise_offset:
-            shape = (self.latent_shape[0], 1, 1)
+            shape = (self.channels, 1, 1)
             sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
         return sample
 
 
-def encode_captions(text_encoders, batch, zero_dropped):
-    """Text states (B, tokens, width of both encoders) and pooled text (B, projection) of a batch, in float32.
+@frozen.encoder
+def encode_pictures(vae, batch):
+    """Mean and standard deviation of what the VAE makes of a batch's pictures, each (B, C, h, w)."""
+    moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
+    return {"latent_mean": moments.mean, "latent_std": moments.std}
+
+
+@frozen.encoder
+def encode_captions(text_encoders, batch):
+    """Text states (B, tokens, width of both encoders) and pooled text (B, projection) of a batch.
 
     The states are the penultimate layers of both encoders, side by side; pooled is the second one's projection (Podell
-    et al. 2023, arXiv 2307.01952, section 2.1). `zero_dropped` sets them to zero where the caption was dropped, which
-    is what the pipeline feeds for an empty prompt, rather than the encoding of "".
+    et al. 2023, arXiv 2307.01952, section 2.1).
     """
     outputs = [
         encoder(tokens, output_hidden_states=True)
         for encoder, tokens in zip(text_encoders, (batch["tokens"], batch["tokens_2"]), strict=True)
     ]
-    states = torch.cat([output.hidden_states[-2].float() for output in outputs], dim=-1)
-    pooled = outputs[1].text_embeds.float()
+    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return {"text_states": states, "pooled": outputs[1].text_embeds}
+
+
+def text_of(batch, zero_dropped):
+    """The text states and the pooled text of an encoded batch, in float32. `zero_dropped` sets them to zero where the
+    caption was dropped, which is what the pipeline feeds for an empty prompt, rather than the encoding of ""."""
+    states, pooled = batch["text_states"].float(), batch["pooled"].float()
     if zero_dropped:
         states, pooled = states * batch["caption_given"][:, None, None], pooled * batch["caption_given"][:, None]
     return states, pooled
 
 
-def training_loss(unet, vae, text_encoders, schedule, batch, zero_dropped=True, snr_gamma=None):
-    """The diffusion loss of each sample of a batch, shape (B,).
+def training_loss(unet, schedule, batch, scaling_factor, zero_dropped=True, snr_gamma=None):
+    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` and `encode_captions` make of
+    it; shape (B,).
 
     As in train_text_to_image.py, but that the UNet is also told the pooled text, the picture's first size, the corner
     of the crop that was cut and the target size (`time_ids`, pixels, float32: bfloat16 is exact only up to 256).
     """
     timesteps, noise = batch["timestep"], batch["noise"]
-    with torch.no_grad():
-        moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
-        latents = moments.mean.float() + moments.std.float() * batch["latent_noise"]
-        latents = latents * vae.config.scaling_factor
-    text_states, pooled = encode_captions(text_encoders, batch, zero_dropped)  # their adapters learn too, if any
+    text_states, pooled = text_of(batch, zero_dropped)
+    latents = batch["latent_mean"].float() + batch["latent_std"].float() * batch["latent_noise"]
+    latents = latents * scaling_factor
     noisy = schedule.add_noise(latents, noise, timesteps)
     kind = schedule.config.prediction_type
     target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
@@ -146,7 +191,7 @@ def training_loss(unet, vae, text_encoders, schedule, batch, zero_dropped=True, 
 
 
 def load_models(args, accelerator, seed):
-    """The parts, placed, frozen and adapted: (folder, tokenizers, text_encoders, vae, unet, schedule, sampler).
+    """The parts, in host memory, adapted: (folder, tokenizers, text_encoders, vae, unet, schedule, sampler).
 
     `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
     """
@@ -168,9 +213,9 @@ def load_models(args, accelerator, seed):
     unet = engine.load_part(UNet2DConditionModel, base, "unet", variant, dtype=half)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
-    for frozen in (vae, *text_encoders):
-        frozen.requires_grad_(False).eval().to(accelerator.device)
-    unet.to(accelerator.device).train()
+    for network in (vae, *text_encoders):
+        network.requires_grad_(False).eval()
+    unet.train()
     options = (args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)
     lora.add_adapter(unet, lora.UNET_LAYERS, *options)
     if args.train_text_encoder:
@@ -238,7 +283,7 @@ def main(argv=None):
     args = parse_args(argv)
     command = flags.without_secrets(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), args.resolution)
+        return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
     accelerator = engine.make_accelerator(
@@ -269,6 +314,9 @@ def main(argv=None):
     rows = data.take(rows, args.max_train_samples, state.seed)
     unusable = engine.from_main(accelerator, lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
+    rows.sizes = engine.from_main(
+        accelerator, lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args))
+    )
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     base, tokenizers, text_encoders, vae, unet, schedule, sampler = load_models(args, accelerator, state.seed)
     adapted = {"unet": unet}
@@ -277,25 +325,54 @@ def main(argv=None):
     zero_dropped = StableDiffusionXLPipeline.load_config(base).get("force_zeros_for_empty_prompt", True)
     if accelerator.is_main_process:
         data.warn_of_long_captions(rows, tokenizers[0])
-    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    latent_shape = (vae.config.latent_channels, side, side)
+    latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
     timesteps = schedule.config.num_train_timesteps
     probabilities = timestep_probabilities(args, timesteps)
-    prepare = Prepare(args, tokenizers, latent_shape, probabilities, timesteps)
+    prepare = Prepare(args, tokenizers, latents, probabilities, timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
-        prepare = Prepare(args, tokenizers, latent_shape, None, timesteps, len(held_out_rows))
+        prepare = Prepare(args, tokenizers, latents, None, timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
 
+    # --- what is frozen runs once ------------------------------------------------------------------------------------
+    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
+    if args.cache_latents:
+        settings = ["sdxl", args.resolution, args.image_interpolation_mode]
+        frozen.keep_pictures(*keeping, [vae], partial(encode_pictures, vae), settings, args.cached_crops)
+    if args.cache_text_embeddings:
+        empty = bool(args.caption_dropout)
+        frozen.keep_captions(*keeping, text_encoders, partial(encode_captions, text_encoders), empty)
+    scaling_factor = vae.config.scaling_factor
+    vae = frozen.settle(vae, accelerator.device, args.cache_latents, prompts)
+    text_encoders = [
+        frozen.settle(encoder, accelerator.device, args.cache_text_embeddings, prompts) for encoder in text_encoders
+    ]
+    unet.to(accelerator.device)
+
+    def encode(batch, text_encoders):
+        """A batch with what the frozen networks make of it; caches have put it there already."""
+        pictures = {} if args.cache_latents else encode_pictures(vae, batch)
+        captions = {} if args.cache_text_embeddings else encode_captions(text_encoders, batch)
+        return batch | pictures | captions
+
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    window = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    updates = data.Updates(
+        len(samples),
+        state.seed,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator.num_processes,
+        rows.sizes,
+    )
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * math.ceil(len(samples) / window)
+        args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = lora.parameters(adapted.values())
     optimizer = engine.make_optimizer(
         args.optimizer,
         parameters,
-        args.learning_rate * (window if args.scale_lr else 1),
+        args.learning_rate * (updates.window if args.scale_lr else 1),
         (args.adam_beta1, args.adam_beta2),
         args.adam_weight_decay,
         args.adam_epsilon,
@@ -333,7 +410,7 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    reporting.announce(parameters, len(samples), args.max_train_steps, window, state)
+    reporting.announce(parameters, updates, args.max_train_steps, state)
     guard = engine.FiniteGuard(
         accelerator,
         optimizer,
@@ -341,19 +418,18 @@ def main(argv=None):
         lambda good: saved.keep(
             args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step
         ),
-        lambda before: data.names_after(samples, before.position, window),
+        lambda before: updates.names(rows, before.position),
     )
     progress = reporting.Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
-        window,
+        updates.window,
         lambda scalars: engine.fetch_mean(accelerator, scalars),
         lambda values, step: engine.log(accelerator, values, step),
         guard.report,
     )
 
-    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     drawing = dict(
         height=args.resolution,
         width=args.resolution,
@@ -367,13 +443,15 @@ def main(argv=None):
         progress.flush()
         for model in adapted.values():
             model.eval()
-        with averaged(ema):
+        with averaged(ema), frozen.visiting([vae, *text_encoders], accelerator.device):
             if held_out_rows is not None:
                 validation.log_held_out_loss(
                     accelerator,
                     held_out,
                     args.train_batch_size,
-                    lambda batch: training_loss(unet, vae, text_encoders, schedule, batch, zero_dropped),
+                    lambda batch: training_loss(
+                        unet, schedule, encode(batch, text_encoders), scaling_factor, zero_dropped
+                    ),
                     state.step,
                 )
             if prompts:
@@ -401,14 +479,7 @@ def main(argv=None):
         return folder
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    batches = engine.training_batches(
-        samples,
-        state,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator,
-        args.dataloader_num_workers,
-    )
+    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     update_loss, stopped_by = 0.0, 0
@@ -418,9 +489,8 @@ def main(argv=None):
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
             state.micro_step += 1
             with accelerator.accumulate(network, *text_networks):
-                sample_losses = training_loss(
-                    network, vae, text_networks, schedule, batch, zero_dropped, args.snr_gamma
-                )
+                batch = encode(batch, text_networks)
+                sample_losses = training_loss(network, schedule, batch, scaling_factor, zero_dropped, args.snr_gamma)
                 loss = (sample_losses * batch["weight"]).sum()
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
@@ -437,7 +507,7 @@ def main(argv=None):
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of an update.
-            state.position = state.position.advance(window, len(samples))
+            state.position = updates.after(state.position)
             finished_loss, update_loss = update_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:

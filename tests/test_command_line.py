@@ -28,9 +28,19 @@ OURS = {
     "validation_split": (float, 0.0),
     "process_group_timeout": (int, 1800),
     "logging_steps": (int, 10),
+    "cache_latents": (bool, False),
+    "cached_crops": (int, 1),
+    "cache_text_embeddings": (bool, False),
+    "encoding_cache_dir": (str, None),
     "on_nan": (str, "stop"),
     "on_bad_sample": (str, "error"),
     "check_data": (bool, False),
+}
+OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not for JAX, which compiles one shape
+    "aspect_ratio_bucketing": (bool, False),
+    "min_bucket_reso": (int, None),
+    "max_bucket_reso": (int, None),
+    "bucket_reso_steps": (int, 64),
 }
 OURS_FOR_ADAPTERS = {
     "lora_alpha": (float, None),
@@ -105,7 +115,16 @@ TAKEN_OVER = {
     " noise_offset validation_prompts validation_epochs compilation_cache_dir".split(),
 }
 NOT_FOR_KANDINSKY = {"rescale_betas_zero_snr", "save_kohya_format"}  # its schedules are fixed, WebUI does not read it
-NOT_IN_JAX = {"optimizer", "process_group_timeout"}
+NOT_IN_PRIOR = {"cached_crops"}  # CLIP's processor takes the middle
+NOT_IN_DECODER = {"cache_text_embeddings"}  # which reads no captions
+NOT_IN_JAX = {
+    "optimizer",
+    "process_group_timeout",
+    "cache_latents",
+    "cached_crops",
+    "cache_text_embeddings",
+    "encoding_cache_dir",
+}
 CHOICES_ADDED = {"lr_scheduler", "prediction_type", "report_to", "optimizer"}  # the originals find a typo much later
 SCRIPTS = [name for name in KNOWN if (ROOT / name).exists()]
 MINIMUM = ["--pretrained_model_name_or_path", "model", "--train_data_dir", str(ROOT)]
@@ -142,11 +161,14 @@ def test_command_line_is_frozen(script, monkeypatch):
         if "choices" in fact or name not in CHOICES_ADDED:
             assert sorted(choices or []) == sorted(fact.get("choices", [])), name
     ours = OURS | (OURS_FOR_ADAPTERS if "lora" in script else {})
+    ours |= {} if "prior" in script or "flax" in script else OURS_FOR_PIXELS
     kandinsky = "prior" in script or "decoder" in script
     elsewhere = ELSEWHERE | (OURS_FOR_KANDINSKY if kandinsky else {})
     ours |= {name: elsewhere[name] for name in TAKEN_OVER[script]}
     if kandinsky:
         ours = {name: fact for name, fact in ours.items() if name not in NOT_FOR_KANDINSKY}
+    left_out = NOT_IN_PRIOR if "prior" in script else NOT_IN_DECODER if "decoder" in script else set()
+    ours = {name: fact for name, fact in ours.items() if name not in left_out}
     if "flax" in script:
         ours = {name: fact for name, fact in ours.items() if name not in NOT_IN_JAX}
     assert {name: (kind, default) for name, (kind, default, *_) in have.items()} == ours
@@ -206,6 +228,13 @@ REFUSED = {
     "--hub_tok hf_x": "there is no flag --hub_tok; did you mean --hub_token?",
     "--adam_beta2 1": "below 1",
     "--lr_scheduler polynomial --learning_rate 1e-7": "must be above it",
+    "--min_bucket_reso 256": "--min_bucket_reso says nothing without --aspect_ratio_bucketing",
+    "--bucket_reso_steps 64 --max_bucket_reso 512": "--bucket_reso_steps says nothing without",
+    "--aspect_ratio_bucketing --min_bucket_reso 520": "--min_bucket_reso 520 is above --resolution 512",
+    "--aspect_ratio_bucketing --max_bucket_reso 504": "--max_bucket_reso 504 is below --resolution 512",
+    "--aspect_ratio_bucketing --bucket_reso_steps 60": "not a multiple of 8; the nearest is 64",
+    "--aspect_ratio_bucketing --resolution 32": "--bucket_reso_steps 64 has no multiple from 16 to 32",
+    "--aspect_ratio_bucketing --min_bucket_reso 500 --bucket_reso_steps 96": "has no multiple from 500 to 512",
     "--dream_training --input_perturbation 0.1": "use one of them",
     "--dream_training --prediction_type v_prediction": "epsilon prediction only",
     "--use_8bit_adam": "pip install bitsandbytes",

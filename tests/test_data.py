@@ -410,7 +410,7 @@ def test_of_an_animation_the_first_frame_is_seen(tmp_path, ending):
 def test_a_dot_is_a_picture(tmp_path):
     got = read(tmp_path, Image.new("RGB", (1, 1), (7, 8, 9)))
     assert got.tolist() == [[[7, 8, 9]]]
-    assert data.resize(Image.fromarray(got), 16, "lanczos").size == (16, 16)
+    assert data.resize(Image.fromarray(got), (16, 16), "lanczos").size == (16, 16)
 
 
 def test_cmyk_grey_and_one_bit(tmp_path):
@@ -428,17 +428,17 @@ def test_exif_orientation_is_honoured(tmp_path):
 
 @pytest.mark.parametrize("size", [(20, 16), (16, 20), (64, 30), (17, 100), (8, 8)])
 def test_shorter_side_then_crop(size):
-    resized = data.resize(picture(0, size), 16, "lanczos")
+    resized = data.resize(picture(0, size), (16, 16), "lanczos")
     assert min(resized.size) == 16
     assert max(resized.size) == int(16 * max(size) / min(size))
     for draw in (None, SampleDraws(0, 0, 0)):
-        cut, (top, left) = data.crop(resized, 16, draw)
+        cut, (top, left) = data.crop(resized, (16, 16), draw and draw("crop"))
         assert cut.size == (16, 16)
         assert np.array_equal(np.asarray(cut), np.asarray(resized)[top : top + 16, left : left + 16])
 
 
 def test_random_crops_reach_every_place():
-    places = {data.crop(picture(0, (20, 16)), 16, SampleDraws(0, epoch, 0))[1] for epoch in range(60)}
+    places = {data.crop(picture(0, (20, 16)), (16, 16), SampleDraws(0, epoch, 0)("crop"))[1] for epoch in range(60)}
     assert places == {(0, left) for left in range(5)}
 
 

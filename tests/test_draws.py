@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from training_utils import draws
-from training_utils.data import Position, UpdateSampler
+from training_utils.data import Position, Updates
 
 
 def test_draws_are_frozen():
@@ -39,10 +39,25 @@ def test_noise_is_standard_normal():
     assert abs(np.corrcoef(neighbours)[0, 1]) < 0.05
 
 
-def updates(sampler, count):
-    """The first updates of a sampler: a list of [[(epoch, index, weight), ...] per micro-step]."""
-    stream = iter(sampler)
-    return [[next(stream) for _ in range(sampler.accumulation)] for _ in range(count)]
+def first_updates(updates, count, position=None, rank=0):
+    """What a process sees of the updates from a position on: a list of [[(epoch, index, weight)] a micro-step]."""
+    stream = updates.batches(position or Position(), rank)
+    return [[next(stream) for _ in range(updates.accumulation)] for _ in range(count)]
+
+
+def test_the_plan_is_frozen():
+    """Like the draws: eleven samples in updates of four by two processes, the last update of an epoch having three."""
+    updates = Updates(11, 5, batch_size=1, accumulation=2, world_size=2)
+    assert first_updates(updates, 3, rank=0) == [
+        [[(0, 7, 1.0)], [(0, 4, 1.0)]],
+        [[(0, 9, 1.0)], [(0, 3, 1.0)]],
+        [[(0, 8, 4 / 3)], [(0, 1, 4 / 3)]],
+    ]
+    assert first_updates(updates, 3, rank=1) == [
+        [[(0, 10, 1.0)], [(0, 5, 1.0)]],
+        [[(0, 6, 1.0)], [(0, 0, 1.0)]],
+        [[(0, 2, 4 / 3)], [(0, 8, 0.0)]],
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 3, 10, 17])
@@ -52,33 +67,41 @@ def test_every_split_sees_the_same_samples_with_the_same_weight(size, split):
     batch, accumulation, world = split
     window = batch * accumulation * world
     count = 3 * -(-size // window)
-    whole = updates(UpdateSampler(size, 5, Position(), window), count)
-    ranks = [
-        updates(UpdateSampler(size, 5, Position(), batch, accumulation, rank, world), count) for rank in range(world)
-    ]
+    whole = first_updates(Updates(size, 5, window), count)
+    updates = Updates(size, 5, batch, accumulation, world)
+    ranks = [first_updates(updates, count, rank=rank) for rank in range(world)]
+    position = Position()
     for at in range(count):
         expected = {(epoch, index) for epoch, index, _ in whole[at][0]}
         got = [sample for rank in ranks for micro in rank[at] for sample in micro]
         real = [sample for sample in got if sample[2]]
         assert {sample[:2] for sample in real} == expected and len(real) == len(expected)
+        assert sorted(np.concatenate(updates.shares(position))) == sorted(index for _, index in expected)
         assert all(micro for rank in ranks for micro in rank[at]), "a process without a batch would hang the others"
         for _, _, weight in real:  # averaged over micro-steps and processes it is the mean over the window
             assert weight / (accumulation * world) == pytest.approx(1 / len(expected))
+        position = updates.after(position)
+    assert position == Position(3) and count == 3 * updates.per_epoch
     visited = [sample[:2] for update in whole for sample in update[0]]
     assert sorted(visited) == [(epoch, index) for epoch in range(3) for index in range(size)]
 
 
 @pytest.mark.parametrize("done", range(1, 8))
-def test_a_sampler_continues_where_another_stopped(done):
-    position = Position()
+def test_updates_continue_where_another_run_stopped(done):
+    updates, position = Updates(10, 5, 2, 2), Position()
     for _ in range(done):
-        position = position.advance(4, 10)
-    rest = updates(UpdateSampler(10, 5, position, 2, 2), 5)
-    assert rest == updates(UpdateSampler(10, 5, Position(), 2, 2), done + 5)[done:]
+        position = updates.after(position)
+    assert first_updates(updates, 5, position) == first_updates(updates, done + 5)[done:]
 
 
 def test_a_position_inside_an_epoch_continues_with_another_batch_size():
     """Six of ten samples were seen in windows of three; the other four come next, in windows of two."""
-    seen = updates(UpdateSampler(10, 5, Position(), 3), 2)
-    rest = updates(UpdateSampler(10, 5, Position(0, 6), 2), 2)
+    seen = first_updates(Updates(10, 5, 3), 2)
+    rest = first_updates(Updates(10, 5, 2), 2, Position(0, 6))
     assert sorted(index for update in seen + rest for _, index, _ in update[0]) == list(range(10))
+
+
+def test_a_position_beyond_a_smaller_data_set_continues_in_the_next_epoch():
+    updates = Updates(6, 5, 4)
+    assert first_updates(updates, 2, Position(1, 8)) == first_updates(updates, 2, Position(2))
+    assert updates.after(Position(1, 8)) == Position(2, 4)

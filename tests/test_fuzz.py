@@ -22,6 +22,9 @@ NOT_TRIED = set(  # names of things, the network, and what would only make a run
 )
 WORDS = {
     "resolution": ["8", "16", "24", "20", "0"],
+    "min_bucket_reso": ["8", "16", "40"],
+    "max_bucket_reso": ["16", "32", "8"],
+    "bucket_reso_steps": ["8", "16", "12"],
     "rank": ["1", "4", "0"],
     "dataloader_num_workers": ["0", "1"],
     "validation_num_inference_steps": ["1", "2"],

@@ -27,7 +27,8 @@ from tiny import picture, write_pictures
 import train_text_to_image_decoder
 import train_text_to_image_lora_prior
 import train_text_to_image_prior
-from training_utils import data, draws, engine, lora
+from training_utils import buckets, data, draws, engine, lora
+from training_utils.flags import bucket_limits
 from training_utils.reporting import UserError
 
 LARGE = ["--learning_rate", "5e-2"]  # so that what was learned shows in a picture
@@ -101,14 +102,19 @@ def doubled(batch):
     return {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
 
 
+def encoded(prior, batch):
+    """A batch with what the prior's frozen networks make of it."""
+    script = train_text_to_image_prior
+    pictures = script.encode_pictures(prior.image_encoder, batch)
+    return batch | pictures | script.encode_captions(prior.text_encoder, batch)
+
+
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_loss_of_the_prior(stages, gamma):
     prior, batch = stages[0], a_batch(16)
     schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     statistics = prior.prior.clip_mean.detach(), prior.prior.clip_std.detach()
-    got = train_text_to_image_prior.training_loss(
-        prior.prior, prior.text_encoder, prior.image_encoder, statistics, schedule, batch, gamma
-    )
+    got = train_text_to_image_prior.training_loss(prior.prior, schedule, encoded(prior, batch), statistics, gamma)
 
     exact, text, vision = (copy.deepcopy(m).double() for m in (prior.prior, prior.text_encoder, prior.image_encoder))
     a = torch.from_numpy(squared_cosine())[batch["timestep"]][:, None]
@@ -130,7 +136,8 @@ def test_loss_of_the_prior(stages, gamma):
 def test_loss_of_the_decoder(kandinsky, stages, gamma):
     decoder, vision, batch = stages[1], stages[0].image_encoder, a_batch(4, 8, 8)
     schedule = DDPMScheduler.from_pretrained(kandinsky[1], subfolder="scheduler")
-    got = train_text_to_image_decoder.training_loss(decoder.unet, decoder.movq, vision, schedule, batch, gamma)
+    made = train_text_to_image_decoder.encode_pictures((decoder.movq, vision), batch)
+    got = train_text_to_image_decoder.training_loss(decoder.unet, schedule, batch | made, gamma)
 
     unet, movq, vision = (copy.deepcopy(m).double() for m in (decoder.unet, decoder.movq, vision))
     a = torch.from_numpy(linear())[batch["timestep"]].view(-1, 1, 1, 1)
@@ -152,31 +159,21 @@ def test_padding_does_not_reach_the_prior(stages):
     prior = stages[0]
     schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     statistics = prior.prior.clip_mean.detach(), prior.prior.clip_std.detach()
-    parts = (prior.prior, prior.text_encoder, prior.image_encoder, statistics, schedule)
-    batch = a_batch(16)
-    states = prior.text_encoder(batch["tokens"])
-    changed = states.last_hidden_state.detach().clone()
-    changed[~batch["token_mask"]] = 7.0
-    before = train_text_to_image_prior.training_loss(*parts, batch)
-
-    class Changed(torch.nn.Module):
-        def forward(self, tokens):
-            return type(states)(text_embeds=states.text_embeds, last_hidden_state=changed)
-
-    after = train_text_to_image_prior.training_loss(parts[0], Changed(), *parts[2:], batch)
-    torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-7)
-    batch["token_mask"] = torch.ones_like(batch["token_mask"])
-    unmasked = train_text_to_image_prior.training_loss(parts[0], Changed(), *parts[2:], batch)
+    loss = lambda batch: train_text_to_image_prior.training_loss(prior.prior, schedule, batch, statistics)  # noqa: E731
+    batch = encoded(prior, a_batch(16))
+    before = loss(batch)
+    batch["text_states"] = torch.where(batch["token_mask"][:, :, None], batch["text_states"], 7.0)
+    torch.testing.assert_close(loss(batch), before, rtol=1e-6, atol=1e-7)
+    unmasked = loss(batch | {"token_mask": torch.ones_like(batch["token_mask"])})
     assert (unmasked - before).abs().max() > 1e-5
 
 
 def test_learned_variance_gets_no_gradient_of_its_own(kandinsky, stages):
     unet = copy.deepcopy(stages[1].unet)
     schedule = DDPMScheduler.from_pretrained(kandinsky[1], subfolder="scheduler")
-    loss = train_text_to_image_decoder.training_loss(
-        unet, stages[1].movq, stages[0].image_encoder, schedule, a_batch(4, 8, 8)
-    )
-    loss.sum().backward()
+    batch, networks = a_batch(4, 8, 8), (stages[1].movq, stages[0].image_encoder)
+    batch |= train_text_to_image_decoder.encode_pictures(networks, batch)
+    train_text_to_image_decoder.training_loss(unet, schedule, batch).sum().backward()
     assert unet.conv_out.weight.grad[4:].abs().max() == 0 < unet.conv_out.weight.grad[:4].abs().min()
     assert all(parameter.grad is not None for parameter in unet.parameters())
     assert all(p.grad is None for part in (stages[1].movq, stages[0].image_encoder) for p in part.parameters())
@@ -191,7 +188,8 @@ def prepared(script, run, pictures, *flags, index=3):
     rows = data.load_rows(folder=pictures, caption_column=getattr(args, "caption_column", None))
     prior = KandinskyV22PriorPipeline.from_pretrained(run.base[0])
     if "decoder" in script.__name__:
-        prepare = script.Prepare(args, prior.image_processor, (4, 8, 8), 1000)
+        rows.sizes = buckets.training_sizes(rows, args.resolution, bucket_limits(args))
+        prepare = script.Prepare(args, prior.image_processor, (4, 2), 1000)
     else:
         prepare = script.Prepare(args, prior.tokenizer, prior.image_processor, 16, 1000)
     return prepare(rows, index, draws.SampleDraws(7, 0, index)), rows.picture(index), prior
@@ -334,9 +332,9 @@ def test_normalisation_survives(run_prior, run_lora_prior, kandinsky, tmp_path, 
     seen = {}
     real = train_text_to_image_lora_prior.training_loss
 
-    def spy(network, text_encoder, image_encoder, statistics, *rest):
+    def spy(network, schedule, batch, statistics, *rest):
         seen["statistics"] = statistics
-        return real(network, text_encoder, image_encoder, statistics, *rest)
+        return real(network, schedule, batch, statistics, *rest)
 
     monkeypatch.setattr(train_text_to_image_lora_prior, "training_loss", spy)
     run_lora_prior(tmp_path / "adapters", "--mixed_precision", precision)
@@ -674,10 +672,12 @@ def test_a_checkpoint_of_the_original_prior_script_continues(run_prior, kandinsk
 def test_a_resolution_that_the_decoder_cannot_halve():
     """Three halvings by MOVQ and three by the UNet, as in the released decoder."""
     four_levels = SimpleNamespace(config=SimpleNamespace(block_out_channels=(1,) * 4, latent_channels=4))
-    shape = train_text_to_image_decoder.latent_shape_of
-    assert shape(four_levels, four_levels, 768) == (4, 96, 96)
-    with pytest.raises(UserError, match="not a multiple of 64, the decoder's; try 768"):
-        shape(four_levels, four_levels, 776)
+    latents = train_text_to_image_decoder.latents_of
+    assert latents(four_levels, four_levels, resolution=768) == (4, 8)
+    with pytest.raises(UserError, match="--resolution 776 is not a multiple of 64, the decoder's; try 768"):
+        latents(four_levels, four_levels, resolution=776)
+    with pytest.raises(UserError, match="--bucket_reso_steps 96 is not a multiple of 64"):
+        latents(four_levels, four_levels, resolution=768, bucket_reso_steps=96)
 
 
 @pytest.mark.parametrize("name", [name.replace("run", "train_text_to_image") for name in KANDINSKY])

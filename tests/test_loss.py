@@ -66,6 +66,13 @@ def a_batch(seed=0, size=4):
     }
 
 
+def encoded(parts, batch):
+    """A batch with what the frozen networks make of it, and the scaling factor, as the loop passes them."""
+    _, vae, text = parts
+    made = train_text_to_image.encode_pictures(vae, batch) | train_text_to_image.encode_captions(text, batch)
+    return batch | made, vae.config.scaling_factor
+
+
 def reference(parts, batch, kind, snr_gamma=None, dream_p=None, zero_terminal_snr=False):
     """The same loss in float64, from the papers: Ho et al. 2020 eq. 4; Salimans & Ho 2022 (v); DREAM algorithm 1."""
     unet, vae, text = (copy.deepcopy(part).double() for part in parts)
@@ -113,14 +120,14 @@ def test_training_loss(sd, parts, kind, options):
     batch = a_batch()
     expected = reference(parts, batch, kind, **options)
     options.pop("zero_terminal_snr", None)
-    got = train_text_to_image.training_loss(*parts, schedule, batch, **options)
+    got = train_text_to_image.training_loss(parts[0], schedule, *encoded(parts, batch), **options)
     torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=1e-7)
 
 
 def test_input_perturbation_changes_the_input_and_not_the_target(sd, parts):
     batch = a_batch()
     batch["input_noise"] = batch["noise"] + 0.1 * a_batch(1)["noise"]
-    got = train_text_to_image.training_loss(*parts, schedule_for(sd, "epsilon"), batch)
+    got = train_text_to_image.training_loss(parts[0], schedule_for(sd, "epsilon"), *encoded(parts, batch))
     torch.testing.assert_close(got.double(), reference(parts, batch, "epsilon"), rtol=2e-5, atol=1e-7)
 
 
@@ -137,7 +144,7 @@ def test_noise_is_mixed_in_float32_under_bf16(sd, parts):
     batch = a_batch()
     batch["timestep"] = torch.tensor([0, 1, 2, 3])
     half = [copy.deepcopy(part).to(torch.bfloat16) for part in (vae, text)]
-    train_text_to_image.training_loss(Spy(), *half, schedule_for(sd, "epsilon"), batch)
+    train_text_to_image.training_loss(Spy(), schedule_for(sd, "epsilon"), *encoded((unet, *half), batch))
     assert seen["noisy"].dtype == torch.float32
     with torch.no_grad():
         moments = half[0].encode(batch["pixels"].bfloat16()).latent_dist
@@ -149,6 +156,7 @@ def test_noise_is_mixed_in_float32_under_bf16(sd, parts):
 
 def test_frozen_networks_get_no_gradient(sd, parts):
     unet, vae, text = (copy.deepcopy(part) for part in parts)
-    train_text_to_image.training_loss(unet, vae, text, schedule_for(sd, "epsilon"), a_batch()).sum().backward()
+    batch, scaling_factor = encoded((unet, vae, text), a_batch())
+    train_text_to_image.training_loss(unet, schedule_for(sd, "epsilon"), batch, scaling_factor).sum().backward()
     assert all(p.grad is None for part in (vae, text) for p in part.parameters())
     assert all(p.grad is not None for p in unet.parameters())

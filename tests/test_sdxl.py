@@ -14,8 +14,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_text_to_image_lora_sdxl
 import train_text_to_image_sdxl
-from training_utils import data, losses
+from training_utils import buckets, data, losses
 from training_utils.draws import SampleDraws
+from training_utils.flags import bucket_limits
 
 SCRIPTS = [train_text_to_image_sdxl, train_text_to_image_lora_sdxl]
 
@@ -27,7 +28,8 @@ def prepared(script, run, tmp_path, *flags, rows=None, probabilities=None):
     args = script.parse_args(run.argv(tmp_path, *flags))
     tokenizers = [CLIPTokenizer.from_pretrained(run.base, subfolder=name) for name in ("tokenizer", "tokenizer_2")]
     rows = data.load_rows(folder=args.train_data_dir) if rows is None else rows
-    prepare = script.Prepare(args, tokenizers, (4, 8, 8), probabilities, 1000)
+    rows.sizes = buckets.training_sizes(rows, args.resolution, bucket_limits(args))
+    prepare = script.Prepare(args, tokenizers, (4, 2), probabilities, 1000)
     return rows, lambda epoch, index: prepare(rows, index, SampleDraws(args.seed, epoch, index))
 
 
@@ -50,7 +52,7 @@ def test_time_ids_are_those_of_the_crop_that_was_cut(script, run_sdxl, tmp_path)
                 assert got["time_ids"].dtype == np.float32
                 first_height, first_width, top, left, *target = got["time_ids"].tolist()
                 assert (first_height, first_width) == (height, width) and target == [24, 24]
-                resized = data.resize(rows.picture(index), 24, "lanczos")
+                resized = data.resize(rows.picture(index), (24, 24), "lanczos")
                 mirrored = flip and SampleDraws(7, epoch, index)("flip").random() < 0.5
                 whole = data.to_array(resized)[:, :, :: -1 if mirrored else 1]
                 cut = whole[:, int(top) : int(top) + 24, int(left) : int(left) + 24]
@@ -134,7 +136,10 @@ def reference(parts, batch, kind, snr_gamma, zero_dropped):
 @pytest.mark.parametrize(("snr_gamma", "zero_dropped"), [(None, True), (5.0, False)])
 def test_training_loss(script, sdxl, parts, kind, snr_gamma, zero_dropped):
     schedule = DDPMScheduler.from_pretrained(sdxl, subfolder="scheduler", prediction_type=kind)
-    got = script.training_loss(*parts, schedule, a_batch(), zero_dropped, snr_gamma)
+    unet, vae, encoders = parts
+    batch = a_batch()
+    batch |= script.encode_pictures(vae, batch) | script.encode_captions(encoders, batch)
+    got = script.training_loss(unet, schedule, batch, vae.config.scaling_factor, zero_dropped, snr_gamma)
     expected = reference(parts, a_batch(), kind, snr_gamma, zero_dropped)
     torch.testing.assert_close(got.detach().double(), expected, rtol=5e-5, atol=1e-7)
 
@@ -146,7 +151,8 @@ def test_dropped_captions_are_what_the_pipeline_feeds_for_an_empty_prompt(sdxl, 
         _, negative, _, negative_pooled = pipeline.encode_prompt("x", do_classifier_free_guidance=True)
         ids = pipeline.tokenizer("", padding="max_length", max_length=16, return_tensors="pt").input_ids
         batch = {"tokens": ids, "tokens_2": ids, "caption_given": torch.zeros(1)}
-        states, pooled = train_text_to_image_sdxl.encode_captions(parts[2], batch, zero)
+        batch |= train_text_to_image_sdxl.encode_captions(parts[2], batch)
+        states, pooled = train_text_to_image_sdxl.text_of(batch, zero)
         torch.testing.assert_close(states, negative, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(pooled, negative_pooled, rtol=1e-5, atol=1e-6)
         assert bool(states.any()) is not zero

@@ -17,21 +17,31 @@ import train_text_to_image_sdxl
 
 SAME = [
     (train_text_to_image, train_text_to_image_flax, ["Prepare"]),
-    (train_text_to_image, train_text_to_image_lora, ["Prepare", "check_prediction_type"]),
+    (
+        train_text_to_image,
+        train_text_to_image_lora,
+        ["Prepare", "encode_pictures", "encode_captions", "training_loss", "check_prediction_type"],
+    ),
     (
         train_text_to_image_sdxl,
         train_text_to_image_lora_sdxl,
-        ["load_vae", "encode_captions", "timestep_probabilities", "check_prediction_type"],
+        [
+            *("encode_pictures", "encode_captions", "text_of", "training_loss", "load_vae"),
+            *("timestep_probabilities", "check_prediction_type"),
+        ],
     ),
     (
         train_text_to_image_prior,
         train_text_to_image_lora_prior,
-        ["Prepare", "encode", "training_loss", "embedding_statistics", "check_prediction_type"],
+        [
+            *("Prepare", "encode_pictures", "encode_captions", "training_loss", "embedding_statistics"),
+            "check_prediction_type",
+        ],
     ),
     (
         train_text_to_image_decoder,
         train_text_to_image_lora_decoder,
-        ["Prepare", "encode", "training_loss", "latent_shape_of"],
+        ["Prepare", "encode_pictures", "training_loss", "latents_of"],
     ),
 ]
 OTHERS = [

@@ -4,15 +4,18 @@ Nothing here needs torch; what a batch holds are NumPy arrays, which torch's Dat
 """
 
 import csv
+import functools
 import hashlib
 import io
 import json
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from . import draws
 from .problems import (
@@ -47,14 +50,18 @@ class Rows:
     `dataset` is a datasets.Dataset whose picture column is not decoded; `caption_column` is None where only the
     pictures matter; `root` is the folder of the pictures, resolved, where they are files; `findings` are shared with
     the rows that are selected from these; `numbers` are the rows' places in the whole data set, whose pictures are
-    `stored`, an Arrow column.
+    `stored`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels at which each row is
+    trained; None where that is no matter of the data.
     """
 
-    def __init__(self, dataset, image_column, caption_column, root=None, findings=None, numbers=None, stored=None):
+    def __init__(
+        self, dataset, image_column, caption_column, root=None, findings=None, numbers=None, stored=None, sizes=None
+    ):
         self.dataset, self.image_column, self.caption_column, self.root = dataset, image_column, caption_column, root
         self.findings = Findings() if findings is None else findings
         self.numbers = np.arange(len(dataset)) if numbers is None else numbers
         self.stored = dataset.data.column(image_column) if stored is None else stored
+        self.sizes = sizes
         self._pictures = dataset[image_column]  # read when they are indexed, like the captions
         self._captions = None if caption_column is None else dataset[caption_column]
 
@@ -65,8 +72,8 @@ class Rows:
         """The rows with these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         columns = (self.image_column, self.caption_column)
-        numbers = self.numbers[indices]
-        return Rows(self.dataset.select(indices), *columns, self.root, self.findings, numbers, self.stored)
+        numbers, sizes = self.numbers[indices], None if self.sizes is None else self.sizes[indices]
+        return Rows(self.dataset.select(indices), *columns, self.root, self.findings, numbers, self.stored, sizes)
 
     def without(self, indices):
         """The rows but for those with these indices."""
@@ -93,6 +100,10 @@ class Rows:
         null = np.concatenate([np.zeros(0, bool), *(chunk.is_null().to_numpy(False) for chunk in self.stored.chunks)])
         return np.flatnonzero(null[self.numbers])
 
+    def size(self, index):
+        """The (width, height) in pixels at which a row is trained, or None."""
+        return None if self.sizes is None else tuple(self.sizes[index].tolist())
+
     def captions(self, index):
         """The captions of a row, a list of at least one string."""
         return texts_of(self._captions[index])
@@ -106,6 +117,17 @@ class Rows:
         except Exception as error:  # Pillow raises a dozen kinds for a damaged file
             problem = problem_of(error, self._name(index, cell))
         raise (UserError if problem.kind in ("absent", "not readable") else BadSample)(problem.sentence())
+
+    def content(self, index):
+        """(SHA-256, upright size) of the file of a row's picture; for one that cannot be read, of its name, and
+        zeros."""
+        cell = self._pictures[index]
+        try:
+            content = cell.get("bytes") or Path(cell["path"]).read_bytes()
+            with open_picture({"bytes": content}) as picture:
+                return hashlib.sha256(content).hexdigest(), upright_size(picture)
+        except Exception:  # what is wrong with it, whoever decodes it will say
+            return hashlib.sha256(repr(self.name(index)).encode()).hexdigest(), (0, 0)
 
     def fingerprint(self):
         """SHA-256 over the captions, and over the file names of a folder: a resumed run compares it. Without either,
@@ -123,6 +145,14 @@ class Rows:
 def upright_rgb(picture):
     """The first frame of a PIL picture, decoded, upright, in RGB."""
     return to_rgb(ImageOps.exif_transpose(picture))
+
+
+def upright_size(picture):
+    """The (width, height) of a PIL picture when it is upright, from its header: it is not decoded."""
+    # PNG's own getexif decodes the picture where its header says nothing, since the tags may follow the pixels.
+    turned = Image.Image.getexif(picture).get(ExifTags.Base.Orientation) in range(5, 9)
+    # TIFF gives the upright size already.
+    return picture.size[::-1] if turned and picture.format != "TIFF" else picture.size
 
 
 def to_rgb(picture):
@@ -370,6 +400,41 @@ def header_problems(rows):
     return problems
 
 
+def picture_sizes(rows):
+    """The size (width, height) of every picture when it is upright, in pixels, int64, shape (N, 2).
+
+    Headers are read, in threads, and no pixels. A picture that cannot be opened gets zeros.
+    """
+    from tqdm import tqdm
+
+    threads = min(16, 4 * (os.cpu_count() or 1))  # they wait for the disk
+    sizes = read_ahead(_size_of, rows.cells(), threads)
+    sizes = tqdm(sizes, desc="sizes of pictures", total=len(rows), dynamic_ncols=True, delay=2)
+    return np.array(list(sizes), dtype=np.int64).reshape(-1, 2)
+
+
+def _size_of(named_cell):
+    try:
+        with open_picture(named_cell[1]) as picture:
+            return upright_size(picture)
+    except Exception:  # `check`, or reading it, says what is wrong
+        return (0, 0)
+
+
+def read_ahead(function, items, threads):
+    """`function(item)` of each item, in order, a few items ahead: all of them at once might not fit into memory."""
+    waiting, pool = deque(), ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def check(rows, on_bad_sample="error"):
     """Look at every caption, and open the header of every picture that is a file.
 
@@ -447,32 +512,39 @@ def take(rows, most, seed):
 
 
 def resize(picture, size, interpolation):
-    """Scale a PIL picture so that its shorter side is `size` pixels."""
-    width, height = picture.size
-    if width <= height:
-        new = (size, max(size, int(size * height / width)))
+    """Scale a PIL picture so that it just covers `size`, (width, height): one side is equal, the other not less."""
+    (width, height), (new_width, new_height) = picture.size, size
+    if new_width * height >= new_height * width:
+        new = (new_width, max(new_height, new_width * height // width))
     else:
-        new = (max(size, int(size * width / height)), size)
+        new = (max(new_width, new_height * width // height), new_height)
     return picture if new == picture.size else picture.resize(new, FILTERS[interpolation])
 
 
-def crop(picture, size, draw=None):
-    """Cut a square of `size` pixels: drawn by `draw`, a SampleDraws, or from the middle when it is None.
+def crop(picture, size, generator=None):
+    """Cut `size`, (width, height), out of a PIL picture: drawn by a generator, or from the middle when it is None.
 
     Returns (picture, (top, left)), the corner in pixels of the picture that came in.
     """
-    width, height = picture.size
-    if draw is None:
-        top, left = round((height - size) / 2), round((width - size) / 2)
+    (width, height), (new_width, new_height) = picture.size, size
+    if generator is None:
+        top, left = round((height - new_height) / 2), round((width - new_width) / 2)
     else:
-        generator = draw("crop")
-        top, left = int(generator.integers(height - size + 1)), int(generator.integers(width - size + 1))
-    return picture.crop((left, top, left + size, top + size)), (top, left)
+        top, left = int(generator.integers(height - new_height + 1)), int(generator.integers(width - new_width + 1))
+    return picture.crop((left, top, left + new_width, top + new_height)), (top, left)
+
+
+def largest_within(size, shape):
+    """The largest (width, height) of the ratio of `shape` that `size` has room for, to the pixel."""
+    (width, height), (ratio_width, ratio_height) = size, shape
+    if width * ratio_height >= height * ratio_width:
+        return max(1, round(height * ratio_width / ratio_height)), height
+    return width, max(1, round(width * ratio_height / ratio_width))
 
 
 def to_array(picture):
     """RGB PIL picture to float32 in [-1, 1], shape (3, H, W)."""
-    return np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0
+    return np.ascontiguousarray(np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)) / 127.5 - 1.0
 
 
 def choose_caption(captions, draw, dropout=0.0):
@@ -505,38 +577,80 @@ class Position:
         """This position in a set of `size`: the next epoch, where the set has become smaller."""
         return Position(self.epoch + 1, 0) if self.sample >= size else self
 
-    def advance(self, window, size):
-        """The position after one update that takes `window` samples from a set of `size`."""
-        return Position(self.epoch, self.sample + window).within(size)
 
+class Updates:
+    """Which of `size` samples each update of a run takes, and how they are shared out.
 
-class UpdateSampler:
-    """Batches of (epoch, index, weight) for one process, without end, beginning at a position.
+    An update takes the next `window` = batch_size * accumulation * world_size samples of the epoch's order, or what is
+    left of it, and shares them out as evenly as can be over its micro-steps and processes, so every process makes the
+    same number of micro-steps. There are `per_epoch` updates in an epoch. The weights of an update's samples are
+    accumulation * world_size / samples: a micro-batch's loss is the sum of weight x loss, and averaging over
+    micro-steps and processes gives the mean over the samples, however they were shared out.
 
-    An update takes the next `batch_size * accumulation * world_size` samples of the epoch's order, or what is left of
-    it, and shares them out as evenly as can be over its micro-steps and processes, so every process makes the same
-    number of micro-steps. The weights of an update's samples are accumulation * world_size / samples: a micro-batch's
-    loss is the sum of weight x loss, and averaging over micro-steps and processes gives the mean over the samples,
-    however they were shared out. A process left without a sample gets one of weight 0.
+    Where the samples are of several `shapes`, an array with an entry for each, a micro-batch holds samples of one.
+    They are put into micro-batches of `batch_size` in the epoch's order, of which the last of each shape may have
+    fewer; these are shuffled, and an update takes the next accumulation * world_size of them. So it may have fewer
+    samples than the window, and the order depends on the batch size: a run that goes on with another one inside an
+    epoch visits some of its samples twice and others not.
     """
 
-    def __init__(self, size, seed, position, batch_size, accumulation=1, rank=0, world_size=1):
-        self.size, self.seed, self.position = size, seed, position
-        self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
+    def __init__(self, size, seed, batch_size, accumulation=1, world_size=1, shapes=None):
+        self.size, self.seed, self.batch_size = size, seed, batch_size
+        self.accumulation, self.world_size = accumulation, world_size
         self.window = batch_size * accumulation * world_size
+        self.per_epoch, self.shape = -(-size // self.window), None
+        if shapes is not None and (shapes != shapes[0]).any():
+            _, shape, counts = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
+            self.shape = shape.reshape(-1)
+            self.per_epoch = -(-int((-(-counts // batch_size)).sum()) // (accumulation * world_size))
+        self._order = functools.lru_cache(maxsize=2)(self._order)  # batches are read ahead of the loop's position
 
-    def __iter__(self):
-        position = self.position
+    def _order(self, epoch):
+        """The samples in the order in which an epoch visits them, and where in it each micro-batch ends; None without
+        shapes."""
+        order = draws.order(self.seed, epoch, self.size)
+        if self.shape is None:
+            return order, None
+        groups = [order[self.shape[order] == shape] for shape in range(self.shape.max() + 1)]
+        batches = [
+            group[at : at + self.batch_size] for group in groups for at in range(0, len(group), self.batch_size)
+        ]
+        shuffled = [batches[at] for at in draws.generator(self.seed, "batches", epoch).permutation(len(batches))]
+        return np.concatenate(shuffled), np.cumsum([len(batch) for batch in shuffled])
+
+    def shares(self, position):
+        """The samples of the update at a position: for each micro-step the indices, an array, of each process."""
+        position, parts = position.within(self.size), self.accumulation * self.world_size
+        order, ends = self._order(position.epoch)
+        order = order[position.sample :]
+        if ends is None:
+            return np.array_split(order[: self.window], parts)
+        ends = ends[ends > position.sample][:parts] - position.sample
+        shares = np.split(order[: ends[-1]], ends[:-1])
+        return shares + [order[:0]] * (parts - len(shares))
+
+    def after(self, position):
+        """The position after the update at a position."""
+        position = position.within(self.size)
+        taken = sum(map(len, self.shares(position)))
+        return Position(position.epoch, position.sample + taken).within(self.size)
+
+    def names(self, rows, position):
+        """What to call the pictures of the update at a position: a list."""
+        return [rows.name(int(index)) for index in np.concatenate(self.shares(position))]
+
+    def batches(self, position, rank=0):
+        """Batches of (epoch, index, weight) for one process, without end, beginning at a position.
+
+        A process left without a sample gets one of weight 0.
+        """
+        position = position.within(self.size)
         while True:
-            order = draws.order(self.seed, position.epoch, self.size)
-            epoch = position.epoch
-            while position.epoch == epoch:
-                samples = order[position.sample : position.sample + self.window]
-                shares = np.array_split(samples, self.accumulation * self.world_size)
-                weight = self.accumulation * self.world_size / len(samples)
-                for share in shares[self.rank :: self.world_size]:
-                    yield [(epoch, int(i), weight) for i in share] or [(epoch, int(samples[0]), 0.0)]
-                position = position.advance(self.window, self.size)
+            shares, epoch = self.shares(position), position.epoch
+            weight = len(shares) / sum(map(len, shares))
+            for share in shares[rank :: self.world_size]:
+                yield [(epoch, int(i), weight) for i in share] or [(epoch, int(shares[0][0]), 0.0)]
+            position = self.after(position)
 
 
 class Samples:
@@ -561,7 +675,7 @@ class Samples:
                 sample = self.prepare(self.rows, at % len(self), draw)
             except BadSample as error:
                 if self.on_bad_sample == "error":
-                    return UserError(f"{error}; mend or remove it, or leave it out with --on_bad_sample skip")
+                    return self.refusal(error)
                 skipped.append(str(error))
             except UserError as error:
                 return error  # raised in a worker it would arrive as a stack trace
@@ -570,11 +684,10 @@ class Samples:
                 return sample | {"skipped": skipped} if skipped else sample
         return UserError(f"not one of {len(self)} samples can be used; the first: {skipped[0]}")
 
-
-def names_after(samples, position, window):
-    """What to call the pictures of the update after a Position: a list of at most `window`."""
-    order = draws.order(samples.seed, position.epoch, len(samples))
-    return [samples.rows.name(int(index)) for index in order[position.sample : position.sample + window]]
+    @staticmethod
+    def refusal(error):
+        """The UserError that a BadSample becomes where none may be passed over."""
+        return UserError(f"{error}; mend or remove it, or leave it out with --on_bad_sample skip", everywhere=False)
 
 
 def collate(samples):
@@ -604,7 +717,18 @@ def say_skipped(skipped):
         say(f"{len(skipped)} pictures could not be used in training; each time the next one stood in for it")
 
 
-def held_out_samples(size, batch_size, rank=0, world_size=1):
-    """The batches of (epoch, index, weight) in which this process evaluates `size` held-out samples."""
-    mine = range(rank, size, world_size)
-    return [[(draws.HELD_OUT, i, 1.0) for i in mine[at : at + batch_size]] for at in range(0, len(mine), batch_size)]
+def held_out_samples(size, batch_size, rank=0, world_size=1, shapes=None):
+    """The batches of (epoch, index, weight) in which this process evaluates `size` held-out samples.
+
+    With `shapes`, an array with an entry for each sample, a batch holds samples of one.
+    """
+    mine = np.arange(rank, size, world_size)
+    groups = [mine]
+    if shapes is not None:
+        shape = np.unique(shapes, axis=0, return_inverse=True)[1].reshape(-1)[mine]
+        groups = [mine[shape == number] for number in np.unique(shape)]
+    return [
+        [(draws.HELD_OUT, int(i), 1.0) for i in group[at : at + batch_size]]
+        for group in groups
+        for at in range(0, len(group), batch_size)
+    ]

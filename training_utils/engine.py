@@ -13,7 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
 from . import checkpoints, data, hub
-from .data import UpdateSampler, collate
+from .data import collate
 from .interruption import SIGNALS
 from .reporting import UserError, not_finite, reason_of, tell_trackers, warn
 
@@ -357,7 +357,7 @@ def batches(samples, batch_sampler, device, workers=0):
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=_as_worker,
-        persistent_workers=False,  # an UpdateSampler has no end, so its workers live as long as the run
+        persistent_workers=False,  # the updates have no end, so its workers live as long as the run
     )
     for batch in loader:
         if isinstance(batch, UserError):
@@ -367,11 +367,9 @@ def batches(samples, batch_sampler, device, workers=0):
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def training_batches(samples, state, batch_size, accumulation, accelerator, workers):
-    """The endless batches of this process from a RunState's position on."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    state.position = state.position.within(len(samples))
-    sampler = UpdateSampler(len(samples), state.seed, state.position, batch_size, accumulation, rank, world)
+def training_batches(samples, updates, state, accelerator, workers):
+    """The endless batches of this process, as data.Updates has them from a RunState's position on."""
+    sampler = updates.batches(state.position, accelerator.process_index)
     return batches(samples, sampler, accelerator.device, workers)
 
 

@@ -127,6 +127,14 @@ DATA = ("Data", [
          "left out with a warning", ("error", "skip")),
     Flag("check_data", bool, False, "only look at every caption and picture and print a report; needs no model"),
 ])
+BUCKETS = ("Aspect ratios", [
+    Flag("aspect_ratio_bucketing", bool, False, "train on pictures of many shapes, each about --resolution^2 pixels, "
+         "instead of cutting all to squares; a batch holds pictures of one shape"),
+    Flag("min_bucket_reso", whole(8), None, "shortest side of a shape in pixels; left out, half of --resolution"),
+    Flag("max_bucket_reso", whole(8), None, "longest side of a shape in pixels; left out, twice --resolution"),
+    Flag("bucket_reso_steps", multiple_of_8, 64, "sides are multiples of this many pixels, itself a multiple of 8; "
+         "smaller ones crop less and make more shapes, whose batches fill less well"),
+])
 TRAINING = ("Training", [
     Flag("output_dir", str, None, "folder for the result, the checkpoints, the logs and the validation pictures"),
     Flag("seed", whole(0, 2**62), None, "every draw of the run comes from it; left out, one is drawn and printed"),
@@ -223,6 +231,13 @@ HARDWARE = ("Speed and memory", [
     Flag("process_group_timeout", whole(1), 1800, "seconds that processes wait for each other before they give up"),
     Flag("local_rank", int, -1, "set by old launchers; leave it alone"),
 ])
+CACHES = ("Caches: frozen networks run once", [
+    Flag("cache_latents", bool, False, "let the networks that see pictures run once for each picture and keep on disk "
+         "what they make of it, for this run and later ones"),
+    Flag("cached_crops", whole(1), 1, "how many random crops of each picture to keep; every epoch takes one of them"),
+    Flag("cache_text_embeddings", bool, False, "the same for the text encoders and captions"),
+    Flag("encoding_cache_dir", help="folder for both; left out, one beside the downloads"),
+])
 KANDINSKY_DEFAULTS = {"train_batch_size": 1, "adam_weight_decay": 0.0, "validation_guidance_scale": 4.0}
 KANDINSKY_RESOLUTION = Flag("resolution", whole(1), 512, "side of the validation pictures; CLIP's image processor "
                             "sizes the training pictures")
@@ -259,7 +274,7 @@ MATHEMATICS = frozenset(
     train_text_encoder pretrained_vae_model_name_or_path proportion_empty_prompts timestep_bias_strategy
     timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion
     pretrained_prior_model_name_or_path pretrained_decoder_model_name_or_path prior_revision decoder_revision
-    random_crop reducing_gap
+    random_crop reducing_gap cached_crops aspect_ratio_bucketing min_bucket_reso max_bucket_reso bucket_reso_steps
     """.split()
 )
 SECRETS = frozenset(["hub_token"])
@@ -332,7 +347,13 @@ def parse(argv, description, groups, defaults=None):
     if getattr(args, "proportion_empty_prompts", 0):
         args.caption_dropout = args.proportion_empty_prompts
     args.notices = _notices(args)
+    if not (vars(args).get("cache_latents") and _crops_at_random(args)):
+        args.cached_crops = None
     return args
+
+
+def _crops_at_random(args):
+    return vars(args).get("random_crop", not vars(args).get("center_crop", True))
 
 
 def _notices(args):
@@ -354,6 +375,9 @@ def _contradiction(args):
         return "give --train_data_dir (a folder of pictures) or --dataset_name"
     if get("dataset_name") is None and not os.path.isdir(args.train_data_dir):
         return f"--train_data_dir {args.train_data_dir} is not a folder"
+    problem = _bucket_problem(args)
+    if problem:
+        return problem
     if get("dream_training") and get("input_perturbation"):
         return "--dream_training and --input_perturbation both shift the input against the target; use one of them"
     if get("dream_training") and get("prediction_type") == "v_prediction":
@@ -372,11 +396,31 @@ def _contradiction(args):
         return "--enable_npu_flash_attention needs an Ascend NPU and torch_npu: pip install torch_npu"
     if get("lr_scheduler") == "polynomial" and args.learning_rate <= 1e-7:
         return f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate {args.learning_rate} must be above it"
+    if "cached_crops" in args.given and not (get("cache_latents") and _crops_at_random(args)):
+        return "--cached_crops is for --cache_latents with random crops"
+    if get("cache_text_embeddings") and get("train_text_encoder"):
+        return "--cache_text_embeddings keeps what the text encoders make, which --train_text_encoder changes"
     report_to = get("report_to")
     if report_to not in (None, "all", "none") and _missing(report_to):
         return f"--report_to {report_to} needs {report_to}: pip install {report_to}, or give --report_to none"
     if get("output_dir") and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         return f"--output_dir {args.output_dir} is a file"
+    return None
+
+
+def _bucket_problem(args):
+    """The first thing that is wrong with the flags of the aspect-ratio buckets, as a sentence, or None."""
+    if not getattr(args, "aspect_ratio_bucketing", False):
+        alone = args.given & {"min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"}
+        return f"--{min(alone)} says nothing without --aspect_ratio_bucketing; give both or neither" if alone else None
+    limits = bucket_limits(args)
+    side, smallest, largest, step = limits["resolution"], limits["smallest"], limits["largest"], limits["step"]
+    if smallest > side:
+        return f"--min_bucket_reso {smallest} is above --resolution {side}, about the side of the square shape"
+    if largest < side:
+        return f"--max_bucket_reso {largest} is below --resolution {side}, about the side of the square shape"
+    if side // step * step < smallest:
+        return f"--bucket_reso_steps {step} has no multiple from {smallest} to {side}, as the square shape needs one"
     return None
 
 
@@ -413,6 +457,24 @@ def data_source(args):
         "image_column": args.image_column,
         "caption_column": getattr(args, "caption_column", None),
     }
+
+
+def bucket_limits(args):
+    """What the buckets of --aspect_ratio_bucketing are, as buckets.make takes it; None without that flag."""
+    if not getattr(args, "aspect_ratio_bucketing", False):
+        return None
+    return {
+        "resolution": args.resolution,
+        "smallest": args.resolution // 2 if args.min_bucket_reso is None else args.min_bucket_reso,
+        "largest": args.resolution * 2 if args.max_bucket_reso is None else args.max_bucket_reso,
+        "step": args.bucket_reso_steps,
+    }
+
+
+def encoding_folder(args):
+    """Where the caches of what frozen networks make are."""
+    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
+    return args.encoding_cache_dir or os.path.join(args.cache_dir or home, "text-to-image-encodings")
 
 
 def mathematics(args):

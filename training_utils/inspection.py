@@ -3,13 +3,11 @@
 import hashlib
 import os
 import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from . import data
+from . import buckets, data
 from .problems import KINDS, open_picture, problem_of, shortened
 from .reporting import _first_process
 
@@ -39,12 +37,12 @@ class Look(NamedTuple):
     turned: bool
 
 
-def check_data(source, resolution):
+def check_data(source, resolution, limits=None):
     """Look at a whole data set and print a report. Returns the exit code: 0 when every sample can be used, else 2.
 
     `source` is the dict of what data.load_rows takes; `resolution` is the side in pixels that the pictures are resized
-    to, None where the script does not resize them. Of several processes only the first one looks. Raises UserError for
-    a data set that cannot be opened.
+    to, None where the script does not resize them; `limits` is what buckets.make takes, None where they are cut to
+    squares. Of several processes only the first one looks. Raises UserError for a data set that cannot be opened.
     """
     if not _first_process():
         return 0
@@ -59,9 +57,10 @@ def check_data(source, resolution):
         _summary(title, samples, unusable, rows, captions, looks),
         _malformed(rows.findings.malformed),
         _unusable_lines(problems, rows.root),
-        _remarks(rows, looks, [rows.name(index) for index in empty], resolution),
+        _remarks(rows, looks, [rows.name(index) for index in empty], None if limits else resolution),
         _histogram("shorter side in pixels", *_sides(looks, resolution)),
         _histogram("width to height", *_ratios(looks)),
+        _buckets(rows.without(sorted(bad | captions.keys())), limits),
         [_verdict(samples, unusable, rows.findings.malformed)],
     ]
     text = "\n\n".join("\n".join(lines) for lines in blocks if lines)
@@ -92,7 +91,7 @@ def look_at_pictures(rows):
                 shown_by.setdefault(problem.name, [])
         pictures = ((name, {"path": name}) for name in shown_by)
     threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a whole picture
-    results = _in_threads(_look, pictures, threads)
+    results = data.read_ahead(_look, pictures, threads)
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds; into a file, a line now and then is enough
     total = len(shown_by) or len(rows)
     looks, problems, bad = [], [], set()
@@ -105,20 +104,9 @@ def look_at_pictures(rows):
     return looks, problems, bad
 
 
-def _in_threads(function, items, threads):
-    """`function(*item)` of each item, in order, a few items ahead: all of them at once might not fit into memory."""
-    waiting = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, *item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _look(name, cell):
+def _look(named_cell):
     """A picture's Look, or its Problem."""
+    name, cell = named_cell
     try:
         with open_picture(cell) as picture:
             rgb, turned = data.upright_rgb(picture), picture.getexif().get(ORIENTATION) in range(2, 9)
@@ -233,6 +221,17 @@ def _ratios(looks):
 
 def _counts(values, bounds):
     return np.bincount(np.searchsorted(bounds, values, side="right"), minlength=len(bounds) + 1)
+
+
+def _buckets(rows, limits):
+    """What a run would say of its aspect-ratio buckets."""
+    if limits is None or not len(rows):
+        return []
+    _, lines, remarks = buckets.assign(rows, **limits)
+    lines = [lines[0], *(f"  {line}" for line in lines[1:])]
+    for remark, names in remarks:
+        lines += [f"  {remark}", f"      {shortened([_short(name, rows.root) for name in names])}"]
+    return lines
 
 
 def _histogram(title, labels, counts):

@@ -338,23 +338,19 @@ def _stacked(batches, lead, rows):
     }
 
 
-def training_batches(samples, state, batch_size, accumulation, mesh, workers):
+def training_batches(samples, updates, state, mesh, workers):
     """The endless updates of this host from a RunState's position on: arrays (devices, accumulation, batch_size, ...).
 
-    Each device is a rank of data.UpdateSampler. Every batch has the same shape, so a step compiles once; where an
-    epoch's last update has fewer samples, it is filled up with samples of weight 0.
+    Each device is a process of data.Updates. Every batch has the same shape, so a step compiles once; where an epoch's
+    last update has fewer samples, it is filled up with samples of weight 0.
     """
-    state.position = state.position.within(len(samples))
-    first, world = jax.process_index() * mesh.size, jax.process_count() * mesh.size
-    ranks = [
-        iter(data.UpdateSampler(len(samples), state.seed, state.position, batch_size, accumulation, rank, world))
-        for rank in range(first, first + mesh.size)
-    ]
-    keys = (next(rank) for _ in itertools.count() for rank in ranks for _ in range(accumulation))
-    batches = _read_ahead(_reader(samples, batch_size), keys, workers)
+    first = jax.process_index() * mesh.size
+    ranks = [updates.batches(state.position, rank) for rank in range(first, first + mesh.size)]
+    keys = (next(rank) for _ in itertools.count() for rank in ranks for _ in range(updates.accumulation))
+    batches = _read_ahead(_reader(samples, updates.batch_size), keys, workers)
     while True:
-        update = list(itertools.islice(batches, mesh.size * accumulation))
-        yield split_over_devices(_stacked(update, (mesh.size, accumulation), samples.rows), mesh)
+        update = list(itertools.islice(batches, mesh.size * updates.accumulation))
+        yield split_over_devices(_stacked(update, (mesh.size, updates.accumulation), samples.rows), mesh)
 
 
 def held_out_batches(samples, batch_size, mesh):

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from . import engine
+from . import engine, frozen
 from .reporting import UserError
 
 
@@ -80,20 +80,12 @@ def _for_pictures():
         ) from None
 
 
-@contextmanager
-def visiting(pipeline, device):
-    """Within this context the networks of a pipeline are on the device; before and after it, in host memory."""
-    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    for network in networks:
-        network.to(device)
-    try:
-        yield
-    finally:
-        for network in networks:
-            network.to("cpu")
+def networks(pipeline):
+    """The networks among a pipeline's parts, a list."""
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 
-def embed_prompts(folder, variant, image_encoder, prompts, seed, steps, guidance_scale):
+def embed_prompts(folder, variant, image_encoder, device, prompts, seed, steps, guidance_scale):
     """The pairs of `embeddings` for some prompts, by the prior in a folder, which is loaded, used and let go: in the
     training of a decoder they never change. Raises UserError where the folder lacks a part of the prior."""
     with _for_pictures():
@@ -105,10 +97,9 @@ def embed_prompts(folder, variant, image_encoder, prompts, seed, steps, guidance
             tokenizer=engine.load_part(CLIPTokenizer, folder, "tokenizer"),
             scheduler=engine.load_part(UnCLIPScheduler, folder, "scheduler"),
         )
-    for name in ("prior", "text_encoder"):
-        parts[name].to(image_encoder.device)
     pipeline = KandinskyV22PriorPipeline(**parts, image_encoder=image_encoder, image_processor=None)
-    return [
-        embeddings(pipeline, prompt, torch.Generator("cpu").manual_seed(seed + at), steps, guidance_scale)
-        for at, prompt in enumerate(prompts)
-    ]
+    with frozen.visiting(networks(pipeline), device):
+        return [
+            embeddings(pipeline, prompt, torch.Generator("cpu").manual_seed(seed + at), steps, guidance_scale)
+            for at, prompt in enumerate(prompts)
+        ]

@@ -150,12 +150,14 @@ def _launcher():
     return ["accelerate", "launch", *several, "--mixed_precision", precision]
 
 
-def announce(parameters, pictures, total, window, state):
-    """The lines before the progress bar: what is about to be trained."""
+def announce(parameters, updates, total, state):
+    """The lines before the progress bar: what is about to be trained, in `total` updates of data.Updates."""
     size = sum(math.prod(parameter.shape) for parameter in parameters)
-    say(f"training {size / 1e6:,.3g} M parameters on {pictures:,} pictures")
-    epochs = total / -(-pictures // window)
-    say(f"{total:,} updates of {window} pictures are {epochs:,.1f} epochs; update {state.step:,}, seed {state.seed}")
+    say(f"training {size / 1e6:,.3g} M parameters on {updates.size:,} pictures")
+    epochs, many = total / updates.per_epoch, str(updates.window)
+    if updates.shape is not None:
+        many = f"up to {many}, on average {updates.size / updates.per_epoch:.3g},"
+    say(f"{total:,} updates of {many} pictures are {epochs:,.1f} epochs; update {state.step:,}, seed {state.seed}")
 
 
 def conclude(output_dir, progress, usage):

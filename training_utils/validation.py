@@ -36,9 +36,8 @@ def held_out_loss(accelerator, samples, batch_size, loss_of):
     """Mean of `loss_of(batch)`, losses of shape (B,), over all held-out samples of all processes."""
     rank, world = accelerator.process_index, accelerator.num_processes
     total = torch.zeros((), device=accelerator.device)
-    for batch in engine.batches(
-        samples, data.held_out_samples(len(samples), batch_size, rank, world), accelerator.device
-    ):
+    mine = data.held_out_samples(len(samples), batch_size, rank, world, samples.rows.sizes)
+    for batch in engine.batches(samples, mine, accelerator.device):
         total += loss_of(batch).sum()
     return accelerator.reduce(total, "sum").item() / len(samples)
 

@@ -1,0 +1,124 @@
+"""The networks that are not trained: how they encode, where they are meanwhile, and that they do it only once.
+
+See cache.py for what is kept and how it is found again.
+"""
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from functools import wraps
+
+import torch
+from accelerate.utils import gather_object
+
+from . import cache
+
+BESIDE = ("time_ids",)  # what `Prepare.show` tells of a view beside its pixels
+
+
+def encoder(encode):
+    """Decorator of an `encode(networks, batch)` that returns a dict of tensors with a leading batch axis.
+
+    There is no gradient, unless a network is in training mode. On a CPU each sample is encoded by itself: pictures of
+    the usual sizes no slower so, and the bits of a sample do not depend on those beside it, as in a batch they do.
+    What a cache holds is therefore exactly what a run without it computes.
+    """
+
+    @wraps(encode)
+    def encoded(networks, batch):
+        several = networks if isinstance(networks, (list, tuple)) else [networks]
+        training = torch.is_grad_enabled() and any(network.training for network in several)
+        first = next(iter(batch.values()))
+        size = 1 if training or first.device.type != "cpu" else len(first)
+        with torch.set_grad_enabled(training):
+            parts = [batch] if size == 1 else [{name: a[[at]] for name, a in batch.items()} for at in range(size)]
+            parts = [encode(networks, part) for part in parts]
+            return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+
+    return encoded
+
+
+@contextmanager
+def visiting(networks, device):
+    """Within this context the networks are on the device, and after it where they were; a None among them is passed
+    over."""
+    networks = [network for network in networks if network is not None]
+    places = [network.device for network in networks]
+    for network in networks:
+        network.to(device)
+    try:
+        yield
+    finally:
+        for network, place in zip(networks, places):
+            network.to(place)
+
+
+def settle(network, device, cached, wanted_again):
+    """A frozen network in the place where it spends the training: on the device, where each step runs it; in host
+    memory, where its outputs are `cached` and only validation pictures want it again; else nowhere, as None."""
+    if not cached:
+        return network.to(device)
+    return network.cpu() if wanted_again else None
+
+
+def digest(network):
+    """SHA-256 of a network's weights and configuration."""
+    config = network.config if isinstance(network.config, dict) else network.config.to_dict()
+    facts = {name: value for name, value in config.items() if not name.startswith("_")}
+    facts.pop("transformers_version", None)
+    result = hashlib.sha256(json.dumps([type(network).__name__, facts], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        result.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return result.hexdigest()
+
+
+def _team(accelerator):
+    several = accelerator.num_processes > 1
+    return cache.Team(
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.local_process_index,
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        gather_object if several else lambda items: items,
+    )
+
+
+def _encoder(encode, device, beside=()):
+    """`encode` from and to arrays, as `cache.fill` takes it; what stands `beside` the networks' input goes with it."""
+
+    @torch.no_grad()
+    def encoded(batch):
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+        kept = encode(tensors) | {name: tensors[name] for name in beside if name in tensors}
+        return {
+            name: (str(tensor.dtype).removeprefix("torch."), tensor.float().cpu().numpy())
+            for name, tensor in kept.items()
+        }
+
+    return encoded
+
+
+def keep_pictures(accelerator, root, sets, batch_size, networks, encode, settings, crops=None, blank=None):
+    """Run the networks that see pictures once for every picture of some data.Samples; `prepare.pictures` of each has
+    the outputs then. A collective call.
+
+    `encode(batch)` is what the networks make of a batch; `settings` tell apart how pictures are shown to them; `crops`
+    is how many are kept of each that is cropped at random, None where none is; `blank` is a sample that stands for no
+    picture. Raises UserError.
+    """
+    identity = {"networks": [digest(network) for network in networks], "settings": settings}
+    store = cache.Store(root, "pictures", identity)
+    with visiting(networks, accelerator.device):
+        encoder = _encoder(encode, accelerator.device, BESIDE)
+        cache.keep_pictures(store, sets, encoder, _team(accelerator), batch_size, crops or 1, blank)
+
+
+def keep_captions(accelerator, root, sets, batch_size, networks, encode, empty):
+    """Run the text encoders once for every caption of some data.Samples, and for the empty one where it is `empty`
+    that is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
+    store = cache.Store(root, "captions", {"networks": [digest(network) for network in networks]})
+    with visiting(networks, accelerator.device):
+        encoder = _encoder(encode, accelerator.device)
+        cache.keep_captions(store, sets, encoder, _team(accelerator), batch_size, empty)
