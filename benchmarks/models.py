@@ -74,7 +74,7 @@ DECODER = {
     "mid": dict(
         resolution=256, unet=(96, 192, 288, 384), head=32, cross=192, movq=(32, 64, 64, 128), image=(140, 48, 4)
     ),
-    "tiny": dict(resolution=64, unet=(32, 32, 32, 32), head=16, cross=16, movq=(32, 32, 32, 32), image=(16, 2, 2)),
+    "tiny": dict(resolution=128, unet=(32, 32, 32, 32), head=16, cross=16, movq=(32, 32, 32, 32), image=(16, 2, 2)),
 }
 PRIOR = {
     "real": dict(heads=32, layers=20, embedding=1280, text=(1280, 32, 20), image=(1664, 48, 16), resolution=512),

@@ -456,10 +456,10 @@ def measure_family(folder, family, size, device, repeats, updates, compiled):
     """All that is reported of a family, a dict."""
     import models
 
+    cost, real = models.count(family, size), models.count(family, "real")
     bench = Bench(folder, family, size, device, repeats, updates)
     runs = runs_of(family, device, compiled)
     built = bench.measure(runs)
-    cost, real = models.count(family, size), models.count(family, "real")
     peak_flops = None
     if device == "cuda":
         name = device_name(device)
