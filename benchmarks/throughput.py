@@ -65,51 +65,54 @@ PEAKS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "A10": 125, "L4": 1
 
 @dataclass
 class Run:
-    """One way to run a script, and what was measured: seconds an update, one for each turn, and bytes."""
+    """One way to run a script, and what was measured: seconds an update, one for each turn, and bytes.
+
+    Runs of one `kind` differ by their caches and by compilation alone.
+    """
 
     family: str
-    name: str
+    kind: str
     batch: int
     flags: list
-    lora: bool = False
     cached: bool = False
     compiled: bool = False
     step: list = field(default_factory=list)
     bare: list = field(default_factory=list)
     peak: int = 0
+    failed: bool = False
+
+    @property
+    def name(self):
+        how = "cached, compiled" if self.compiled else "cached" if self.cached else "plain"
+        return f"{self.kind} {how}".strip()
+
+    @property
+    def lora(self):
+        return self.kind == "LoRA"
 
     @property
     def script(self):
         return SCRIPTS[self.family, self.lora]
 
-    def pictures_per_second(self):
-        return self.batch / median(self.step)
-
-    def outside(self):
-        """The share of the time that the trained network does not take."""
-        return median(1 - bare / step for step, bare in zip(self.step, self.bare)) if self.bare else None
-
 
 def runs_of(family, device, compiled):
     """The runs of a family, in the order in which they take turns."""
     if device == "cpu":
-        kinds = [("", 4, [], False), ("LoRA ", 4, [], True)]
+        kinds = {"": (4, []), "LoRA": (4, [])}
     else:
-        kinds = [
-            ("", 8 if family in ("sd", "prior") else 2, [], False),
-            ("LoRA ", 1, [], True),
-            ("least memory ", 1, ["--gradient_checkpointing", "--optimizer", "adafactor"], False),
-        ]
+        kinds = {
+            "": (1, ["--gradient_checkpointing"]) if family == "sdxl" else (8, []),
+            "LoRA": (1, []),
+            "least memory": (1, ["--gradient_checkpointing", "--optimizer", "adafactor"]),
+        }
     if family == "flax":
-        kinds = [kind for kind in kinds if not kind[0]]
+        kinds = {"": kinds[""]}
     made = []
-    for prefix, batch, flags, is_lora in kinds:
-        options = dict(family=family, batch=batch, lora=is_lora)
-        cached = [*flags, *CACHES[family]]
-        made.append(Run(name=f"{prefix}plain", flags=flags, **options))
-        made.append(Run(name=f"{prefix}cached", flags=cached, cached=True, **options))
+    for kind, (batch, flags) in kinds.items():
+        made.append(Run(family, kind, batch, flags))
+        made.append(Run(family, kind, batch, flags + CACHES[family], cached=True))
         if compiled and family != "flax":  # JAX always compiles
-            made.append(Run(name=f"{prefix}cached, compiled", flags=cached, cached=True, compiled=True, **options))
+            made.append(Run(family, kind, batch, flags + CACHES[family], cached=True, compiled=True))
     return [run for run in made if not run.cached or _offers(run.script, CACHES[family][0])]
 
 
@@ -199,30 +202,30 @@ class Bench:
     def take_turns(self, runs, repeats):
         """Start these runs at once, and let each make its updates in turn."""
         with ExitStack() as stack:
-            children = [stack.enter_context(self.child("updates", run)) for run in runs]
-            for child in children:
-                child.answer()  # warmed up
+            pairs = [(run, stack.enter_context(self.child("updates", run))) for run in runs]
+            _each(pairs, lambda run, child: child.answer())  # warmed up
             for _ in range(repeats):
-                for run, child in zip(runs, children):
-                    run.step.append(child.ask("script", self.updates)["seconds"] / self.updates)
-                    if self.family != "flax":
-                        run.bare.append(child.ask("bare", self.updates)["seconds"] / self.updates)
-            for run, child in zip(runs, children):
-                run.peak = max(run.peak, child.ask("end")["peak"])
+                _each(pairs, self.turn)
+            _each(pairs, lambda run, child: setattr(run, "peak", max(run.peak, child.ask("end")["peak"])))
+
+    def turn(self, run, child):
+        run.step.append(child.ask("script", self.updates)["seconds"] / self.updates)
+        if self.family != "flax":
+            run.bare.append(child.ask("bare", self.updates)["seconds"] / self.updates)
 
     def measure(self, runs):
         """Fill in what is measured of these runs, and return what building their cache took."""
         cached = [run for run in runs if run.cached]
-        building = self.build(cached[0]) if cached and self.family != "flax" else None
-        for lora in sorted({run.lora for run in runs}):
-            some = [run for run in runs if run.lora == lora]
+        built = self.build(cached[0]) if cached and self.family != "flax" else None
+        for kind in dict.fromkeys(run.kind for run in runs):
+            some = [run for run in runs if run.kind == kind]
             if self.device == "cpu":
                 self.take_turns(some, self.repeats)
             else:  # whose memory may hold but one
                 for _ in range(self.repeats):
                     for run in some:
                         self.take_turns([run], 1)
-        return building
+        return built
 
     def build(self, run):
         """Build the cache of a run as often as there are turns, and the bare encoders' time for the same work."""
@@ -236,6 +239,17 @@ class Bench:
                 child.tell("next")
             found["peak"] = child.ask("end")["peak"]
         return found | {"pictures": self.pictures, "build": build.tolist(), "bare": bare.tolist()}
+
+
+def _each(pairs, work):
+    """`work(run, child)` for each pair; a run that fails, out of memory for one, is left out from then on."""
+    for run, child in pairs:
+        if not run.failed:
+            try:
+                work(run, child)
+            except RuntimeError as error:
+                run.failed = True
+                print(f"{TITLES[run.family]}, {run.name}: {error}", file=sys.stderr)
 
 
 def seconds_to_read(repeats=200):
@@ -322,7 +336,7 @@ def peak_memory(family, name):
 
 
 def utilisation(family, name):
-    return lambda results: results[family]["runs"][name]["mfu"]
+    return lambda results: results[family]["runs"][name]["mfu"] or 0.0  # unknown for a card that PEAKS lacks
 
 
 KINDS = [(family, prefix) for family in ("sd", "sdxl", "decoder", "prior") for prefix in ("", "LoRA ")]
@@ -375,16 +389,15 @@ def judge(goals, results):
 def summary(run, plain, flop, frozen_flop, peak_flops):
     """What is reported of a Run, as JSON holds it; `plain` is the run it is compared with."""
     work = flop + (0 if run.cached else frozen_flop)
-    speed = run.pictures_per_second()
-    ratios = [b / a for a, b in zip(run.step, plain.step)]
+    speed = run.batch / median(run.step)
     return {
         "script": f"{run.script}.py",
         "batch": run.batch,
         "pictures per second": speed,
-        "over plain": median(ratios),
+        "over plain": None if plain.failed else median(b / a for a, b in zip(run.step, plain.step)),
         "step": run.step,
         "bare": run.bare,
-        "outside": run.outside(),
+        "outside": median(1 - bare / step for step, bare in zip(run.step, run.bare)) if run.bare else None,
         "peak": run.peak,
         "mfu": speed * work / peak_flops if peak_flops else None,
     }
@@ -402,7 +415,7 @@ def table(results):
             bare = over_bare(family, name)(results) if run["bare"] else None
             cells = [
                 *(TITLES[family], name, run["batch"], f"{run['pictures per second']:.3g}"),
-                *(f"{run['over plain']:.2f}", f"{median(run['step']):.3g}"),
+                *("–" if run["over plain"] is None else f"{run['over plain']:.2f}", f"{median(run['step']):.3g}"),
                 *("–" if run["outside"] is None else f"{run['outside']:.1%}", "–" if bare is None else f"{bare:.3f}"),
                 *(f"{run['peak'] / 1e9:.2f}", "–" if run["mfu"] is None else f"{run['mfu']:.1%}"),
             ]
@@ -465,8 +478,8 @@ def measure_family(folder, family, size, device, repeats, updates, compiled):
         name = device_name(device)
         peak_flops = next((1e12 * peak for card, peak in PEAKS.items() if card in name), None)
     found = {}
-    for run in runs:
-        plain = next(other for other in runs if (other.lora, other.batch) == (run.lora, run.batch))
+    for run in (run for run in runs if not run.failed):
+        plain = next(other for other in runs if other.kind == run.kind)
         flop = cost["lora" if run.lora else "training"]
         found[run.name] = summary(run, plain, flop, cost["frozen"], peak_flops)
     return {
