@@ -394,7 +394,7 @@ def main(argv=None):
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                    grad_norm = engine.clip(accelerator, parameters, args.max_grad_norm)
                     guard.look_at(grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()

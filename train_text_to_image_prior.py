@@ -23,7 +23,7 @@ def parse_args(argv=None):
         flags.EMA,
         (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
-        flags.HARDWARE,
+        (flags.HARDWARE[0], flags.HARDWARE[1] + flags.LESS_MEMORY),
         flags.REPORTING,
     ]
     defaults = {"output_dir": "kandi_2_2-model-finetuned", **flags.KANDINSKY_DEFAULTS}
@@ -58,6 +58,7 @@ from training_utils import checkpoints, data, draws, engine, hub, inspection, ka
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
+from training_utils.updates import FusedBackward, to_bfloat16  # noqa: E402
 
 PARTS = ["image_encoder", "image_processor", "prior", "scheduler", "text_encoder", "tokenizer"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -163,6 +164,8 @@ def load_models(args, accelerator):
         frozen.requires_grad_(False).eval().to(accelerator.device)
     prior.to(accelerator.device).train()
     statistics = embedding_statistics(prior)
+    if args.full_bf16:
+        to_bfloat16(prior)  # but for the statistics, which are not trained
     if args.gradient_checkpointing:
         engine.checkpoint_blocks(prior.transformer_blocks)
     if args.enable_xformers_memory_efficient_attention:
@@ -211,6 +214,7 @@ def main(argv=None):
         args.report_to,
         args.process_group_timeout,
         args.allow_tf32,
+        args.fused_backward_pass,
     )
     args.mixed_precision = accelerator.mixed_precision
     for notice in args.notices:
@@ -269,6 +273,7 @@ def main(argv=None):
         args.adam_weight_decay,
         args.adam_epsilon,
         loss_scaling=accelerator.scaler is not None,
+        rounding_seed=(lambda index: draws.rounding_seed(state.seed, state.step, index)) if args.full_bf16 else None,
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -309,6 +314,7 @@ def main(argv=None):
         ),
         lambda before: data.names_after(samples, before.position, window),
     )
+    fused = FusedBackward(optimizer, guard) if args.fused_backward_pass else None
     progress = reporting.Progress(
         state,
         args.max_train_steps,
@@ -383,10 +389,14 @@ def main(argv=None):
             with accelerator.accumulate(network):
                 sample_losses = training_loss(network, *frozen, schedule, batch, args.snr_gamma)
                 loss = (sample_losses * batch["weight"]).sum()
+                if fused:
+                    fused.begin(loss)
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                    grad_norm = (
+                        fused.gradient_norm() if fused else engine.clip(accelerator, parameters, args.max_grad_norm)
+                    )
                     guard.look_at(grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()

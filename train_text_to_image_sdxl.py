@@ -17,7 +17,7 @@ def parse_args(argv=None):
         flags.EMA,
         (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
-        flags.HARDWARE,
+        (flags.HARDWARE[0], flags.HARDWARE[1] + flags.LESS_MEMORY),
         flags.REPORTING,
     ]
     defaults = {"output_dir": "sdxl-model-finetuned", "resolution": 1024, "validation_epochs": 1}
@@ -47,6 +47,7 @@ from training_utils import checkpoints, data, draws, engine, hub, inspection, lo
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
+from training_utils.updates import FusedBackward, to_bfloat16  # noqa: E402
 
 PARTS = ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -164,6 +165,8 @@ def load_models(args, accelerator):
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for frozen in (vae, *text_encoders):
         frozen.requires_grad_(False).eval().to(accelerator.device)
+    if args.full_bf16:
+        to_bfloat16(unet)
     unet.to(accelerator.device).train()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -242,6 +245,7 @@ def main(argv=None):
         args.report_to,
         args.process_group_timeout,
         args.allow_tf32,
+        args.fused_backward_pass,
     )
     args.mixed_precision = accelerator.mixed_precision
     for notice in args.notices:
@@ -291,6 +295,7 @@ def main(argv=None):
         args.adam_weight_decay,
         args.adam_epsilon,
         loss_scaling=accelerator.scaler is not None,
+        rounding_seed=(lambda index: draws.rounding_seed(state.seed, state.step, index)) if args.full_bf16 else None,
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -331,6 +336,7 @@ def main(argv=None):
         ),
         lambda before: data.names_after(samples, before.position, window),
     )
+    fused = FusedBackward(optimizer, guard) if args.fused_backward_pass else None
     progress = reporting.Progress(
         state,
         args.max_train_steps,
@@ -408,10 +414,14 @@ def main(argv=None):
                     network, vae, text_encoders, schedule, batch, zero_dropped, args.snr_gamma
                 )
                 loss = (sample_losses * batch["weight"]).sum()
+                if fused:
+                    fused.begin(loss)
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                    grad_norm = (
+                        fused.gradient_norm() if fused else engine.clip(accelerator, parameters, args.max_grad_norm)
+                    )
                     guard.look_at(grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
