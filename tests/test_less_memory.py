@@ -206,14 +206,16 @@ def test_every_optimizer_follows_a_schedule(run, tmp_path, name):
     assert first == {n: w.numpy().tobytes() for n, w in load_file(base).items()} and first != second != third
 
 
-def test_prodigy_finds_its_step_size_and_keeps_it(run, tmp_path, capsys):
-    """It begins a thousand times too low, and a resumed run begins where it was; see test_resume.py."""
+def test_prodigy_keeps_the_step_size_that_it_found(run, tmp_path, capsys):
     pytest.importorskip("prodigyopt")
-    flags = ["--optimizer", "prodigy", "--checkpointing_steps", "20", "--max_train_steps", "20"]
-    run(tmp_path, *flags, "--learning_rate", "1")
-    group = torch.load(tmp_path / "checkpoint-20" / "optimizer.bin", weights_only=True)["param_groups"][0]
-    assert 1e-5 < group["d"] < 1 and group["k"] == 20
+    flags = ["--optimizer", "prodigy", "--checkpointing_steps", "40", "--max_train_steps", "45"]
+    run(tmp_path / "whole", *flags, "--learning_rate", "1")
+    group = torch.load(tmp_path / "whole/checkpoint-40/optimizer.bin", weights_only=True)["param_groups"][0]
+    assert group["d"] > 2 * group["d0"] and group["k"] == 40
     said = capsys.readouterr()
     assert "--learning_rate 1" not in said.err and "weight decay" not in said.out
-    run(tmp_path / "other", *flags, "--learning_rate", "0.1")
+    shutil.copytree(tmp_path / "whole/checkpoint-40", tmp_path / "cut/checkpoint-40")
+    run(tmp_path / "cut", *flags, "--learning_rate", "1", "--resume_from_checkpoint", "latest")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    run(tmp_path / "other", *flags, "--learning_rate", "0.1", "--max_train_steps", "1")
     assert "by --learning_rate 0.1; it is made for --learning_rate 1" in capsys.readouterr().err
