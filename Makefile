@@ -20,7 +20,9 @@ LAUNCH = $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mix
 TRAIN = --resolution 32 --train_batch_size 64 --max_train_steps 800 --seed 42 --caption_dropout 0.1 \
   --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 50 --validation_steps 200 \
   --validation_guidance_scale 3 --checkpointing_steps 200 --checkpoints_total_limit 2 --resume_from_checkpoint latest
-TRAIN_LORA = $(TRAIN) --rank 32 --train_text_encoder \
+KEEP_LATENTS = --cache_latents --encoding_cache_dir $(OUT)/encodings
+KEEP = $(KEEP_LATENTS) --cache_text_embeddings
+TRAIN_LORA = $(TRAIN) $(KEEP_LATENTS) --rank 32 --train_text_encoder \
   --validation_prompt "a mirrored handwritten three"
 quickstart quickstart-lora quickstart-sdxl quickstart-flax: export TRANSFORMERS_VERBOSITY = error
 
@@ -31,7 +33,7 @@ quickstart: setup
 	$(BIN)/python quickstart/make_base.py --output_dir $(OUT)/base
 	$(LAUNCH) train_text_to_image.py \
 	  --pretrained_model_name_or_path $(OUT)/base --train_data_dir $(OUT)/digits --output_dir $(OUT)/model \
-	  $(TRAIN) --validation_prompts "a handwritten three" "a handwritten seven"
+	  $(TRAIN) $(KEEP) --validation_prompts "a handwritten three" "a handwritten seven"
 	$(BIN)/python quickstart/score.py --model_dir $(OUT)/model --grid $(OUT)/digits.png
 
 # A word that the quickstart's model does not know, learned as adapters: "a mirrored handwritten three".
@@ -49,7 +51,7 @@ quickstart-sdxl: setup
 	$(BIN)/python quickstart/make_base.py --output_dir $(OUT)/sdxl-base --sdxl
 	$(LAUNCH) train_text_to_image_sdxl.py \
 	  --pretrained_model_name_or_path $(OUT)/sdxl-base --train_data_dir $(OUT)/digits --output_dir $(OUT)/sdxl \
-	  $(TRAIN) --validation_prompt "a handwritten three"
+	  $(TRAIN) $(KEEP) --validation_prompt "a handwritten three"
 	$(BIN)/python quickstart/score.py --model_dir $(OUT)/sdxl --grid $(OUT)/sdxl.png
 	$(LAUNCH) train_text_to_image_lora_sdxl.py \
 	  --pretrained_model_name_or_path $(OUT)/sdxl --train_data_dir $(OUT)/mirrored --output_dir $(OUT)/sdxl-lora \

@@ -59,7 +59,7 @@ class Store:
     def __init__(self, root, kind, identity):
         words = json.dumps([FORMAT, identity], sort_keys=True)
         self.folder = Path(root) / f"{kind}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
-        self.places, self.shards, self._open = {}, {}, {}
+        self.forget()
 
     def __getstate__(self):
         return self.__dict__ | {"_open": {}}  # another process maps the files itself
@@ -67,9 +67,27 @@ class Store:
     def __contains__(self, key):
         return key in self.places
 
+    def forget(self):
+        """Know of no shard any more, until the next look."""
+        self.places, self.shards, self._open = {}, {}, {}
+
+    def make_folder(self):
+        """Raises UserError where there can be none."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._not_written(error, exit_code=2) from None
+
+    def _not_written(self, error, exit_code):
+        return UserError(
+            f"the cache in {self.folder} cannot be written ({reason_of(error)}); make room there or name another "
+            "folder with --encoding_cache_dir",
+            exit_code,
+            everywhere=False,
+        )
+
     def look(self):
         """Read what shards there are now."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.glob("*.safetensors")):
             if path not in self.shards:
                 about = _header(path)
@@ -102,12 +120,7 @@ class Store:
             os.replace(unfinished, path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
-            raise UserError(
-                f"the cache in {self.folder} cannot be written ({reason_of(error)}); make room there or name another "
-                "folder with --encoding_cache_dir",
-                exit_code=1,
-                everywhere=False,
-            ) from None
+            raise self._not_written(error, exit_code=1) from None
 
     def is_damaged(self, path):
         """Whether a shard's content is not what was written."""
@@ -141,8 +154,9 @@ def _header(path):
 
 def _crc(arrays):
     crc = 0
-    for name in sorted(arrays):
-        crc = zlib.crc32(arrays[name].reshape(-1).view(np.uint8), crc)
+    for name, array in sorted(arrays.items()):
+        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
     return crc
 
 
@@ -172,36 +186,36 @@ def _bar(items, what, total):
     from tqdm import tqdm
 
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds; into a file, a line now and then is enough
-    return tqdm(items, what, total, dynamic_ncols=True, mininterval=pause, disable=not _first_process())
+    return tqdm(items, what, total, dynamic_ncols=True, mininterval=pause, delay=1, disable=not _first_process())
 
 
-def open_store(store, team):
-    """Look what a store holds, on all processes; what is damaged is taken away."""
+def open_store(store, wanted, team):
+    """Look what a store holds, on all processes. Shards with an entry that is `wanted` are read through, each by one
+    process, and taken away where they are damaged. Raises UserError."""
+    store.make_folder()
     if team.rank == 0:
-        store.folder.mkdir(parents=True, exist_ok=True)
         store.clear_left_overs()
-    team.gather([])
     store.look()
-    paths = sorted(store.shards)
+    paths = sorted({store.places[key][0] for key in wanted if key in store})
     mine = paths[team.rank :: team.world]
-    if mine:
-        checks = read_ahead(store.is_damaged, mine, threads=4)
-        for path, damaged in zip(mine, _bar(checks, f"checking {store.folder.name}", len(mine))):
-            if damaged:
-                store.drop(path)
-    team.gather([])
-    store.shards, store.places, store._open = {}, {}, {}
+    checks = read_ahead(store.is_damaged, mine, team.threads)
+    for path, damaged in zip(mine, _bar(checks, f"checking {store.folder.name}", len(mine))):
+        if damaged:
+            store.drop(path)
+    team.gather([])  # until here some process may still be checking
+    store.forget()
     store.look()
 
 
 def fill(store, wanted, make, encode, team, batch_size, what):
-    """Add to a store what is missing of `wanted`, a dict from key to anything that `make(item)` makes a sample of.
+    """Open a store and add what is missing of `wanted`, a dict from key to anything `make(item)` makes a sample of.
 
     Samples are dicts of arrays; `encode(batch)` is what the networks make of several, {name: (type's name, float32
     array)}. The work is shared out over the processes, in order; a machine that does not see what another one wrote
     does it all itself. A BadSample that `make` returns is no entry: returns those, {key: sentence}. Raises another
     UserError that it returns.
     """
+    open_store(store, wanted, team)
     unusable = {}
     for rank, world in ((team.rank, team.world), (team.local_rank, team.local_world)):
         missing = [key for key in wanted if key not in store and key not in unusable]
@@ -213,6 +227,9 @@ def fill(store, wanted, make, encode, team, batch_size, what):
         failed = _encode(store, mine, wanted, make, encode, batch_size, team.threads, what)
         unusable |= dict(team.gather(list(failed.items())))
         store.look()
+    unseen = sum(key not in store and key not in unusable for key in wanted)
+    if unseen:
+        raise UserError(f"{unseen:,} entries that were written to {store.folder} cannot be seen there", exit_code=1)
     return unusable
 
 
@@ -319,9 +336,13 @@ class Pictures:
         crops = range(self._crops(index, size)) if cropped else [None]
         return [(mirrored, crop) for mirrored in ((False, True) if mirrors else (False,)) for crop in crops]
 
-    def _crops(self, index, size):
+    def has_room(self, index, size):
+        """Whether crops of a picture for this size can differ."""
         (width, height), (shown_width, shown_height) = self.sizes[index], size or (1, 1)
-        return 1 if width * shown_height == height * shown_width else self.crops  # none has room to differ
+        return width * shown_height != height * shown_width
+
+    def _crops(self, index, size):
+        return self.crops if self.has_room(index, size) else 1
 
     def read(self, index, mirrored, generator, size=None):
         """The entry of a picture, mirrored or not; `generator` draws which crop, None takes the middle. Raises
@@ -372,16 +393,22 @@ def _look_at(rows, indices, threads):
 def keep_pictures(store, sets, encode, team, batch_size, crops, blank=None):
     """Let the networks see every picture of some data.Samples once, as their `prepare` shows them, and put what they
     made of it in `prepare.pictures`; `blank` is a sample to show them too. For the other arguments see `fill`."""
-    open_store(store, team)
     for samples in sets:
         mine = range(team.rank, len(samples), team.world)
         seen = sorted(team.gather(list(zip(mine, _look_at(samples.rows, mine, team.threads)))))
         digests, sizes = [digest for _, (digest, _) in seen], [size for _, (_, size) in seen]
         samples.prepare.pictures = Pictures(store, digests, sizes, crops)
-    wanted = {}
+    wanted, narrowed = {}, 0
     for samples in sets:
         for index in range(len(samples)):
-            wanted |= _views(samples, index, samples.rows.size(index))
+            size = samples.rows.size(index)
+            wanted |= _views(samples, index, size)
+            narrowed += samples.prepare.cropped and samples.prepare.pictures.has_room(index, size)
+    if narrowed and crops == 1 and team.rank == 0:
+        warn(
+            f"one random crop of each of {narrowed:,} pictures is kept, the same in every epoch; --cached_crops 4 "
+            "keeps four, in four times the room"
+        )
     # Views of one size lie together, so that they can be encoded together.
     wanted = dict(sorted(wanted.items(), key=lambda pair: pair[1].size or ()))
     failed = fill(
@@ -442,7 +469,6 @@ class _Caption:
 def keep_captions(store, sets, encode, team, batch_size, empty):
     """Let the text encoders read every caption of some data.Samples once, the empty one too where it is `empty` that
     may be asked for, and put what they made of it in `prepare.captions`. For the other arguments see `fill`."""
-    open_store(store, team)
     texts = dict.fromkeys([""] if empty else [])
     for samples in sets:
         for index in range(len(samples)):

@@ -234,7 +234,7 @@ HARDWARE = ("Speed and memory", [
 CACHES = ("Caches: frozen networks run once", [
     Flag("cache_latents", bool, False, "let the networks that see pictures run once for each picture and keep on disk "
          "what they make of it, for this run and later ones"),
-    Flag("cached_crops", whole(1), 1, "how many random crops of each picture are kept"),
+    Flag("cached_crops", whole(1), 1, "how many random crops of each picture to keep; every epoch takes one of them"),
     Flag("cache_text_embeddings", bool, False, "the same for the text encoders and captions"),
     Flag("encoding_cache_dir", help="folder for both; left out, one beside the downloads"),
 ])
@@ -361,11 +361,6 @@ def _notices(args):
     notices = []
     if args.lr_scheduler == "constant" and "lr_warmup_steps" in args.given and args.lr_warmup_steps:
         notices.append("--lr_scheduler constant has no warm-up; use constant_with_warmup for --lr_warmup_steps")
-    if vars(args).get("cache_latents") and _crops_at_random(args) and "cached_crops" not in args.given:
-        notices.append(
-            "--cache_latents keeps one random crop of each picture, which every epoch shows again; --cached_crops 4 "
-            "keeps four, in four times the room; --cached_crops 1 says that one is meant"
-        )
     return notices
 
 

@@ -1,0 +1,446 @@
+"""What frozen networks make is kept: a run trains on exactly the same, and what has changed is never served stale."""
+
+import gc
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import logged, relative_difference, result_bytes, two_processes
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.numpy import load_file
+from tiny import picture, write_pictures
+from transformers import CLIPTextModel
+
+import train_text_to_image
+import train_text_to_image_sdxl
+from training_utils import cache, draws, frozen
+from training_utils.reporting import UserError
+
+BOTH = ["--cache_latents", "--cache_text_embeddings"]
+DRAWS = ["--random_flip", "--caption_dropout", "0.3", "--validation_split", "0.2", "--validation_steps", "3"]
+
+
+def switches(run, folder):
+    """Every cache that a script has, kept in a folder."""
+    return [*(BOTH[:1] if "decoder" in run.script else BOTH), "--encoding_cache_dir", folder]
+
+
+def middle(run):
+    """The flags for crops that are not drawn; the Kandinsky scripts do not crop at random unless told to."""
+    return [] if "prior" in run.script or "decoder" in run.script else ["--center_crop"]
+
+
+def entries(folder):
+    """How many entries all stores in a folder hold."""
+    return sum(len(next(iter(load_file(path).values()))) for path in folder.rglob("*.safetensors"))
+
+
+def same(one, other, curves=("train_loss",)):
+    """Whether two runs logged the same and have the same weights."""
+    assert all(logged(one, name) and logged(one, name) == logged(other, name) for name in curves)
+    return result_bytes(one) == result_bytes(other)
+
+
+@pytest.fixture
+def never_encodes(monkeypatch):
+    """From when it is called on, a network that encodes is an error."""
+
+    def begin():
+        def refuse(*_, **__):
+            raise AssertionError("a frozen network ran")
+
+        monkeypatch.setattr(frozen, "_encoder", lambda *_: refuse)
+        monkeypatch.setattr(AutoencoderKL, "encode", refuse)
+        monkeypatch.setattr(CLIPTextModel, "forward", refuse)
+
+    return begin
+
+
+# --- the same run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cached_run_is_the_same_to_the_bit(each, tmp_path):
+    common = [*middle(each), *DRAWS, "--report_to", "tensorboard"]
+    each(tmp_path / "plain", *common)
+    each(tmp_path / "cached", *common, *switches(each, tmp_path / "kept"))
+    assert same(tmp_path / "plain", tmp_path / "cached", ["train_loss", "val_loss"])
+
+
+@pytest.mark.parametrize("flags", [["--mixed_precision", "bf16"], ["--gradient_accumulation_steps", "3", "--use_ema"]])
+def test_so_are_other_settings(run, tmp_path, flags):
+    common = ["--center_crop", "--report_to", "tensorboard", "--dataloader_num_workers", "2", *flags]
+    run(tmp_path / "plain", *common)
+    run(tmp_path / "cached", *common, *switches(run, tmp_path / "kept"))
+    if "bf16" in flags:  # whose samples are encoded in the same way on a CPU
+        assert {load_file(path).popitem()[1].dtype for path in (tmp_path / "kept").rglob("*.safetensors")} == {
+            np.dtype(np.uint16)
+        }
+    assert same(tmp_path / "plain", tmp_path / "cached")
+
+
+def test_a_cached_run_that_is_cut_ends_in_the_same_weights(run_sdxl, tmp_path):
+    common = [*DRAWS, *switches(run_sdxl, tmp_path / "kept"), "--cached_crops", "2"]
+    run_sdxl(tmp_path / "whole", *common)
+    for last in (1, 4, 6):
+        cut = [*common, "--max_train_steps", last, "--checkpointing_steps", "1"]
+        run_sdxl(tmp_path / "cut", *cut, *(["--resume_from_checkpoint", "latest"] if last > 1 else []))
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+
+
+def test_two_processes_share_the_work_and_equal_one(run, tmp_path):
+    common = [*DRAWS, "--center_crop", "--max_train_steps", "3"]
+    run(tmp_path / "one", *common, *switches(run, tmp_path / "alone"))
+    process = run.start(
+        tmp_path / "two",
+        *common,
+        "--train_batch_size",
+        "2",
+        *switches(run, tmp_path / "kept"),
+        launcher=two_processes(),
+    )
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert entries(tmp_path / "kept") == entries(tmp_path / "alone")  # nothing was done twice
+    assert relative_difference(tmp_path / "one", tmp_path / "two") < 1e-6
+
+
+def test_pictures_that_are_skipped(run, pictures, tmp_path, capsys):
+    folder = tmp_path / "damaged"
+    shutil.copytree(pictures, folder)
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:300])
+    common = ["--train_data_dir", folder, "--center_crop", "--report_to", "tensorboard", "--on_bad_sample", "skip"]
+    run(tmp_path / "plain", *common)
+    capsys.readouterr()
+    run(tmp_path / "cached", *common, *switches(run, tmp_path / "kept"))
+    assert "1 pictures could not be used in training" in capsys.readouterr().err
+    assert same(tmp_path / "plain", tmp_path / "cached")
+    sentence, code = run.fails(tmp_path / "no", *common[:-1], "error", *switches(run, tmp_path / "other"))
+    assert "3.png cannot be read as a picture" in sentence and "--on_bad_sample skip" in sentence and code == 2
+
+
+# --- random crops ----------------------------------------------------------------------------------------------------
+
+
+def test_crops_are_kept_with_their_coordinates(run_sdxl, tmp_path, monkeypatch):
+    """Each entry is the VAE's view of just the crop that the UNet is told, mirrored or not."""
+    seen = []
+    real = train_text_to_image_sdxl.training_loss
+
+    def spy(unet, schedule, batch, *rest):
+        seen.extend(
+            {name: batch[name][at] for name in ("latent_mean", "time_ids")} for at in range(len(batch["noise"]))
+        )
+        return real(unet, schedule, batch, *rest)
+
+    monkeypatch.setattr(train_text_to_image_sdxl, "training_loss", spy)
+    flags = ["--random_flip", "--cached_crops", "3", "--max_train_steps", "20"]
+    run_sdxl(tmp_path / "out", *flags, *switches(run_sdxl, tmp_path / "kept"))
+    vae = AutoencoderKL.from_pretrained(run_sdxl.base, subfolder="vae")
+    possible = {}
+    for index in range(10):
+        for mirrored in (False, True):
+            whole = picture(index)
+            whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else whole
+            for left in range(5):  # of 20 x 16
+                pixels = (
+                    np.asarray(whole.crop((left, 0, left + 16, 16)), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+                )
+                with torch.no_grad():
+                    mean = vae.encode(torch.from_numpy(pixels)[None].contiguous()).latent_dist.mean[0]
+                possible[index, mirrored, left] = mean
+    shown = set()
+    for sample in seen:
+        height, width, top, left, *target = sample["time_ids"].tolist()
+        assert (height, width, top, target) == (16, 20, 0, [16, 16])
+        near = [key for key, mean in possible.items() if (mean - sample["latent_mean"]).abs().max() < 1e-4]
+        assert len(near) == 1 and near[0][2] == left
+        shown.add(near[0])
+    crops = [{left for at, _, left in shown if at == index} for index in range(10)]
+    assert max(map(len, crops)) == 3 and all(len(some) <= 3 for some in crops)
+    assert {mirrored for _, mirrored, _ in shown} == {False, True}
+
+
+def test_another_seed_finds_the_same_crops(run, tmp_path, never_encodes):
+    flags = ["--cached_crops", "2", *switches(run, tmp_path / "kept")]
+    run(tmp_path / "one", *flags)
+    never_encodes()
+    run(tmp_path / "two", *flags, "--seed", "8")
+    assert result_bytes(tmp_path / "one") != result_bytes(tmp_path / "two")
+
+
+def test_a_square_picture_is_kept_once(run, tmp_path):
+    folder = tmp_path / "pictures"
+    write_pictures(folder)
+    for index in range(10):
+        picture(index, (24, 24)).save(folder / f"{index}.png")
+    run(tmp_path / "out", "--train_data_dir", folder, "--cached_crops", "4", *switches(run, tmp_path / "kept")[:1],
+        *switches(run, tmp_path / "kept")[2:])  # fmt: skip
+    assert entries(tmp_path / "kept") == 10
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_a_later_run_encodes_nothing(each, tmp_path, never_encodes):
+    flags = [*DRAWS, *switches(each, tmp_path / "kept")]
+    each(tmp_path / "one", *flags)
+    never_encodes()
+    each(tmp_path / "two", *flags, "--learning_rate", "1e-4", "--train_batch_size", "3")  # the seed chooses the split
+
+
+def test_adapters_find_what_full_fine_tuning_kept(run, run_lora, tmp_path, never_encodes):
+    run(tmp_path / "one", *switches(run, tmp_path / "kept"))
+    never_encodes()
+    run_lora(tmp_path / "two", *switches(run, tmp_path / "kept"))
+
+
+def encoded_by(run, out, *flags):
+    """How many pictures and how many captions a run puts into its stores."""
+    written, real = [], cache.Store.write
+
+    def write(store, keys, arrays):
+        written.extend([store.folder.name.split("-")[0]] * len(keys))
+        real(store, keys, arrays)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache.Store, "write", write)
+        run(out, *flags)
+    return written.count("pictures"), written.count("captions")
+
+
+def test_only_what_has_changed_is_encoded_again(run, sd, tmp_path):
+    folder, base = tmp_path / "pictures", tmp_path / "model"
+    write_pictures(folder)
+    shutil.copytree(sd, base)
+    flags = ["--train_data_dir", folder, "--pretrained_model_name_or_path", base, "--center_crop"]
+    flags += ["--max_train_steps", "1", *switches(run, tmp_path / "kept")]
+    count = lambda *more: encoded_by(run, tmp_path / "out", *flags, *more)  # noqa: E731
+    assert count() == (10, 10)
+    assert count() == (0, 0)
+    picture(100).save(folder / "4.png")
+    assert count() == (1, 0)
+    lines = (folder / "metadata.jsonl").read_text().replace("a handwritten six", "something else")
+    (folder / "metadata.jsonl").write_text(lines)
+    assert count() == (0, 1)
+    assert count("--random_flip") == (10, 0)  # the mirrored views
+    assert count("--caption_dropout", "0.1") == (0, 1)  # the empty caption
+    assert count("--resolution", "8") == (10, 0)
+    assert count("--image_interpolation_mode", "nearest") == (10, 0)
+    assert count("--mixed_precision", "bf16") == (10, 10)
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    vae.encoder.conv_in.bias.data[0] += 1
+    vae.save_pretrained(base / "vae")
+    assert count() == (10, 0)
+
+
+def test_a_caption_of_several_rows_is_read_once(run, tmp_path):
+    folder = tmp_path / "pictures"
+    write_pictures(folder)
+    lines = [{"file_name": f"{index}.png", "text": ["zero", "one"]} for index in range(10)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert encoded_by(run, tmp_path / "out", "--train_data_dir", folder, *switches(run, tmp_path / "kept"))[1] == 2
+
+
+def test_a_killed_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    flags = ["--center_crop", *switches(run, tmp_path / "kept"), "--train_batch_size", "2"]
+    monkeypatch.setattr(cache, "SHARD_BYTES", 1)  # a shard a batch
+    real, count = train_text_to_image.encode_pictures, [0]
+
+    def dies(*arguments):
+        count[0] += 1
+        if count[0] == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_text_to_image, "encode_pictures", dies)
+        run(tmp_path / "out", *flags)
+    assert entries(tmp_path / "kept") == 6
+    assert encoded_by(run, tmp_path / "out", *flags) == (4, 10)
+
+
+DAMAGES = {
+    "a bit of the content": lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+    "a bit of the keys": lambda content: content[:60] + bytes([content[60] ^ 1]) + content[61:],
+    "the end": lambda content: content[:-100],
+    "everything": lambda content: b"",
+    "another file": lambda content: b"not what it was" * 100,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_made_again(run, tmp_path, damage, capsys):
+    flags = ["--center_crop", "--max_train_steps", "2", *switches(run, tmp_path / "kept")]
+    run(tmp_path / "one", *flags)
+    shard = next((tmp_path / "kept").glob("pictures*/*.safetensors"))
+    shard.write_bytes(DAMAGES[damage](shard.read_bytes()))
+    assert encoded_by(run, tmp_path / "two", *flags) == (10, 0)
+    assert f"{shard} is damaged" in capsys.readouterr().err
+    assert result_bytes(tmp_path / "one") == result_bytes(tmp_path / "two")
+
+
+def test_only_shards_that_are_wanted_are_read_through(tmp_path, monkeypatch):
+    """Other data sets may be kept in the same store."""
+    store = cache.Store(tmp_path, "pictures", ["test"])
+    cache.open_store(store, [], alone())
+    for key in "abc":
+        store.write([key], {"mean": ("float32", np.ones((1, 3), dtype=np.float32))})
+    checked, real = [], cache.Store.is_damaged
+    monkeypatch.setattr(cache.Store, "is_damaged", lambda store, path: checked.append(path) or real(store, path))
+    again = cache.Store(tmp_path, "pictures", ["test"])
+    cache.open_store(again, ["b", "d"], alone())
+    assert checked == [again.places["b"][0]] and "d" not in again
+
+
+def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
+    store = cache.Store(tmp_path, "pictures", ["test"])
+    cache.open_store(store, [], alone())
+    store.write(["one", "two"], {"mean": ("float32", np.arange(6, dtype=np.float32).reshape(2, 3))})
+    path = next(store.folder.glob("*.safetensors"))
+    whole = path.read_bytes()
+    generator, unseen = np.random.default_rng(0), 0
+    for at in generator.choice(8 * len(whole), 200, replace=False):
+        changed = bytearray(whole)
+        changed[at // 8] ^= 1 << (at % 8)
+        path.write_bytes(changed)
+        again = cache.Store(tmp_path, "pictures", ["test"])
+        cache.open_store(again, ["two"], alone())
+        if "two" in again:  # a bit that says nothing, such as of a space in the header
+            unseen += 1
+            assert again.read("two")["mean"].tolist() == [3, 4, 5]
+    assert unseen < 100
+
+
+def alone():
+    return cache.Team(0, 1, 0, 1, lambda items: items)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_an_entry_comes_back_as_it_was_computed(tmp_path, kind):
+    values = torch.randn(3, 4, 5).to(getattr(torch, kind)).float().numpy()
+    store = cache.Store(tmp_path, "pictures", [kind])
+    cache.open_store(store, [], alone())
+    store.write(["a", "b", "c"], {"mean": (kind, values)})
+    store.look()
+    for at, key in enumerate("abc"):
+        assert np.array_equal(store.read(key)["mean"], values[at])
+
+
+def test_a_machine_that_does_not_see_the_others_encodes_all(tmp_path):
+    """Two processes on two machines with a folder each, as one of them sees it."""
+    made = []
+
+    def encode(batch):
+        made.extend(batch["x"].tolist())
+        return {"y": ("float32", batch["x"].astype(np.float32)[:, None])}
+
+    store = cache.Store(tmp_path, "pictures", ["two"])
+    team = cache.Team(1, 2, 0, 1, lambda items: items * 2)
+    wanted = {str(number): number for number in range(7)}
+    cache.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, team, 4, "numbers")
+    assert sorted(made) == list(range(7)) and made[:3] == [1, 3, 5]
+    assert all(store.read(key)["y"] == number for key, number in wanted.items())
+
+
+# --- memory and room -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["--validation_prompts", "zero"]])
+def test_networks_are_let_go_once_the_cache_stands(run, tmp_path, monkeypatch, flags):
+    """Unless pictures are to be drawn; what is still in use is where it was."""
+    alive, real = [], train_text_to_image.training_loss
+
+    def spy(*arguments):
+        gc.collect()
+        alive.append({kind for kind in map(type, gc.get_objects()) if kind in (AutoencoderKL, CLIPTextModel)})
+        return real(*arguments)
+
+    gc.collect()
+    monkeypatch.setattr(train_text_to_image, "training_loss", spy)
+    run(tmp_path / "out", "--max_train_steps", "1", *flags, *switches(run, tmp_path / "kept"))
+    assert alive == ([{AutoencoderKL, CLIPTextModel}] if flags else [set()])
+
+
+def test_networks_visit_the_device():
+    network = torch.nn.Linear(2, 2)
+    network.device = property(lambda self: self.weight.device)
+    moves = []
+
+    class Network(torch.nn.Linear):
+        device = property(lambda self: moves[-1] if moves else "cpu")
+
+        def to(self, device):
+            moves.append(device)
+            return self
+
+    with frozen.visiting([Network(2, 2), None], "meta"):
+        assert moves == ["meta"]
+    assert moves == ["meta", "cpu"]
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
+        sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
+    assert "0 GB are free" in sentence.replace("1e-09", "0") and "--encoding_cache_dir" in sentence and code == 2
+    (tmp_path / "file").write_text("")
+    sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "file"))
+    assert "--encoding_cache_dir" in sentence and code == 2
+
+    def full(path, *_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.os, "fsync", full)
+        sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
+    assert "No space left on device" in sentence and code == 1
+    assert not list((tmp_path / "kept").rglob("*.*"))
+
+
+def test_a_network_that_overflows_is_said_with_the_picture(run, tmp_path, monkeypatch):
+    real = train_text_to_image.encode_pictures
+
+    def overflows(vae, batch):
+        made = real(vae, batch)
+        made["latent_mean"][0, 0, 0, 0] = torch.inf
+        return made
+
+    monkeypatch.setattr(train_text_to_image, "encode_pictures", overflows)
+    sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
+    assert "0.png is not finite" in sentence and "--mixed_precision no" in sentence and code == 1
+
+
+def test_contradictions(run, run_lora, tmp_path, capsys):
+    for runner, flags, words in (
+        (run, ["--cached_crops", "2"], "--cached_crops is for --cache_latents"),
+        (run, ["--cached_crops", "2", "--cache_latents", "--center_crop"], "--cached_crops is for --cache_latents"),
+        (run_lora, ["--train_text_encoder", "--cache_text_embeddings"], "--train_text_encoder changes"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            runner(tmp_path / "out", *flags)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_that_one_crop_is_kept_is_said(run, tmp_path, capsys):
+    run(tmp_path / "out", "--max_train_steps", "1", *switches(run, tmp_path / "kept"))
+    assert "one random crop of each of 10 pictures is kept" in capsys.readouterr().err
+    for more in (["--cached_crops", "2"], ["--center_crop"]):
+        run(tmp_path / "out", "--max_train_steps", "1", *more, *switches(run, tmp_path / "kept"))
+        assert "random crop" not in capsys.readouterr().err
+
+
+def test_crops_come_from_the_content(tmp_path):
+    pictures = cache.Pictures(None, ["a" * 64, "b" * 64], [False, False], 3)
+    drawn = [pictures.corner(index, crop).integers(1000) for index in (0, 1) for crop in range(3)]
+    assert len(set(drawn)) > 3
+    assert drawn[0] == draws.generator(int("a" * 15, 16), "cached_crop", 0).integers(1000)
+    assert pictures.corner(0, None) is None
+
+
+def test_bad_data_raise_what_they_are(tmp_path):
+    store = cache.Store(tmp_path, "pictures", ["bad"])
+    with pytest.raises(UserError, match="gone"):
+        cache.fill(store, {"a": 0}, lambda _: UserError("gone"), None, alone(), 1, "numbers")
