@@ -350,7 +350,7 @@ def main(argv=None):
         state,
         args.max_train_steps,
         args.logging_steps,
-        updates.window,
+        updates.samples,
         lambda scalars: [float(scalar) for scalar in jax.device_get(scalars)],
         lambda values, step: engine.log(trackers, values, step),
         not_finite,

@@ -359,7 +359,7 @@ def main(argv=None):
         state,
         args.max_train_steps,
         args.logging_steps,
-        updates.window,
+        updates.samples,
         lambda scalars: engine.fetch_mean(accelerator, scalars),
         lambda values, step: engine.log(accelerator, values, step),
         guard.report,

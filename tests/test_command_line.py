@@ -199,7 +199,7 @@ def test_help_and_a_wrong_flag_answer_within_a_second(script, words):
 
 
 def test_shared_modules_import_no_torch():
-    names = "flags data problems inspection draws losses checkpoints interruption reporting hub".split()
+    names = "flags data buckets cache problems inspection draws losses checkpoints interruption reporting hub".split()
     code = f"import sys, {', '.join(f'training_utils.{name}' for name in names)}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
 
