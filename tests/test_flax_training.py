@@ -131,12 +131,9 @@ def test_noise_is_mixed_in_float32_and_weights_stay_float32_under_bf16(run_flax,
             return noisy.astype(jnp.bfloat16)
 
     ones = jnp.ones((2, 4, 8, 8), jnp.bfloat16)
-    batch = {"timestep": jnp.array([0, 999]), "pixels": ones, "tokens": jnp.zeros((2, 4), jnp.int32)}
+    batch = {"timestep": jnp.array([0, 999]), "latent_mean": ones, "latent_std": ones, "text_states": ones}
     batch |= {name: ones.astype(jnp.float32) for name in ("noise", "latent_noise")}
-    schedule = script.FlaxDDPMScheduler()
-    loss = script.training_loss(
-        Network(), lambda pixels, method: (pixels, pixels), lambda ids: ids, schedule, batch, 0.2, 5.0
-    )
+    loss = script.training_loss(Network(), script.FlaxDDPMScheduler(), batch, 0.2, 5.0)
     assert seen["noisy"] == jnp.float32 and loss.dtype == jnp.float32 and loss.shape == (2,)
 
     run_flax(tmp_path, *BF16, *TRACKED)
@@ -197,7 +194,7 @@ def test_fp16_overflows_skip_the_update(run_flax, plain, tmp_path, monkeypatch, 
     continued in between it comes to the same weights; fifty overflows in a row end the run."""
     scale = {"scale": np.float32(2.0**127), "good": np.int32(0)}
     monkeypatch.setattr(jax_engine, "new_loss_scale", lambda: scale)
-    monkeypatch.setattr(script, "sample_losses", lambda params, frozen, batch, *_: far_from(params, batch["noise"]))
+    monkeypatch.setattr(script, "sample_losses", lambda params, batch, *_: far_from(params, batch["noise"]))
     flags = ["--mixed_precision", "fp16", *TRACKED, "--lr_scheduler", "linear", "--lr_warmup_steps", "0"]
     run_flax(tmp_path / "some", *flags, "--checkpointing_steps", "1")
     assert list(logged(tmp_path / "some")) == [1, 2, 3, 4, 5, 6]
