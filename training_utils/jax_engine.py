@@ -311,6 +311,11 @@ def save_pipeline(folder, pipeline, params):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _read_ahead(read, items, workers):
+    """`read(item)` of each item, in order; with `workers` threads that stay two items each in front."""
+    return cache.read_ahead(read, items, workers) if workers else map(read, items)
+
+
 def _narrow(batch):
     """A batch's integers in 32 bits, with which JAX computes."""
     return {name: value.astype(np.int32) if value.dtype == np.int64 else value for name, value in batch.items()}
@@ -359,8 +364,7 @@ def training_batches(samples, state, batch_size, accumulation, mesh, workers):
         for rank in range(first, first + mesh.size)
     ]
     keys = (next(rank) for _ in itertools.count() for rank in ranks for _ in range(accumulation))
-    read = _reader(samples, batch_size)
-    batches = cache.read_ahead(read, keys, workers) if workers else map(read, keys)
+    batches = _read_ahead(_reader(samples, batch_size), keys, workers)
     while True:
         update = list(itertools.islice(batches, mesh.size * accumulation))
         yield split_over_devices(_stacked(update, (mesh.size, accumulation), samples.rows), mesh)
