@@ -121,15 +121,7 @@ TAKEN_OVER = {
 NOT_FOR_KANDINSKY = {"rescale_betas_zero_snr", "save_kohya_format"}  # its schedules are fixed, WebUI does not read it
 NOT_IN_PRIOR = {"cached_crops"}  # CLIP's processor takes the middle
 NOT_IN_DECODER = {"cache_text_embeddings"}  # which reads no captions
-NOT_IN_JAX = {
-    "optimizer",
-    "process_group_timeout",
-    "cache_latents",
-    "cached_crops",
-    "cache_text_embeddings",
-    "encoding_cache_dir",
-    *OURS_FOR_EVERY_WEIGHT,
-}
+NOT_IN_JAX = {"optimizer", "process_group_timeout", *OURS_FOR_EVERY_WEIGHT}
 CHOICES_ADDED = {"lr_scheduler", "prediction_type", "report_to", "optimizer"}  # the originals find a typo much later
 SCRIPTS = [name for name in KNOWN if (ROOT / name).exists()]
 MINIMUM = ["--pretrained_model_name_or_path", "model", "--train_data_dir", str(ROOT)]
