@@ -35,6 +35,7 @@ def parse_args(argv=None):
         flags.EMA,
         (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
+        flags.CACHES,
         (flags.HARDWARE[0], flags.HARDWARE[1] + OWN_HARDWARE_FLAGS),
         flags.REPORTING,
     ]
@@ -136,18 +137,30 @@ class Prepare:
         return sample
 
 
-def training_loss(unet, vae, text_encoder, schedule, batch, scaling_factor, snr_gamma=None):
-    """The diffusion loss of each sample of a batch, shape (B,). The networks are functions of their inputs.
+def encode_pictures(vae, batch):
+    """Mean and standard deviation of what the VAE makes of a batch's pictures, each (B, C, h, w)."""
+    mean, std = vae(batch["pixels"], method="encode")
+    return {"latent_mean": mean, "latent_std": std}
+
+
+def encode_captions(text_encoder, batch):
+    """The text encoder's last hidden states of a batch's captions, (B, tokens, D)."""
+    return {"text_states": text_encoder(batch["tokens"])}
+
+
+def training_loss(unet, schedule, batch, scaling_factor, snr_gamma=None):
+    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` and `encode_captions` make of
+    it; shape (B,). The UNet is a function of its inputs.
 
     Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
     float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `snr_gamma`
     weights by min-SNR.
     """
-    timesteps, noise = batch["timestep"], batch["noise"]
-    mean, std = vae(batch["pixels"], method="encode")
-    latents = mean.astype(jnp.float32) + std.astype(jnp.float32) * batch["latent_noise"]
+    timesteps, noise, text_states = batch["timestep"], batch["noise"], batch["text_states"]
+    latents = (
+        batch["latent_mean"].astype(jnp.float32) + batch["latent_std"].astype(jnp.float32) * batch["latent_noise"]
+    )
     latents = latents * scaling_factor
-    text_states = text_encoder(batch["tokens"])
     noisy = schedule.add_noise(latents, batch.get("input_noise", noise), timesteps)
     kind = schedule.config.prediction_type
     target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
@@ -159,21 +172,18 @@ def training_loss(unet, vae, text_encoder, schedule, batch, scaling_factor, snr_
     return loss
 
 
-def sample_losses(params, frozen, batch, networks, schedule, snr_gamma=None):
-    """`training_loss` with the networks' parameters put in."""
-    unet = partial(networks["unet"].apply, {"params": params})
-    vae, text_encoder = (partial(networks[part].apply, {"params": frozen[part]}) for part in ("vae", "text_encoder"))
-    scaling_factor = networks["vae"].config.scaling_factor
-    return training_loss(unet, vae, text_encoder, schedule, batch, scaling_factor, snr_gamma)
+def sample_losses(params, batch, unet, schedule, scaling_factor, snr_gamma=None):
+    """`training_loss` with the UNet's parameters put in."""
+    return training_loss(partial(unet.apply, {"params": params}), schedule, batch, scaling_factor, snr_gamma)
 
 
 def train_step(
-    trained, frozen, batch, learning_rate, *, networks, schedule, optimizer, snr_gamma, max_grad_norm, ema_decay
+    trained, batch, learning_rate, *, unet, schedule, scaling_factor, optimizer, snr_gamma, max_grad_norm, ema_decay
 ):
     """One update on one device, of the devices that `engine.AXIS` joins. A pure function.
 
     Args: trained, the training state: a dict of params, optimizer and, where they are used, average and loss_scale;
-    frozen, the parameters of the other networks; batch, arrays (micro-steps, B, ...); learning_rate, a scalar. The
+    batch, arrays (micro-steps, B, ...), with what the frozen networks make of it; learning_rate, a scalar. The
     keywords are bound once. Returns (trained, {"loss", "grad_norm", "applied"}), alike on every device.
 
     A gradient that is not finite changes nothing. Where the state has `held`, neither does any that comes after it:
@@ -183,7 +193,7 @@ def train_step(
 
     def scaled_loss(params, micro_batch):
         weight = micro_batch["weight"]
-        return scale * (sample_losses(params, frozen, micro_batch, networks, schedule, snr_gamma) * weight).sum()
+        return scale * (sample_losses(params, micro_batch, unet, schedule, scaling_factor, snr_gamma) * weight).sum()
 
     loss, gradients = engine.accumulated(jax.value_and_grad(scaled_loss), params, batch)
     loss, gradients = jax.lax.pmean((loss, gradients), engine.AXIS)
@@ -205,9 +215,10 @@ def train_step(
     return after, {"loss": loss, "grad_norm": norm, "applied": applied}
 
 
-def held_out_step(params, frozen, batch, *, networks, schedule):
-    """The sum of a held-out batch's losses over the devices."""
-    loss = sample_losses(params, frozen, batch, networks, schedule) * batch["weight"]
+def held_out_step(params, batch, *, unet, schedule, scaling_factor):
+    """The sum of a held-out batch's losses over the devices; arrays (1, B, ...)."""
+    batch = jax.tree.map(lambda array: array[0], batch)
+    loss = sample_losses(params, batch, unet, schedule, scaling_factor) * batch["weight"]
     return jax.lax.psum(loss.sum(), engine.AXIS)
 
 
@@ -277,8 +288,7 @@ def main(argv=None):
     rows.sizes = np.full((len(rows), 2), args.resolution)
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     pipeline, parameters, schedule = load_models(args)
-    networks = {part: getattr(pipeline, part) for part in parameters}
-    tokenizer, vae = pipeline.tokenizer, pipeline.vae
+    tokenizer, text_encoder, vae, unet = pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet
     if engine.is_main():
         data.warn_of_long_captions(rows, tokenizer)
     latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
@@ -287,6 +297,26 @@ def main(argv=None):
     if held_out_rows is not None:
         prepare = Prepare(args, tokenizer, latents, schedule.config.num_train_timesteps, len(held_out_rows))
         held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
+
+    # --- what is frozen runs once ------------------------------------------------------------------------------------
+    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    keeping = (flags.encoding_folder(args), sets, args.train_batch_size, mesh)
+    frozen = {part: engine.cast(parameters[part], vae.dtype) for part in ("vae", "text_encoder")}
+    see, read = engine.Encoder(encode_pictures, vae, "pixels"), engine.Encoder(encode_captions, text_encoder, "tokens")
+    if args.cache_latents:
+        settings = ["stable diffusion", args.resolution, args.image_interpolation_mode]
+        engine.keep_pictures(*keeping, see, frozen["vae"], settings, args.cached_crops)
+    else:
+        frozen["vae"] = engine.on_every_device(frozen["vae"], mesh)
+    if args.cache_text_embeddings:
+        engine.keep_captions(*keeping, read, frozen["text_encoder"], bool(args.caption_dropout))
+    else:
+        frozen["text_encoder"] = engine.on_every_device(frozen["text_encoder"], mesh)
+
+    def encode(batch):
+        """A batch with what the frozen networks make of it; caches have put it there already."""
+        batch = batch if args.cache_latents else see(frozen["vae"], batch)
+        return batch if args.cache_text_embeddings else read(frozen["text_encoder"], batch)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
     updates = data.Updates(len(samples), state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
@@ -314,9 +344,8 @@ def main(argv=None):
     }
     if resume_from:
         engine.from_main(lambda: checkpoints.warn_of_differences(resume_from, about))
-        trained = engine.load_state(resume_from, trained, networks["unet"])
+        trained = engine.load_state(resume_from, trained, unet)
     trained = engine.on_every_device(trained, mesh)
-    frozen = engine.on_every_device(engine.cast(parameters, engine.TYPES[args.mixed_precision]), mesh)
     trackers = engine.make_trackers(
         args.report_to,
         Path(args.output_dir) / args.logging_dir,
@@ -329,7 +358,7 @@ def main(argv=None):
         return checkpoints.save(
             args.output_dir,
             state,
-            lambda folder: engine.save_state(folder, trained, networks["unet"]),
+            lambda folder: engine.save_state(folder, trained, unet),
             about,
             args.checkpoints_total_limit,
             engine.is_main(),
@@ -350,7 +379,7 @@ def main(argv=None):
         state,
         args.max_train_steps,
         args.logging_steps,
-        updates.window,
+        updates.samples,
         lambda scalars: [float(scalar) for scalar in jax.device_get(scalars)],
         lambda values, step: engine.log(trackers, values, step),
         not_finite,
@@ -358,7 +387,8 @@ def main(argv=None):
 
     prompts = args.validation_prompts or []
     grids = []  # the last one that this run drew
-    evaluate = engine.over_devices(partial(held_out_step, networks=networks, schedule=schedule), (None, None, 0))
+    about_noise = dict(unet=unet, schedule=schedule, scaling_factor=vae.config.scaling_factor)
+    evaluate = engine.over_devices(partial(held_out_step, **about_noise), in_axes=(None, 0))
 
     def result_weights():
         """The weights that would be saved now."""
@@ -368,7 +398,9 @@ def main(argv=None):
         """Held-out loss and pictures with the weights that would be saved now."""
         progress.flush()
         if held_out_rows is not None:
-            loss = engine.held_out_loss(evaluate, result_weights(), frozen, held_out, args.train_batch_size, mesh)
+            loss = engine.held_out_loss(
+                lambda batch: evaluate(result_weights(), encode(batch)), held_out, args.train_batch_size, mesh
+            )
             engine.log(trackers, {"val_loss": loss}, state.step)
             say(f"update {state.step}: val_loss {loss:.4f}")
         if prompts:
@@ -398,14 +430,13 @@ def main(argv=None):
     step = engine.over_devices(
         partial(
             train_step,
-            networks=networks,
-            schedule=schedule,
+            **about_noise,
             optimizer=optimizer,
             snr_gamma=args.snr_gamma,
             max_grad_norm=args.max_grad_norm,
             ema_decay=args.ema_decay,
         ),
-        in_axes=(None, None, 0, None),
+        in_axes=(None, 0, None),
         donate=(0,),
     )
     batches = engine.training_batches(samples, updates, state, mesh, args.dataloader_num_workers)
@@ -415,7 +446,7 @@ def main(argv=None):
     with Interruption(engine.largest_of_processes(mesh)) as interruption:
         while state.step < args.max_train_steps and not stopped_by:
             rate = np.float32(learning_rate(state.step))
-            trained, seen = step(trained, frozen, next(batches), rate)
+            trained, seen = step(trained, encode(next(batches)), rate)
             pace(seen["loss"])
             state.micro_step += args.gradient_accumulation_steps
             # As in the torch scripts: the end of an update.
@@ -444,7 +475,7 @@ def main(argv=None):
     # --- the result --------------------------------------------------------------------------------------------------
     if engine.is_main():
         with checkpoints.rescue(
-            args.output_dir, state, about, lambda folder: engine.save_state(folder, trained, networks["unet"])
+            args.output_dir, state, about, lambda folder: engine.save_state(folder, trained, unet)
         ):
             engine.save_pipeline(args.output_dir, pipeline, parameters | {"unet": jax.device_get(result_weights())})
             hub.write_card(

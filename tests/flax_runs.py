@@ -3,6 +3,7 @@
 import functools
 from contextlib import contextmanager
 
+import flax
 import jax
 from conftest import Runner
 from flax_tiny import COMPILED
@@ -29,24 +30,24 @@ class CompiledOnce:
     def __init__(self):
         self.real, self.mapped, self.traced = jax_engine.over_devices, {}, {}
 
-    def __call__(self, function, in_axes, donate=()):
+    def __call__(self, function, in_axes, **options):
         if not isinstance(function, functools.partial):
-            return self.real(function, in_axes, donate)
+            return self.real(function, in_axes, **options)
         key = (function.func.__qualname__, *(f"{name}={_told(value)}" for name, value in function.keywords.items()))
 
         def counted(*arguments):
-            at = (key, str(jax.tree.structure(arguments[0])), str(arguments[2]))  # the state's parts, the batch
+            at = (key, str(jax.tree.structure(arguments[0])), str(arguments[1]))  # the state's parts, the batch
             self.traced[at] = self.traced.get(at, 0) + 1
             return function(*arguments)
 
         if key not in self.mapped:
-            self.mapped[key] = self.real(counted, in_axes, donate)
+            self.mapped[key] = self.real(counted, in_axes, **options)
         return self.mapped[key]
 
 
 def _told(value):
     """A setting as text that is the same whenever it means the same; a noise schedule by its configuration."""
-    return repr(getattr(value, "config", value))
+    return repr(value if isinstance(value, flax.linen.Module) else getattr(value, "config", value))
 
 
 _compiled, _make_optimizer = CompiledOnce(), jax_engine.make_optimizer

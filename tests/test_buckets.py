@@ -1,14 +1,24 @@
 """With aspect-ratio buckets pictures are trained at shapes near their own: a batch has one, an epoch all pictures."""
 
+import importlib
 import io
+import json
 import math
+import shutil
 
 import numpy as np
+import pytest
+from conftest import logged, relative_difference, reset_accelerate, result_bytes, two_processes
+from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import picture
+from safetensors import safe_open
+from test_sdxl import prepared
+from tiny import picture, write_pictures
 
+import train_text_to_image_lora_sdxl
+import train_text_to_image_sdxl
 from training_utils import buckets, data, draws
 from training_utils.data import Position, Updates
 
@@ -210,3 +220,184 @@ def test_the_report_tells_of_pictures_that_no_bucket_suits(tmp_path, capsys):
     assert (
         rows.select([4, 0]).sizes.tolist() == rows.without([1, 2, 3, 5]).sizes.tolist()[::-1] == [[80, 48], [64, 64]]
     )
+
+
+# --- how a picture is cut --------------------------------------------------------------------------------------------
+
+SIDES = st.integers(1, 300)
+
+
+@quick
+@given(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES), st.booleans())
+def test_a_picture_just_covers_its_bucket_unstretched(size, bucket, drawn):
+    """To the pixel: the longer side that an unstretched picture would have is rounded down to a whole one."""
+    if max(size) > 50 * min(size):  # such pictures are refused
+        return
+    covering = data.resize(Image.new("L", size), bucket, "nearest")
+    exact = [side * max(bucket[0] / size[0], bucket[1] / size[1]) for side in size]
+    assert all(side - 1 < got <= side + 1e-9 for side, got in zip(exact, covering.size))
+    assert any(got == side for got, side in zip(covering.size, bucket))
+    generator = np.random.default_rng(0) if drawn else None
+    cut, (top, left) = data.crop(covering, bucket, generator)
+    assert cut.size == bucket
+    assert 0 <= top <= covering.height - bucket[1] and 0 <= left <= covering.width - bucket[0]
+    width, height = data.largest_within(size, bucket)  # as the decoders cut before they resize
+    assert (width == size[0] and height <= size[1]) or (height == size[1] and width <= size[0])
+    assert (
+        abs(width - height * bucket[0] / bucket[1]) <= 0.5
+        or abs(height - width * bucket[1] / bucket[0]) <= 0.5
+        or (min(width, height) == 1)
+    )
+
+
+# --- the scripts -----------------------------------------------------------------------------------------------------
+
+PIXELS = ["run", "run_lora", "run_sdxl", "run_lora_sdxl", "run_decoder", "run_lora_decoder"]
+SMALL = ["--aspect_ratio_bucketing", "--bucket_reso_steps", "8"]
+SHOWN = [(40, 14), (14, 40), (20, 20), (40, 16), (16, 42), (21, 20), (30, 30), (44, 14), (36, 20), (20, 20)]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A folder of wide, tall and square pictures."""
+    folder = tmp_path_factory.mktemp("shapes") / "train"
+    write_pictures(folder)
+    for index, size in enumerate(SHOWN):
+        picture(index, size).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_wide_tall_and_square_pictures_are_trained(request, name, shapes, tmp_path, monkeypatch, capsys):
+    """Each batch in the shape of its bucket, held-out ones too."""
+    run, seen = request.getfixturevalue(name), []
+    real = UNet2DConditionModel.forward
+
+    def spy(self, sample, *words, **options):
+        seen.append((self.training, tuple(sample.shape)))
+        return real(self, sample, *words, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
+    flags = [*SMALL, "--train_data_dir", shapes, "--validation_split", "0.3", "--validation_steps", "5"]
+    flags += ["--random_flip", "--num_train_epochs", "1", "--report_to", "tensorboard", "--noise_offset", "0.1"]
+    argv = run.argv(tmp_path, *flags)
+    at = argv.index("--max_train_steps")
+    reset_accelerate()
+    assert importlib.import_module(run.script).main([*argv[:at], *argv[at + 2 :]]) == 0
+    said = capsys.readouterr().err
+    assert "aspect-ratio buckets, width x height in pixels" in said and "3 of 5 buckets are used" in said
+    trained, held_out = ([shape for training, shape in seen if training is mode] for mode in (True, False))
+    assert {shape[2:] for shape in trained} == {(8, 8), (4, 12), (12, 4)} >= {shape[2:] for shape in held_out}
+    assert sum(shape[0] for shape in trained) == 7, "each picture once"
+    assert sum(shape[0] for shape in held_out) == 3
+    assert list(logged(tmp_path, "val_loss")) == [len(trained)]
+
+
+@pytest.mark.parametrize(("name", "cuts"), [("run", (1, 3)), ("run_sdxl", (2,))])
+def test_a_run_with_buckets_resumed_equals_one_uninterrupted(request, name, cuts, shapes, tmp_path):
+    run = request.getfixturevalue(name)
+    flags = [*SMALL, "--train_data_dir", shapes, "--random_flip", "--checkpointing_steps", "1"]
+    flags += ["--train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    run(tmp_path / "whole", *flags)
+    for cut in cuts:
+        out = tmp_path / f"cut{cut}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{cut}", out / f"checkpoint-{cut}")
+        run(out, *flags, "--resume_from_checkpoint", "latest")
+        assert result_bytes(out) == result_bytes(tmp_path / "whole"), f"cut after update {cut}"
+
+
+@pytest.mark.slow
+def test_two_processes_with_buckets_equal_one(run, shapes, tmp_path):
+    flags = [*SMALL, "--train_data_dir", shapes, "--random_flip", "--train_batch_size", "2"]
+    run(tmp_path / "one", *flags, "--gradient_accumulation_steps", "2")
+    process = run.start(tmp_path / "two", *flags, launcher=two_processes())
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert said.count("aspect-ratio buckets") == 1
+    assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-6
+
+
+def test_pictures_of_one_bucket_train_as_without_buckets(run, pictures, tmp_path):
+    """The bucket is the square: 20 x 16 pixels are nearer to it than to 8 x 24."""
+    run(tmp_path / "with", *SMALL, "--random_flip")
+    run(tmp_path / "without", "--random_flip")
+    assert result_bytes(tmp_path / "with") == result_bytes(tmp_path / "without")
+
+
+def test_the_held_out_loss_does_not_depend_on_the_batches(run, shapes, tmp_path):
+    flags = [*SMALL, "--train_data_dir", shapes, "--validation_split", "0.6", "--validation_steps", "1"]
+    flags += ["--learning_rate", "0", "--max_train_steps", "1", "--report_to", "tensorboard"]
+    for size in (1, 4):
+        run(tmp_path / str(size), *flags, "--train_batch_size", size)
+    one, four = (logged(tmp_path / size, "val_loss")[1] for size in "14")
+    assert one == pytest.approx(four, rel=1e-6)
+
+
+@pytest.mark.parametrize("script", [train_text_to_image_sdxl, train_text_to_image_lora_sdxl])
+def test_time_ids_name_the_picture_the_corner_and_the_bucket(script, run_sdxl, tmp_path):
+    """Each picture holds its own coordinates as colours, so that what was cut can be read off and compared."""
+    sizes = {(60, 20): [8, 24], (20, 60): [24, 8], (33, 33): [16, 16], (50, 21): [8, 24]}
+    for index, (width, height) in enumerate(sizes):
+        across, down = np.meshgrid(np.arange(width), np.arange(height))
+        image = Image.fromarray(np.stack([across, down, 0 * across], -1).astype(np.uint8))
+        image.save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text("a handwritten one")
+    flags = [*SMALL, "--train_data_dir", tmp_path, "--random_flip"]
+    rows, sample = prepared(script, run_sdxl, tmp_path, *flags)
+    for index, ((width, height), target) in enumerate(sizes.items()):
+        for epoch in range(6):
+            got = sample(epoch, index)
+            first_height, first_width, top, left, *told = map(int, got["time_ids"])
+            assert (first_height, first_width) == (height, width) and told == target
+            resized = data.resize(rows.picture(index), tuple(target[::-1]), "lanczos")
+            mirrored = draws.SampleDraws(7, epoch, index)("flip").random() < 0.5
+            whole = data.to_array(resized)[:, :, :: -1 if mirrored else 1]
+            cut = whole[:, top : top + target[0], left : left + target[1]]
+            assert np.array_equal(got["pixels"], cut)
+            assert got["noise"].shape == got["latent_noise"].shape == (4, target[0] // 2, target[1] // 2)
+
+
+def spoil(path):
+    """Cut a picture's pixels off, which its header does not show."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+
+
+@pytest.mark.parametrize("name", ["run", "run_sdxl", "run_decoder"])
+def test_another_picture_stands_in_at_the_size_of_the_place(request, name, shapes, tmp_path, capsys):
+    """Also where its own is another one: or the batch could not be stacked. And a cache holds it at that size."""
+    run, folder = request.getfixturevalue(name), tmp_path / "spoiled"
+    shutil.copytree(shapes, folder)
+    for index in (1, 2, 9):  # tall; two squares, after which a wide one and, from the beginning, a wide one come
+        spoil(folder / f"{index}.png")
+    crops = [] if name == "run_decoder" else ["--center_crop"]
+    flags = [*SMALL, *crops, "--train_data_dir", folder, "--on_bad_sample", "skip", "--random_flip"]
+    flags += ["--validation_split", "0.2", "--validation_steps", "3"]
+    run(tmp_path / "plain", *flags)
+    assert "3 pictures could not be used" in capsys.readouterr().err
+    run(tmp_path / "cached", *flags, "--cache_latents", "--encoding_cache_dir", tmp_path / "cache")
+    assert result_bytes(tmp_path / "cached") == result_bytes(tmp_path / "plain")
+
+
+def test_cached_crops_are_of_the_bucket(run, shapes, tmp_path):
+    """A picture that fits its bucket leaves a crop no room and is kept once, another one as often as is asked."""
+    flags = [*SMALL, "--train_data_dir", shapes, "--cache_latents", "--cached_crops", "3"]
+    assert run(tmp_path / "out", *flags, "--encoding_cache_dir", tmp_path / "cache") == 0
+    store = next((tmp_path / "cache").iterdir())
+    keys = [
+        key
+        for shard in store.glob("*.safetensors")
+        for key in json.loads(safe_open(shard, "np").metadata()["about"])["keys"]
+    ]
+    assert len(keys) == sum(1 if size in [(20, 20), (30, 30)] else 3 for size in SHOWN)
+    assert {key.split("crop ")[1][2:] for key in keys} == {"16 x 16", "8 x 24", "24 x 8"}
+
+
+def test_check_data_prints_the_table_that_a_run_prints(run, shapes, tmp_path, capsys):
+    run(tmp_path / "out", *SMALL, "--train_data_dir", shapes, "--max_train_steps", "1")
+    said = capsys.readouterr().err
+    assert run(tmp_path / "none", *SMALL, "--train_data_dir", shapes, "--check_data") == 0
+    report = capsys.readouterr().out
+    at = report.index("aspect-ratio buckets")
+    table = report[at : report.index(" are used", at)]
+    assert table in said and "16 x 16" in table

@@ -131,12 +131,9 @@ def test_noise_is_mixed_in_float32_and_weights_stay_float32_under_bf16(run_flax,
             return noisy.astype(jnp.bfloat16)
 
     ones = jnp.ones((2, 4, 8, 8), jnp.bfloat16)
-    batch = {"timestep": jnp.array([0, 999]), "pixels": ones, "tokens": jnp.zeros((2, 4), jnp.int32)}
+    batch = {"timestep": jnp.array([0, 999]), "latent_mean": ones, "latent_std": ones, "text_states": ones}
     batch |= {name: ones.astype(jnp.float32) for name in ("noise", "latent_noise")}
-    schedule = script.FlaxDDPMScheduler()
-    loss = script.training_loss(
-        Network(), lambda pixels, method: (pixels, pixels), lambda ids: ids, schedule, batch, 0.2, 5.0
-    )
+    loss = script.training_loss(Network(), script.FlaxDDPMScheduler(), batch, 0.2, 5.0)
     assert seen["noisy"] == jnp.float32 and loss.dtype == jnp.float32 and loss.shape == (2,)
 
     run_flax(tmp_path, *BF16, *TRACKED)
@@ -197,7 +194,7 @@ def test_fp16_overflows_skip_the_update(run_flax, plain, tmp_path, monkeypatch, 
     continued in between it comes to the same weights; fifty overflows in a row end the run."""
     scale = {"scale": np.float32(2.0**127), "good": np.int32(0)}
     monkeypatch.setattr(jax_engine, "new_loss_scale", lambda: scale)
-    monkeypatch.setattr(script, "sample_losses", lambda params, frozen, batch, *_: far_from(params, batch["noise"]))
+    monkeypatch.setattr(script, "sample_losses", lambda params, batch, *_: far_from(params, batch["noise"]))
     flags = ["--mixed_precision", "fp16", *TRACKED, "--lr_scheduler", "linear", "--lr_warmup_steps", "0"]
     run_flax(tmp_path / "some", *flags, "--checkpointing_steps", "1")
     assert list(logged(tmp_path / "some")) == [1, 2, 3, 4, 5, 6]
@@ -314,6 +311,89 @@ def test_an_average_can_be_turned_on_later_and_turned_off(run_flax, every_draw, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What is frozen runs once
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kept_in(folder):
+    return ["--cache_latents", "--cache_text_embeddings", "--center_crop", "--encoding_cache_dir", folder]
+
+
+def entries(folder):
+    """How many entries all caches in a folder hold."""
+    return sum(len(next(iter(load_file(path).values()))) for path in Path(folder).rglob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def kept(run_flax, tmp_path_factory):
+    """A run without caches and with them: (its folder, the other's, that of the caches)."""
+    folder = tmp_path_factory.mktemp("kept")
+    flags = [*TRACKED, *EVERY_DRAW, "--checkpointing_steps", "1"]
+    run_flax(folder / "plain", *flags, "--center_crop")
+    run_flax(folder / "cached", *flags, *kept_in(folder / "caches"))
+    return folder / "plain", folder / "cached", folder / "caches"
+
+
+def test_a_cached_run_is_the_same_to_the_bit(kept):
+    plain, cached, caches = kept
+    for curve in ("train_loss", "grad_norm", "val_loss"):
+        assert logged(plain, curve) and logged(plain, curve) == logged(cached, curve), curve
+    assert result_bytes(plain) == result_bytes(cached)
+    assert entries(caches) == 2 * 9 + 1 + 10 + 1  # mirrored too, one held out; the captions and the empty one
+
+
+def test_a_cache_is_found_again_and_its_networks_never_run(run_flax, kept, tmp_path, monkeypatch, sd):
+    """A run that continues with it ends in the same weights. Only pictures that are drawn bring the networks' weights
+    to the device."""
+    plain, cached, caches = kept
+
+    def refuse(*_):
+        raise AssertionError("a frozen network ran")
+
+    monkeypatch.setattr(jax_engine.Encoder, "__call__", refuse)
+    cut_and_continue(run_flax, cached, 3, tmp_path / "cut", *TRACKED, *EVERY_DRAW, *kept_in(caches))
+    assert result_bytes(tmp_path / "cut") == result_bytes(plain)
+
+    words = jax_engine.load_part(sd, "text_encoder")[1]["embeddings.token_embedding"]["embedding"].shape
+    on_the_device, real = [], jax_engine.draw_pictures
+
+    def draw(*args, **options):
+        on_the_device.append(any(array.shape == words for array in jax.live_arrays()))
+        return real(*args, **options)
+
+    monkeypatch.setattr(jax_engine, "draw_pictures", draw)
+    flags = [*PROMPTS, "--validation_steps", "6", "--train_batch_size", "2"]
+    run_flax(tmp_path / "drawn", *flags, *kept_in(caches))
+    assert on_the_device == [False] and (tmp_path / "drawn" / "validation" / "step-000006.png").exists()
+
+
+def test_bits_of_a_sample_depend_on_no_other(sd):
+    """Nor on how many there are: a cache that is filled in batches of one size serves those of another."""
+    module, params = jax_engine.load_part(sd, "text_encoder")
+    tokens = np.random.default_rng(0).integers(0, 99, (6, 16)).astype(np.int32)
+    run = jax.jit(lambda ids, turns: jax_engine.in_turn(
+        params, {"tokens": ids}, turns, encode=script.encode_captions, network=module
+    )["text_states"])  # fmt: skip
+    whole = np.asarray(run(tokens[None], 6)).reshape(6, 16, -1)
+    for shape in ((1, 1), (1, 2), (2, 3)):
+        count = shape[0] * shape[1]
+        some = np.asarray(run(tokens[:count].reshape(*shape, 16), count)).reshape(count, 16, -1)
+        assert np.array_equal(some, whole[:count]), shape
+
+
+def test_another_network_has_another_cache(sd):
+    def digest(params, dtype=jnp.float32):
+        module, _ = jax_engine.load_part(sd, "text_encoder", dtype)
+        return jax_engine.Encoder(script.encode_captions, module, "tokens").digest(params)
+
+    _, params = jax_engine.load_part(sd, "text_encoder")
+    changed = jax.tree.map(np.copy, params)
+    changed["final_layer_norm"]["bias"][0] += 1
+    assert digest(params) == digest(jax.tree.map(np.copy, params))
+    assert len({digest(params), digest(changed), digest(params, jnp.bfloat16)}) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Devices and hosts
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -351,7 +431,8 @@ def test_four_devices_equal_one_and_no_torch_is_needed(run_flax, plain, tmp_path
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PYTHONPATH"] = str(without_torch(tmp_path / "site-packages"))
     environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
-    flags = ["--train_batch_size", "1", *TRACKED, *PROMPTS, "--validation_steps", "6", "--validation_split", "0"]
+    flags = ["--train_batch_size", "1", *TRACKED, *PROMPTS, "--validation_steps", "6"]
+    flags += ["--cache_text_embeddings", "--encoding_cache_dir", tmp_path / "kept"]
     process = run_flax.start(tmp_path / "out", *flags, launcher=(sys.executable, "-S"), env=environment)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
@@ -383,18 +464,21 @@ def test_a_signal_to_one_of_two_processes_stops_both_in_order(run_flax, tmp_path
     assert checkpoints.damage(tmp_path / f"checkpoint-{stopped_after}") is None
 
 
-def test_two_processes_equal_one(run_flax, plain, tmp_path):
-    """Continued by one process, which is only another way to share the samples out."""
-    flags = ["--train_batch_size", "2", *TRACKED, "--checkpointing_steps", "4", "--validation_split", "0"]
+def test_two_processes_equal_one(run_flax, tmp_path):
+    """They share the work for the caches. Continued by one process, which only shares the samples out otherwise."""
+    plain, cached = tmp_path / "plain", kept_in(tmp_path / "kept")
+    run_flax(plain, *TRACKED, "--center_crop")
+    flags = ["--train_batch_size", "2", *TRACKED, "--checkpointing_steps", "4", *cached]
     processes = start_two(run_flax, tmp_path / "two", *flags)
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert relative_difference(tmp_path / "two", plain) < 1e-6
     assert logged(tmp_path / "two") == pytest.approx(logged(plain), rel=1e-5)
     assert "training 0.0" in said[0] and "training" not in said[1], "the first process alone speaks"
+    assert entries(tmp_path / "kept") == 10 + 10, "nothing is encoded twice"
 
     shutil.copytree(tmp_path / "two" / "checkpoint-4", tmp_path / "continued" / "checkpoint-4")
-    run_flax(tmp_path / "continued", "--checkpointing_steps", "4", "--resume_from_checkpoint", "latest")
+    run_flax(tmp_path / "continued", *cached, "--checkpointing_steps", "4", "--resume_from_checkpoint", "latest")
     assert relative_difference(tmp_path / "continued", plain) < 1e-6
 
 

@@ -583,9 +583,9 @@ class Updates:
 
     An update takes the next `window` = batch_size * accumulation * world_size samples of the epoch's order, or what is
     left of it, and shares them out as evenly as can be over its micro-steps and processes, so every process makes the
-    same number of micro-steps. There are `per_epoch` updates in an epoch. The weights of an update's samples are
-    accumulation * world_size / samples: a micro-batch's loss is the sum of weight x loss, and averaging over
-    micro-steps and processes gives the mean over the samples, however they were shared out.
+    same number of micro-steps. The weights of an update's samples are accumulation * world_size / their number: a
+    micro-batch's loss is the sum of weight x loss, and averaging over micro-steps and processes gives the mean over
+    the samples, however they were shared out. An epoch has `per_epoch` updates, usually of `samples` samples.
 
     Where the samples are of several `shapes`, an array with an entry for each, a micro-batch holds samples of one.
     They are put into micro-batches of `batch_size` in the epoch's order, of which the last of each shape may have
@@ -598,11 +598,12 @@ class Updates:
         self.size, self.seed, self.batch_size = size, seed, batch_size
         self.accumulation, self.world_size = accumulation, world_size
         self.window = batch_size * accumulation * world_size
-        self.per_epoch, self.shape = -(-size // self.window), None
+        self.per_epoch, self.samples, self.shape = -(-size // self.window), self.window, None
         if shapes is not None and (shapes != shapes[0]).any():
             _, shape, counts = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
             self.shape = shape.reshape(-1)
             self.per_epoch = -(-int((-(-counts // batch_size)).sum()) // (accumulation * world_size))
+            self.samples = size / self.per_epoch
         self._order = functools.lru_cache(maxsize=2)(self._order)  # batches are read ahead of the loop's position
 
     def _order(self, epoch):

@@ -4,6 +4,7 @@ Imports no torch. The mesh has one axis, "batch", over the devices of this host;
 them or split along its first axis. `jax.pmap` joins the hosts.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -11,12 +12,14 @@ import logging
 import math
 import os
 import pickle
+import platform
 import shutil
 import time
+import uuid
 import warnings
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +36,7 @@ from safetensors.numpy import load_file, save_file
 from flax_diffusion import FlaxStableDiffusionPipeline, ModelError, schedulers, weights
 from flax_diffusion.pipeline import LATENTS, fetch
 
-from . import data, hub
+from . import cache, data, hub
 from .reporting import UserError, reason_of, tell_trackers, warn
 
 AXIS = "batch"
@@ -93,9 +96,14 @@ def check_precision(name):
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
 
 
-def over_devices(function, in_axes, donate=()):
+def over_devices(function, in_axes, donate=(), alone=False):
     """`function` on every device of every host: arguments of in_axes 0 are split over the devices, those of None and
-    the result are alike on all. This is the one place that knows how; `jax.lax.pmean(x, AXIS)` joins the devices."""
+    the result are alike on all. This is the one place that knows how; `jax.lax.pmean(x, AXIS)` joins the devices.
+
+    Where each device computes `alone`, the result is split as well, and this host need not wait for any other.
+    """
+    if alone:
+        return jax.pmap(function, AXIS, in_axes=in_axes, devices=jax.local_devices())
     return jax.pmap(function, AXIS, in_axes=in_axes, out_axes=None, donate_argnums=donate)
 
 
@@ -105,8 +113,8 @@ def on_every_device(tree, mesh):
 
 
 def cast(tree, dtype):
-    """The arrays of `tree` in another type."""
-    return jax.tree.map(lambda array: array.astype(dtype), tree)
+    """The numpy arrays of `tree` in another type; those that have it already are not copied."""
+    return jax.tree.map(lambda array: array.astype(dtype, copy=False), tree)
 
 
 def split_over_devices(tree, mesh):
@@ -115,8 +123,12 @@ def split_over_devices(tree, mesh):
 
 
 def on_one_device(tree):
-    """Arrays that lie on every device, as arrays of the first one; nothing is copied."""
-    return jax.tree.map(lambda array: array.addressable_data(0), tree)
+    """Arrays on the first device: those that lie on every one are not copied, those in host memory are."""
+    device = jax.local_devices()[0]
+    return jax.tree.map(
+        lambda array: array.addressable_data(0) if isinstance(array, jax.Array) else jax.device_put(array, device),
+        tree,
+    )
 
 
 def from_main(make):
@@ -136,6 +148,16 @@ def from_main(make):
         result.everywhere = True
         raise result
     return result
+
+
+def gather(items):
+    """The lists of all processes, one after the other; a collective call. Items are what pickle can hold."""
+    if jax.process_count() == 1:
+        return items
+    mine = np.frombuffer(pickle.dumps(items), dtype=np.uint8)
+    longest = int(multihost_utils.process_allgather(np.int32(len(mine))).max())
+    shares = multihost_utils.process_allgather(np.pad(mine, (0, longest - len(mine)))).reshape(-1, longest)
+    return [item for share in shares for item in pickle.loads(share.astype(np.uint8).tobytes())]
 
 
 def any_process(failed):
@@ -291,19 +313,12 @@ def save_pipeline(folder, pipeline, params):
 
 def _read_ahead(read, items, workers):
     """`read(item)` of each item, in order; with `workers` threads that stay two items each in front."""
-    if not workers:
-        yield from map(read, items)
-        return
-    pool, under_way = ThreadPoolExecutor(workers), deque()
-    try:
-        for item in items:
-            under_way.append(pool.submit(read, item))
-            if len(under_way) > 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    return cache.read_ahead(read, items, workers) if workers else map(read, items)
+
+
+def _narrow(batch):
+    """A batch's integers in 32 bits, with which JAX computes."""
+    return {name: value.astype(np.int32) if value.dtype == np.int64 else value for name, value in batch.items()}
 
 
 def _reader(samples, batch_size):
@@ -317,9 +332,7 @@ def _reader(samples, batch_size):
         lacking = batch_size - len(keys)
         batch = {name: np.concatenate([value, *[value[:1]] * lacking]) for name, value in batch.items()}
         batch["weight"][len(keys) :] = 0
-        # JAX computes with 32-bit integers
-        batch = {name: value.astype(np.int32) if value.dtype == np.int64 else value for name, value in batch.items()}
-        return batch | {"skipped": skipped}
+        return _narrow(batch) | {"skipped": skipped}
 
     return read
 
@@ -354,13 +367,120 @@ def training_batches(samples, updates, state, mesh, workers):
 
 
 def held_out_batches(samples, batch_size, mesh):
-    """All held-out samples once, as arrays (devices, batch_size, ...), the same number of them on every host."""
+    """All held-out samples once, as arrays (devices, 1, batch_size, ...), the same number of them on every host."""
     first, world = jax.process_index() * mesh.size, jax.process_count() * mesh.size
     read, none = _reader(samples, batch_size), [(0, 0, 0.0)]
     shares = [data.held_out_samples(len(samples), batch_size, rank, world) for rank in range(first, first + mesh.size)]
     for at in range(math.ceil(math.ceil(len(samples) / world) / batch_size)):
         batches = [read(share[at] if at < len(share) else none) for share in shares]
-        yield split_over_devices(_stacked(batches, (mesh.size,), samples.rows), mesh)
+        yield split_over_devices(_stacked(batches, (mesh.size, 1), samples.rows), mesh)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The networks that are not trained: see frozen.py and cache.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def in_turn(params, inputs, turns, *, encode, network):
+    """What a frozen network makes of `inputs`, arrays (micro-batches, B, ...), on one device: a dict of such arrays.
+
+    `encode(network, batch)` gives it for arrays (B, ...), the network being a function with its parameters bound. It
+    runs micro-batch by micro-batch, but on a CPU sample by sample: no slower so, and the bits of a sample do not
+    depend on those beside it, as in a batch they do. What a cache holds is therefore exactly what a run without it
+    computes. `turns` is how often it runs, an argument since XLA inlines a loop that it knows to turn once, and then
+    rounds otherwise.
+    """
+    apply = partial(network.apply, {"params": params})
+    lead = next(iter(inputs.values())).shape[:2]
+    size = _turn_size(lead[1])
+    inputs = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[2:]), inputs)
+
+    def one(turn):
+        return encode(apply, jax.tree.map(lambda array: array[turn], inputs))
+
+    def put(turn, made):
+        return jax.tree.map(lambda whole, part: whole.at[turn].set(part), made, one(turn))
+
+    count = lead[0] * lead[1] // size
+    made = jax.tree.map(lambda like: jnp.zeros((count, *like.shape), like.dtype), jax.eval_shape(one, 0))
+    made = jax.lax.fori_loop(0, turns, put, made)
+    return jax.tree.map(lambda array: array.reshape(*lead, *array.shape[2:]), made)
+
+
+def _turn_size(batch_size):
+    return 1 if jax.default_backend() == "cpu" else batch_size
+
+
+class Encoder:
+    """What a frozen network makes of batches, whose arrays are (devices, micro-batches, B, ...).
+
+    `encode` is as in `in_turn`, `name` the array that the network takes. A call with its parameters and a batch, both
+    on the devices, returns the batch with the outputs in that array's place.
+    """
+
+    def __init__(self, encode, network, name):
+        self.network, self.name = network, name
+        self.run = over_devices(partial(in_turn, encode=encode, network=network), (None, 0, None), alone=True)
+
+    def __call__(self, params, batch):
+        rest = dict(batch)
+        inputs = rest.pop(self.name)
+        turns = inputs.shape[1] * inputs.shape[2] // _turn_size(inputs.shape[2])
+        return rest | self.run(params, {self.name: inputs}, np.int32(turns))
+
+    def digest(self, params):
+        """SHA-256 of the network's configuration, type and parameters, numpy arrays."""
+        facts = {name: value for name, value in self.network.config.items() if not name.startswith("_")}
+        facts.pop("transformers_version", None)
+        words = [type(self.network).__name__, str(jnp.dtype(self.network.dtype)), facts]
+        result = hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode())
+        for name, array in sorted(_named(params).items()):
+            result.update(f"{name} {array.dtype} {array.shape}".encode())
+            result.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return result.hexdigest()
+
+    def over_arrays(self, params, batch_size, mesh):
+        """The same from and to host memory for at most `batch_size` samples a device, as `cache.fill` takes it."""
+        params = on_every_device(params, mesh)
+
+        def encoded(batch):
+            count = len(batch[self.name])
+            filled = np.resize(batch[self.name], (mesh.size * batch_size, *batch[self.name].shape[1:]))
+            filled = _narrow({self.name: filled.reshape(mesh.size, 1, batch_size, *filled.shape[1:])})
+            made = jax.device_get(self(params, split_over_devices(filled, mesh)))
+            return {
+                name: (str(array.dtype), array.reshape(-1, *array.shape[3:])[:count].astype(np.float32))
+                for name, array in made.items()
+            }
+
+        return encoded
+
+
+def _team():
+    machine = f"{platform.node()} {uuid.getnode()}"
+    machines, rank = gather([machine]), jax.process_index()
+    return cache.Team(rank, jax.process_count(), machines[:rank].count(machine), machines.count(machine), gather)
+
+
+def keep_pictures(root, sets, batch_size, mesh, encoder, params, settings, crops=None):
+    """Run a network that sees pictures once for every picture of some data.Samples; `prepare.pictures` of each has the
+    outputs then. A collective call.
+
+    `params` are its parameters, numpy arrays, which lie on the devices only meanwhile; `settings` tell apart how
+    pictures are shown to it; `crops` is how many are kept of each that is cropped at random, None where none is.
+    Raises UserError.
+    """
+    identity = {"networks": ["jax", encoder.digest(params)], "settings": settings}
+    store, encode = cache.Store(root, "pictures", identity), encoder.over_arrays(params, batch_size, mesh)
+    cache.keep_pictures(store, sets, encode, _team(), batch_size * mesh.size, crops or 1)
+
+
+def keep_captions(root, sets, batch_size, mesh, encoder, params, empty):
+    """Run the text encoder once for every caption of some data.Samples, and for the empty one where it is `empty` that
+    is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
+    store = cache.Store(root, "captions", {"networks": ["jax", encoder.digest(params)]})
+    encode = encoder.over_arrays(params, batch_size, mesh)
+    cache.keep_captions(store, sets, encode, _team(), batch_size * mesh.size, empty)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -637,13 +757,7 @@ def log(trackers, values, step):
 
 def say_skipped(skipped):
     """`data.say_skipped` for all hosts together; `skipped` is this one's set. A collective call."""
-    if jax.process_count() > 1:
-        mine = np.frombuffer(json.dumps(sorted(skipped)).encode(), dtype=np.uint8)
-        longest = int(multihost_utils.process_allgather(np.int32(len(mine))).max())
-        padded = np.pad(mine, (0, longest - len(mine)), constant_values=ord(" "))
-        shares = multihost_utils.process_allgather(padded).reshape(-1, longest)
-        skipped = {name for share in shares for name in json.loads(share.astype(np.uint8).tobytes())}
-    data.say_skipped(skipped)
+    data.say_skipped(set(gather(sorted(skipped))))
 
 
 def finish(trackers):
@@ -661,22 +775,23 @@ def finish(trackers):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def held_out_loss(evaluate, params, frozen, samples, batch_size, mesh):
-    """Mean over all held-out samples of the losses whose sum over a batch `evaluate(params, frozen, batch)` gives."""
-    sums = [evaluate(params, frozen, batch) for batch in held_out_batches(samples, batch_size, mesh)]
+def held_out_loss(evaluate, samples, batch_size, mesh):
+    """Mean over all held-out samples of the losses whose sum over a batch `evaluate(batch)` gives."""
+    sums = [evaluate(batch) for batch in held_out_batches(samples, batch_size, mesh)]
     return float(sum(jax.device_get(sums))) / len(samples)
 
 
 def draw_pictures(pipeline, params, prompts, seed, latent_shape, **options):
-    """One PIL picture a prompt, drawn on the first device. `options` go to the pipeline's call.
+    """One PIL picture a prompt, drawn on the first device. `params` lie on the devices or, as numpy arrays, in host
+    memory, which they visit the device from. `options` go to the pipeline's call.
 
     The noise of a prompt depends on the seed and its place alone and is drawn on the CPU, so that pictures of two
     updates, or of two machines, differ by the weights alone.
     """
-    pictures = []
+    params, pictures = on_one_device(params), []
     for at, prompt in enumerate(prompts):
         noise = np.random.Generator(np.random.Philox(seed + at)).standard_normal((1, *latent_shape), dtype=np.float32)
         key = jax.random.key((seed + at) % 2**32)  # for samplers that add noise
-        drawn = pipeline(pipeline.prepare_inputs(prompt), on_one_device(params), key, latents=noise, **options)
+        drawn = pipeline(pipeline.prepare_inputs(prompt), params, key, latents=noise, **options)
         pictures += pipeline.numpy_to_pil(drawn.images)
     return pictures

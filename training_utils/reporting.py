@@ -154,10 +154,10 @@ def announce(parameters, updates, total, state):
     """The lines before the progress bar: what is about to be trained, in `total` updates of data.Updates."""
     size = sum(math.prod(parameter.shape) for parameter in parameters)
     say(f"training {size / 1e6:,.3g} M parameters on {updates.size:,} pictures")
-    epochs, many = total / updates.per_epoch, str(updates.window)
-    if updates.shape is not None:
-        many = f"up to {many}, on average {updates.size / updates.per_epoch:.3g},"
-    say(f"{total:,} updates of {many} pictures are {epochs:,.1f} epochs; update {state.step:,}, seed {state.seed}")
+    many, epochs = f"{updates.window} pictures", total / updates.per_epoch
+    if updates.samples < updates.window:
+        many = f"up to {many}, {updates.samples:.3g} on average,"
+    say(f"{total:,} updates of {many} are {epochs:,.1f} epochs; update {state.step:,}, seed {state.seed}")
 
 
 def conclude(output_dir, progress, usage):
