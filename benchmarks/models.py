@@ -48,20 +48,24 @@ from make_base import build_scheduler, build_tokenizer  # noqa: E402
 TOKENS = 77
 VOCABULARY = {"real": 49408}  # elsewhere what the tokenizer has
 
-# Widths of the levels; (width, layers, heads) of the encoders; heads as each UNet configures them.
+# Widths of the levels; (width, layers, heads) of the encoders; of the UNets the number of heads, or their width. The
+# mid-size models have fewer heads and not narrower ones, as there would be as much softmax else as in the released.
 SD = {
-    "real": dict(resolution=512, unet=(320, 640, 1280, 1280), vae=(128, 256, 512, 512), text=(768, 12, 12), groups=32),
-    "mid": dict(resolution=256, unet=(80, 160, 320, 320), vae=(32, 64, 128, 128), text=(96, 12, 12), groups=16),
-    "tiny": dict(resolution=64, unet=(16, 16, 32, 32), vae=(8, 8, 16, 16), text=(16, 2, 2), groups=8),
+    "real": dict(
+        resolution=512, unet=(320, 640, 1280, 1280), heads=8, vae=(128, 256, 512, 512), text=(768, 12, 12), groups=32
+    ),
+    "mid": dict(
+        resolution=256, unet=(80, 160, 320, 320), heads=2, vae=(32, 64, 128, 128), text=(96, 12, 2), groups=16
+    ),
+    "tiny": dict(resolution=64, unet=(16, 16, 32, 32), heads=2, vae=(8, 8, 16, 16), text=(16, 2, 2), groups=8),
 }
 SDXL = {
-    "real": SD["real"]
-    | dict(
-        resolution=1024, unet=(320, 640, 1280), heads=(5, 10, 20), depth=(1, 2, 10), text_2=(1280, 32, 20), time=256
-    ),
-    "mid": SD["mid"] | dict(unet=(80, 160, 320), heads=(5, 5, 10), depth=(1, 2, 10), text_2=(96, 32, 12), time=32),
-    "tiny": SD["tiny"] | dict(unet=(16, 16, 32), heads=(2, 2, 2), depth=(1, 1, 1), text_2=(16, 2, 2), time=8),
+    "real": dict(resolution=1024, unet=(320, 640, 1280), heads=(5, 10, 20), depth=(1, 2, 10), text_2=(1280, 32, 20)),
+    "mid": dict(unet=(80, 160, 320), heads=(1, 2, 5), depth=(1, 2, 10), text_2=(96, 32, 2)),
+    "tiny": dict(unet=(16, 16, 32), heads=(2, 2, 2), depth=(1, 1, 1), text_2=(16, 2, 2)),
 }
+SDXL = {size: SD[size] | changes for size, changes in SDXL.items()}
+SIZE_WIDTH = {"real": 256, "mid": 32, "tiny": 8}  # of the sinusoids that tell SDXL a size
 DECODER = {
     "real": dict(
         resolution=768,
@@ -72,13 +76,13 @@ DECODER = {
         image=(1664, 48, 16),
     ),
     "mid": dict(
-        resolution=256, unet=(96, 192, 288, 384), head=32, cross=192, movq=(32, 64, 64, 128), image=(140, 48, 4)
+        resolution=256, unet=(96, 192, 320, 384), head=64, cross=192, movq=(32, 64, 64, 128), image=(140, 48, 1)
     ),
     "tiny": dict(resolution=128, unet=(32, 32, 32, 32), head=16, cross=16, movq=(32, 32, 32, 32), image=(16, 2, 2)),
 }
 PRIOR = {
     "real": dict(heads=32, layers=20, embedding=1280, text=(1280, 32, 20), image=(1664, 48, 16), resolution=512),
-    "mid": dict(heads=8, layers=20, embedding=320, text=(320, 32, 20), image=(408, 48, 8), resolution=256),
+    "mid": dict(heads=8, layers=20, embedding=320, text=(320, 32, 5), image=(408, 48, 4), resolution=256),
     "tiny": dict(heads=1, layers=2, embedding=16, text=(16, 2, 2), image=(16, 2, 2), resolution=64),
 }
 SHAPES = {"sd": SD, "sdxl": SDXL, "decoder": DECODER, "prior": PRIOR, "flax": SD}
@@ -140,7 +144,7 @@ def _networks(family, size, tokenizer):
         parts = {"vae": partial(_vae, shape["vae"], shape["groups"])}
         parts["text_encoder"] = partial(_text_encoder, shape["text"], tokenizer, vocabulary)
     if family in ("sd", "flax"):
-        unet = dict(cross_attention_dim=shape["text"][0])
+        unet = dict(cross_attention_dim=shape["text"][0], attention_head_dim=shape["heads"])  # their number, in fact
     elif family == "sdxl":
         second = partial(_text_encoder, kind=CLIPTextModelWithProjection)
         parts["text_encoder_2"] = partial(second, shape["text_2"], tokenizer, vocabulary)
@@ -152,8 +156,8 @@ def _networks(family, size, tokenizer):
             transformer_layers_per_block=shape["depth"],
             use_linear_projection=True,
             addition_embed_type="text_time",
-            addition_time_embed_dim=shape["time"],
-            projection_class_embeddings_input_dim=6 * shape["time"] + shape["text_2"][0],
+            addition_time_embed_dim=SIZE_WIDTH[size],
+            projection_class_embeddings_input_dim=6 * SIZE_WIDTH[size] + shape["text_2"][0],
         )
     elif family == "decoder":
         projection = 1280 if size == "real" else shape["image"][0]
