@@ -21,7 +21,7 @@ def parse_args(argv=None):
         (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
         flags.CHECKPOINTS,
         flags.CACHES,
-        flags.HARDWARE,
+        (flags.HARDWARE[0], flags.HARDWARE[1] + flags.LESS_MEMORY),
         flags.REPORTING,
     ]
     return flags.parse(argv, __doc__.splitlines()[0], groups, defaults={"output_dir": "sd-model-finetuned"})
@@ -35,7 +35,6 @@ from training_utils import libraries  # noqa: E402
 
 libraries.prepare()
 
-import math  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -62,6 +61,7 @@ from training_utils import (  # noqa: E402
 )
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
+from training_utils.optimizers import FusedBackward, to_bfloat16  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
 
 PARTS = ["feature_extractor", "safety_checker", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
@@ -190,6 +190,8 @@ def load_models(args, accelerator):
     for network in (vae, text_encoder):
         network.requires_grad_(False).eval()
     unet.train()
+    if args.full_bf16:
+        to_bfloat16(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -235,6 +237,7 @@ def main(argv=None):
         args.report_to,
         args.process_group_timeout,
         args.allow_tf32,
+        args.fused_backward_pass,
     )
     args.mixed_precision = accelerator.mixed_precision
     for notice in args.notices:
@@ -311,6 +314,7 @@ def main(argv=None):
         args.adam_weight_decay,
         args.adam_epsilon,
         loss_scaling=accelerator.scaler is not None,
+        rounding_seed=(lambda index: draws.rounding_seed(state.seed, state.step, index)) if args.full_bf16 else None,
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -351,6 +355,7 @@ def main(argv=None):
         ),
         lambda before: updates.names(rows, before.position),
     )
+    fused = FusedBackward(optimizer, guard) if args.fused_backward_pass else None
     progress = reporting.Progress(
         state,
         args.max_train_steps,
@@ -418,10 +423,14 @@ def main(argv=None):
                 batch = encode(batch)
                 sample_losses = training_loss(network, schedule, batch, scaling_factor, args.snr_gamma, dream_p)
                 loss = (sample_losses * batch["weight"]).sum()
+                if fused:
+                    fused.begin(loss)
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                    grad_norm = (
+                        fused.gradient_norm() if fused else engine.clip(accelerator, parameters, args.max_grad_norm)
+                    )
                     guard.look_at(grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()

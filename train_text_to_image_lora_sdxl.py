@@ -39,7 +39,6 @@ from training_utils import libraries  # noqa: E402
 
 libraries.prepare()
 
-import math  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -495,7 +494,7 @@ def main(argv=None):
                 accelerator.backward(loss)
                 update_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                    grad_norm = engine.clip(accelerator, parameters, args.max_grad_norm)
                     guard.look_at(grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -170,10 +170,14 @@ def result_file(out):
 
 def result_bytes(out):
     """The trained weights and their metadata, to compare to the bit: safetensors orders metadata at random."""
+    import torch
     from safetensors import safe_open
 
+    def content(tensor):
+        return tensor.flatten().view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16
+
     with safe_open(result_file(out), "pt") as file:
-        return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+        return file.metadata(), {name: content(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
 
 
 def result_weights(out):

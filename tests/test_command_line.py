@@ -42,6 +42,10 @@ OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not fo
     "max_bucket_reso": (int, None),
     "bucket_reso_steps": (int, 64),
 }
+OURS_FOR_EVERY_WEIGHT = {
+    "fused_backward_pass": (bool, False),
+    "full_bf16": (bool, False),
+}
 OURS_FOR_ADAPTERS = {
     "lora_alpha": (float, None),
     "lora_dropout": (float, 0.0),
@@ -124,6 +128,7 @@ NOT_IN_JAX = {
     "cached_crops",
     "cache_text_embeddings",
     "encoding_cache_dir",
+    *OURS_FOR_EVERY_WEIGHT,
 }
 CHOICES_ADDED = {"lr_scheduler", "prediction_type", "report_to", "optimizer"}  # the originals find a typo much later
 SCRIPTS = [name for name in KNOWN if (ROOT / name).exists()]
@@ -160,7 +165,7 @@ def test_command_line_is_frozen(script, monkeypatch):
         assert required == fact.get("required", False), name
         if "choices" in fact or name not in CHOICES_ADDED:
             assert sorted(choices or []) == sorted(fact.get("choices", [])), name
-    ours = OURS | (OURS_FOR_ADAPTERS if "lora" in script else {})
+    ours = OURS | (OURS_FOR_ADAPTERS if "lora" in script else OURS_FOR_EVERY_WEIGHT)
     ours |= {} if "prior" in script or "flax" in script else OURS_FOR_PIXELS
     kandinsky = "prior" in script or "decoder" in script
     elsewhere = ELSEWHERE | (OURS_FOR_KANDINSKY if kandinsky else {})
@@ -239,6 +244,13 @@ REFUSED = {
     "--dream_training --prediction_type v_prediction": "epsilon prediction only",
     "--use_8bit_adam": "pip install bitsandbytes",
     "--use_8bit_adam --optimizer adafactor": "contradicts",
+    "--optimizer paged_adamw8bit": "pip install bitsandbytes",
+    "--optimizer prodigy": "pip install prodigyopt",
+    "--fused_backward_pass": "add --max_grad_norm 0",
+    "--fused_backward_pass --max_grad_norm 0 --gradient_accumulation_steps 2": "leave one of them out",
+    "--fused_backward_pass --max_grad_norm 0 --mixed_precision fp16": "use bf16 or no",
+    "--full_bf16 --mixed_precision fp16": "contradicts --mixed_precision fp16",
+    "--full_bf16 --mixed_precision no": "contradicts --mixed_precision no",
     "--enable_xformers_memory_efficient_attention": "pip install xformers",
     "--train_data_dir nowhere": "nowhere is not a folder",
     f"--output_dir {ROOT / 'README.md'}": "is a file",
@@ -247,9 +259,16 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_wrong_command_line_gets_its_sentence(words, capsys, monkeypatch):
-    missing = {"bitsandbytes", "xformers", "dvclive"}
+    missing = {"bitsandbytes", "prodigyopt", "xformers", "dvclive"}
     monkeypatch.setattr(flags, "_missing", lambda package: package in missing)
     assert REFUSED[words] in refusal(capsys, *words.split())
+
+
+@pytest.mark.parametrize("flag", ["--full_bf16", "--fused_backward_pass --max_grad_norm 0"])
+def test_prodigy_does_not_update_weights_one_by_one(flag, capsys, monkeypatch):
+    monkeypatch.setattr(flags, "_missing", lambda package: False)
+    assert "one step size for all weights" in refusal(capsys, "--optimizer", "prodigy", *flag.split())
+    assert "above 0" in refusal(capsys, "--optimizer", "prodigy", "--learning_rate", "0")
 
 
 REFUSED_SDXL = {

@@ -21,6 +21,12 @@ SETTINGS = {
         *("--snr_gamma", "5", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2", "--validation_split", "0.2"),
     ],
     "adafactor": ["--optimizer", "adafactor"],
+    "adamw8bit": ["--optimizer", "adamw8bit", "--lr_scheduler", "cosine"],
+    "paged_adamw8bit": ["--optimizer", "paged_adamw8bit"],
+    "prodigy": ["--optimizer", "prodigy", "--learning_rate", "1", "--lr_scheduler", "cosine"],
+    "updates during the backward pass": ["--fused_backward_pass", "--max_grad_norm", "0", "--use_ema"],
+    "full bf16": ["--full_bf16", "--use_ema", "--train_batch_size", "2", "--gradient_accumulation_steps", "3"],
+    "full bf16, 8 bits": ["--full_bf16", "--optimizer", "adamw8bit", "--fused_backward_pass", "--max_grad_norm", "0"],
     "checkpointed activations": ["--gradient_checkpointing"],
     "bf16": ["--mixed_precision", "bf16"],
 }
@@ -39,13 +45,16 @@ SIBLINGS = {
         *("--timestep_bias_strategy", "later", "--timestep_bias_multiplier", "3", "--use_ema"),
     ],
     ("run_sdxl", "bf16, workers"): ["--mixed_precision", "bf16", "--dataloader_num_workers", "2"],
+    ("run_sdxl", "full bf16, adafactor"): ["--full_bf16", "--optimizer", "adafactor", "--use_ema", "--offload_ema"],
     ("run_lora_sdxl", "plain"): [],
+    ("run_lora_sdxl", "prodigy"): ["--optimizer", "prodigy", "--learning_rate", "1", "--train_text_encoder"],
     ("run_lora_sdxl", "text encoders"): ["--train_text_encoder", "--use_ema", "--lora_dropout", "0.2"],
     ("run_prior", "every draw"): [
         *("--random_flip", "--caption_dropout", "0.5", "--snr_gamma", "5", "--use_ema", "--ema_decay", "0.9"),
         *("--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
     ],
     ("run_prior", "bf16, checkpointed activations"): ["--mixed_precision", "bf16", "--gradient_checkpointing"],
+    ("run_prior", "full bf16"): ["--full_bf16", "--use_ema", "--fused_backward_pass", "--max_grad_norm", "0"],
     ("run_lora_prior", "average"): ["--use_ema", "--lora_dropout", "0.2", "--gradient_accumulation_steps", "2"],
     ("run_lora_prior", "bf16"): ["--mixed_precision", "bf16", "--use_dora"],
     ("run_decoder", "every draw"): [
@@ -53,6 +62,7 @@ SIBLINGS = {
         *("--use_ema", "--dataloader_num_workers", "2"),
     ],
     ("run_decoder", "bf16, checkpointed activations"): ["--mixed_precision", "bf16", "--gradient_checkpointing"],
+    ("run_decoder", "full bf16"): ["--full_bf16", "--gradient_checkpointing", "--optimizer", "adamw8bit"],
     ("run_lora_decoder", "average"): ["--use_ema", "--lora_dropout", "0.2", "--gradient_accumulation_steps", "2"],
     ("run_lora_decoder", "bf16"): ["--mixed_precision", "bf16", "--use_dora"],
     ("run_lora_sdxl", "bf16"): ["--mixed_precision", "bf16", "--train_text_encoder", "--gradient_checkpointing"],
@@ -64,6 +74,9 @@ CASES = {("run", name): flags for name, flags in SETTINGS.items()} | SIBLINGS
 def test_resumed_equals_uninterrupted(request, tmp_path, case):
     """Ten pictures and batches of four make updates of 4, 4, 2: the cuts after 2 and 5 lie inside an epoch."""
     run = request.getfixturevalue(case[0])
+    for package in {"8bit": "bitsandbytes", "prodigy": "prodigyopt"}.items():
+        if package[0] in " ".join(CASES[case]):
+            pytest.importorskip(package[1])
     flags = [*CASES[case], "--checkpointing_steps", "1"]
     whole = tmp_path / "whole"
     run(whole, *flags)

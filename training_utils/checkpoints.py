@@ -411,7 +411,9 @@ def warn_of_differences(folder, about):
         raise UserError(f"{folder} holds the state of --optimizer {manifest['flags'].get('optimizer')}; give the same")
     saved = manifest["flags"] | {"number of processes": manifest["world_size"]}
     now = about["flags"] | {"number of processes": about["world_size"]}
-    changed = [f"{name} {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
+    changed = [  # a flag that did not exist yet was not set
+        f"{name} {saved.get(name)} -> {now[name]}" for name in now if (saved.get(name) or None) != (now[name] or None)
+    ]
     if changed:
         warn(f"this run differs from the one that wrote {folder}: {'; '.join(changed)}")
     if manifest["data"] != about["data"]:

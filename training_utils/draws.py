@@ -42,3 +42,8 @@ def order(seed, epoch, size):
 def network_seed(seed, micro_step, rank):
     """A seed for what is drawn inside a network (dropout), which is the one draw that depends on the process."""
     return int(np.random.SeedSequence([seed, micro_step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def rounding_seed(seed, step, index):
+    """A seed for the stochastic rounding of the weight of this index after `step` updates; alike in every process."""
+    return int(np.random.SeedSequence([seed, step, index, 1]).generate_state(1, np.uint64)[0] >> 1)

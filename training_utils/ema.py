@@ -9,7 +9,8 @@ from diffusers.training_utils import EMAModel
 
 
 class EMAWeights(EMAModel):
-    """The moving average of the parameters that are trained in some models, in their own precision.
+    """The moving average of the parameters that are trained in some models, in float32 whatever their precision: half
+    precision would round its small moves away.
 
     The decay after n updates is min(decay, (1 + n) / (10 + n)), diffusers' rule. With `offload` the average lies in
     host memory (pinned where there is a GPU) and visits the device for each update.
@@ -19,6 +20,8 @@ class EMAWeights(EMAModel):
         named = [(name, p) for model in models for name, p in model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         super().__init__(self.parameters, decay=decay, foreach=True)
+        self.shadow_params = [shadow.float() for shadow in self.shadow_params]
+        self.alike = all(parameter.dtype == torch.float32 for parameter in self.parameters)
         self.offload = offload
         if offload:
             self.to("cpu")
@@ -37,13 +40,14 @@ class EMAWeights(EMAModel):
         parameters = [parameter.detach() for parameter in self.parameters]
         if held is not None:
             weight = weight * (1 - held)
-        if not self.offload:
+        if self.alike and not self.offload:
             weights = weight if held is None else [weight] * len(parameters)
             torch._foreach_lerp_(self.shadow_params, parameters, weights)
             return
         for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
-            moved = shadow.to(parameter.device, non_blocking=True).lerp_(parameter, weight)
-            shadow.copy_(moved, non_blocking=True)  # back into the same pinned memory; the stream keeps the order
+            moved = shadow.to(parameter.device, non_blocking=True).lerp_(parameter.float(), weight)
+            if self.offload:
+                shadow.copy_(moved, non_blocking=True)  # into the same pinned memory; the stream keeps the order
 
     def _settle(self):
         """Wait for copies to the host that are still under way, before the host reads them."""

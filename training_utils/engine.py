@@ -4,6 +4,7 @@ import datetime
 import inspect
 import os
 import signal
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
-from . import checkpoints, data, hub
+from . import checkpoints, data, hub, optimizers
 from .data import collate
 from .interruption import SIGNALS
 from .reporting import UserError, not_finite, reason_of, tell_trackers, warn
@@ -25,10 +26,21 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_accelerator(output_dir, logging_dir, accumulation, mixed_precision, report_to, timeout, allow_tf32, **ddp):
+def make_accelerator(
+    output_dir,
+    logging_dir,
+    accumulation,
+    mixed_precision,
+    report_to,
+    timeout,
+    allow_tf32,
+    fused_backward=False,
+    **ddp,
+):
     """The Accelerator of a run. `timeout` in seconds; `ddp` are options of DistributedDataParallel.
 
-    Raises UserError where the device cannot do the precision.
+    Raises UserError where the device cannot do the precision, or the launch does not go with `fused_backward`, updates
+    during the backward pass.
     """
     project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))
     try:
@@ -53,6 +65,13 @@ def make_accelerator(output_dir, logging_dir, accumulation, mixed_precision, rep
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
+    if fused_backward and accelerator.num_processes > 1:
+        raise UserError(
+            "--fused_backward_pass updates each weight before processes have exchanged their gradients; leave it out, "
+            "or start one process"
+        )
+    if fused_backward and accelerator.scaler is not None:
+        raise UserError("--fused_backward_pass frees gradients that fp16 would scale back first; use bf16 or no")
     if allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -266,17 +285,35 @@ def enable_xformers(model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(name, parameters, learning_rate, betas, weight_decay, epsilon, loss_scaling=False):
-    """An optimizer by its name in `--optimizer`. `loss_scaling` says that fp16 gradients will be scaled."""
-    if name == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay)
-    options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
-    if name == "adamw8bit":
-        import bitsandbytes
+def make_optimizer(
+    name, parameters, learning_rate, betas, weight_decay, epsilon, loss_scaling=False, rounding_seed=None
+):
+    """An optimizer by its name in `--optimizer`. `loss_scaling` says that fp16 gradients will be scaled.
 
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    # Under loss scaling the fused kernel skips an overflow inside itself, and accelerate could not tell that it did.
-    return torch.optim.AdamW(parameters, **options, fused=not loss_scaling)
+    With `rounding_seed` the weights may be bfloat16, as optimizers.StochasticRounding says.
+    """
+    options = {"lr": learning_rate, "weight_decay": weight_decay}
+    if name == "adafactor":
+        cls = torch.optim.Adafactor
+    else:
+        options |= {"betas": betas, "eps": epsilon}
+    if name == "adamw":
+        cls = torch.optim.AdamW
+        # Under loss scaling the fused kernel skips an overflow in itself, and accelerate could not tell that it did.
+        options["fused"] = not loss_scaling
+    if name in ("adamw8bit", "paged_adamw8bit"):
+        from bitsandbytes import optim
+
+        cls = optim.AdamW8bit if name == "adamw8bit" else optim.PagedAdamW8bit
+    if name == "prodigy":
+        from prodigyopt import Prodigy as cls
+
+        # What diffusers' own scripts set; without the second a warm-up would distort the step size that it finds.
+        options |= {"use_bias_correction": True, "safeguard_warmup": True}
+    if rounding_seed is not None:
+        cls = type(cls.__name__, (optimizers.StochasticRounding, cls), {"rounding_seed": staticmethod(rounding_seed)})
+    with redirect_stdout(None):  # Prodigy prints that it decays weights
+        return cls(parameters, **options)
 
 
 def restart_schedule(optimizer, lr_scheduler, step):
@@ -286,6 +323,14 @@ def restart_schedule(optimizer, lr_scheduler, step):
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     lr_scheduler._last_lr = rates
+
+
+def clip(accelerator, parameters, max_norm):
+    """The norm of the gradient, a scalar tensor, which is then clipped to `max_norm`; 0 means no clipping."""
+    if max_norm:
+        return accelerator.clip_grad_norm_(parameters, max_norm)
+    accelerator.unscale_gradients()
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class FiniteGuard:
@@ -307,12 +352,15 @@ class FiniteGuard:
         self.on_device = all(group.get("fused") for group in self.optimizer.param_groups)
         self.held = torch.zeros((), device=accelerator.device) if accelerator.scaler is None else None
 
-    def look_at(self, grad_norm):
-        """Hold back the coming update if this norm, of all processes' gradient, is not finite."""
+    def look_at(self, grad_norm, more=False):
+        """Hold back the coming update if this norm, of all processes' gradient, is not finite.
+
+        With `more` the norm is of a part of the gradient, and an update that is held back already stays so.
+        """
         if self.held is None:
             return
         bad = (~grad_norm.isfinite()).float()
-        self.held = torch.maximum(self.held, bad) if self.stop else bad
+        self.held = torch.maximum(self.held, bad) if self.stop or more else bad
         if self.on_device:
             self.optimizer.found_inf = self.held
         elif self.held.item():
@@ -408,6 +456,10 @@ def load_model(folder, name, model, ema=None):
         ema.reset()
 
 
+# What Prodigy finds out during a run and keeps beside its settings.
+FOUND = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
+
+
 class TrainingState:
     """Writes and reads a checkpoint's weights, optimizer, schedule and loss scale through accelerate's engines.
 
@@ -418,7 +470,7 @@ class TrainingState:
         self.accelerator, self.optimizer, self.lr_scheduler = accelerator, optimizer, lr_scheduler
         self.save_weights, self.load_weights = save_weights, load_weights
         self.options = [
-            {k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups
+            {k: v for k, v in group.items() if k not in ("params", "lr", *FOUND)} for group in optimizer.param_groups
         ]
         accelerator.register_save_state_pre_hook(self._save_models)
         accelerator.register_load_state_pre_hook(self._load_models)

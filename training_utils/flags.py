@@ -150,8 +150,9 @@ OPTIMIZATION = ("Optimization", [
     Flag("lr_warmup_steps", whole(0), 500, "updates until the peak is reached; `constant` has no warm-up"),
     Flag("lr_num_cycles", whole(1), 1, "hard restarts of cosine_with_restarts"),
     Flag("lr_power", number(), 1.0, "exponent of the polynomial schedule"),
-    Flag("optimizer", str, "adamw", "adamw8bit and adafactor keep less state in memory",
-         ("adamw", "adamw8bit", "adafactor")),
+    Flag("optimizer", str, "adamw", "adamw8bit and adafactor keep less state in memory; paged_adamw8bit moves it to "
+         "host memory when the GPU's runs out; prodigy finds its own step size, with --learning_rate 1",
+         ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy")),
     Flag("use_8bit_adam", bool, False, "the same as --optimizer adamw8bit"),
     Flag("adam_beta1", below_one, 0.9, "decay of Adam's mean of the gradient"),
     Flag("adam_beta2", below_one, 0.999, "decay of Adam's mean of the squared gradient"),
@@ -238,6 +239,12 @@ CACHES = ("Caches: frozen networks run once", [
     Flag("cache_text_embeddings", bool, False, "the same for the text encoders and captions"),
     Flag("encoding_cache_dir", help="folder for both; left out, one beside the downloads"),
 ])
+LESS_MEMORY = [
+    Flag("fused_backward_pass", bool, False, "update each weight during the backward pass and free its gradient: "
+         "saves the gradients' memory; needs --max_grad_norm 0"),
+    Flag("full_bf16", bool, False, "weights, gradients and optimizer state in bfloat16, rounded stochastically: half "
+         "their memory, slightly less exact"),
+]
 KANDINSKY_DEFAULTS = {"train_batch_size": 1, "adam_weight_decay": 0.0, "validation_guidance_scale": 4.0}
 KANDINSKY_RESOLUTION = Flag("resolution", whole(1), 512, "side of the validation pictures; CLIP's image processor "
                             "sizes the training pictures")
@@ -275,6 +282,7 @@ MATHEMATICS = frozenset(
     timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion
     pretrained_prior_model_name_or_path pretrained_decoder_model_name_or_path prior_revision decoder_revision
     random_crop reducing_gap cached_crops aspect_ratio_bucketing min_bucket_reso max_bucket_reso bucket_reso_steps
+    full_bf16
     """.split()
 )
 SECRETS = frozenset(["hub_token"])
@@ -346,6 +354,8 @@ def parse(argv, description, groups, defaults=None):
         args.optimizer = "adamw8bit"
     if getattr(args, "proportion_empty_prompts", 0):
         args.caption_dropout = args.proportion_empty_prompts
+    if getattr(args, "full_bf16", False):
+        args.mixed_precision = "bf16"
     args.notices = _notices(args)
     if not (vars(args).get("cache_latents") and _crops_at_random(args)):
         args.cached_crops = None
@@ -361,6 +371,11 @@ def _notices(args):
     notices = []
     if args.lr_scheduler == "constant" and "lr_warmup_steps" in args.given and args.lr_warmup_steps:
         notices.append("--lr_scheduler constant has no warm-up; use constant_with_warmup for --lr_warmup_steps")
+    if getattr(args, "optimizer", None) == "prodigy" and args.learning_rate != 1:
+        notices.append(
+            f"--optimizer prodigy multiplies the step size that it finds by --learning_rate {args.learning_rate:g}; "
+            "it is made for --learning_rate 1"
+        )
     return notices
 
 
@@ -384,8 +399,31 @@ def _contradiction(args):
         return "--dream_training is defined for epsilon prediction only"
     if get("use_8bit_adam") and "optimizer" in args.given and args.optimizer != "adamw8bit":
         return f"--use_8bit_adam contradicts --optimizer {args.optimizer}"
-    if (get("use_8bit_adam") or get("optimizer") == "adamw8bit") and _missing("bitsandbytes"):
+    if (get("use_8bit_adam") or get("optimizer") in ("adamw8bit", "paged_adamw8bit")) and _missing("bitsandbytes"):
         return "8-bit Adam needs bitsandbytes: pip install bitsandbytes"
+    if get("optimizer") == "prodigy":
+        if _missing("prodigyopt"):
+            return "--optimizer prodigy needs prodigyopt: pip install prodigyopt==1.1.2"
+        if not args.learning_rate or not args.adam_epsilon:
+            return "--optimizer prodigy needs a --learning_rate and an --adam_epsilon above 0"
+        for name in ("fused_backward_pass", "full_bf16"):
+            if get(name):
+                return f"--optimizer prodigy finds one step size for all weights, and --{name} updates them one by one"
+    if get("fused_backward_pass"):
+        if args.max_grad_norm:
+            return (
+                "--fused_backward_pass updates weights before the norm of the whole gradient is known, so it cannot "
+                "be clipped to it; add --max_grad_norm 0"
+            )
+        if args.gradient_accumulation_steps > 1:
+            return (
+                "--fused_backward_pass frees each gradient at once, and --gradient_accumulation_steps would need it; "
+                "leave one of them out"
+            )
+        if args.mixed_precision == "fp16":
+            return "--fused_backward_pass frees gradients that fp16 would scale back first; use bf16 or no"
+    if get("full_bf16") and args.mixed_precision in ("no", "fp16"):
+        return f"--full_bf16 computes in bfloat16, and contradicts --mixed_precision {args.mixed_precision}"
     if get("enable_xformers_memory_efficient_attention") and _missing("xformers"):
         return "--enable_xformers_memory_efficient_attention needs xFormers: pip install xformers==0.0.35"
     if get("proportion_empty_prompts") and get("caption_dropout") not in (0, args.proportion_empty_prompts):
