@@ -43,6 +43,8 @@ def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
         words[at : at + 2] = ["--train_data_dir", pictures]
     words[words.index("--train_data_dir") + 1] = pictures
     words[words.index("--output_dir") + 1] = str(out)
+    if "--aspect_ratio_bucketing" in words:
+        words += ["--bucket_reso_steps", "8"]
     if "--validation_prompts" in words or "--validation_prompt" in words:
         words += ["--validation_num_inference_steps", "2"]
     return words
