@@ -137,9 +137,9 @@ def _vae(widths, groups):
     )
 
 
-def _networks(family, size, tokenizer):
+def networks(family, size, tokenizer=None):
     """The networks of a base model, {part: function that makes it}; "trained" is the one that is trained."""
-    shape, vocabulary = SHAPES[family][size], VOCABULARY.get(size)
+    shape, vocabulary, tokenizer = SHAPES[family][size], VOCABULARY.get(size), tokenizer or _tokenizer()
     if family in ("sd", "sdxl", "flax"):
         parts = {"vae": partial(_vae, shape["vae"], shape["groups"])}
         parts["text_encoder"] = partial(_text_encoder, shape["text"], tokenizer, vocabulary)
@@ -217,7 +217,7 @@ def write(folder, family, size):
     """Write a base model with random weights, the real ones in bfloat16. Returns the flags that name it."""
     torch.manual_seed(0)
     tokenizer, folder = _tokenizer(), Path(folder)
-    parts = {part: make() for part, make in _networks(family, size, tokenizer).items()}
+    parts = {part: make() for part, make in networks(family, size, tokenizer).items()}
     if family == "prior":
         torch.nn.init.ones_(parts["trained"].clip_std)  # the deviation of CLIP's embeddings: zero would be refused
     if size == "real":
@@ -281,7 +281,7 @@ def count(family, size):
     {"training", "lora", "frozen"}, and {"trained parameters", "frozen parameters"}. Nothing is computed for it."""
     tokenizer, shape = _tokenizer(), SHAPES[family][size]
     with torch.device("meta"):
-        parts = {part: make() for part, make in _networks(family, size, tokenizer).items()}
+        parts = {part: make() for part, make in networks(family, size, tokenizer).items()}
     trained = parts.pop("trained")
     found = {
         "trained parameters": _parameters(trained),

@@ -1,0 +1,410 @@
+#!/usr/bin/env python
+"""Peak device memory of an update of each script, for models of the released sizes: computed, without a GPU.
+
+    python benchmarks/memory.py --family sd sdxl --batch 1 4
+    python benchmarks/memory.py --check                     exit code 1, and what is missed, unless the goals are met
+
+The update is the scripts' own (their losses, adapters, optimizers) on fake tensors, which have shapes and types but no
+contents: nothing is computed and nothing allocated. Every storage that comes and goes on the way, in the frozen
+networks, the forward pass, the backward pass and the update, is entered in a ledger, whose largest sum is the peak. It
+is what torch.cuda.max_memory_allocated counts, but for scratch space inside single kernels (cuDNN's, cuBLAS's), and
+supposes attention that never keeps its matrix, as torch's on CUDA. Validation pictures are not counted. `--measure`
+makes the same update for real too, on a CUDA GPU.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import sys
+import weakref
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import models  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from accelerate.utils import convert_to_fp32  # noqa: E402
+from diffusers import DDPMScheduler  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+
+from training_utils import engine, lora  # noqa: E402
+from training_utils.ema import EMAWeights  # noqa: E402
+from training_utils.optimizers import FusedBackward, to_bfloat16  # noqa: E402
+
+GIB = 2**30
+MARGIN = 1.5 * GIB  # a convention: the CUDA context with its kernels, their scratch space, the allocator's gaps
+CARDS = (8, 12, 16, 24, 40, 80)  # GiB
+GOALS = {"sd": 12, "sdxl": 24}  # GiB with the margin, for every weight at batch 1
+
+HALF = "--mixed_precision bf16"
+CHECKPOINTED = f"{HALF} --gradient_checkpointing"
+CACHED = f"{CHECKPOINTED} --cache_latents --cache_text_embeddings"
+FUSED = "--fused_backward_pass --max_grad_norm 0"
+EVERY_WEIGHT = [
+    "",
+    HALF,
+    CHECKPOINTED,
+    CACHED,
+    f"{CACHED} --use_ema",
+    f"{CACHED} --use_ema --offload_ema",
+    f"{CACHED} --optimizer adamw8bit",
+    f"{CACHED} --optimizer adafactor",
+    f"{CACHED} --optimizer adamw8bit {FUSED}",
+    f"{CACHED} --optimizer adafactor {FUSED}",
+    f"{CACHED} --full_bf16",
+    f"{CACHED} --full_bf16 --optimizer adamw8bit {FUSED}",
+    f"{CACHED} --full_bf16 --optimizer adafactor {FUSED}",
+]
+ADAPTERS = ["", HALF, CHECKPOINTED, CACHED]
+
+SCRIPTS = {"sd": "", "sdxl": "sdxl", "prior": "prior", "decoder": "decoder"}
+RESOLUTIONS = {"sd": [512], "sdxl": [1024], "prior": [512], "decoder": [512, 768]}  # the prior sees 224 px at any
+SEEING = {"sd": ["vae"], "sdxl": ["vae"], "prior": ["image_encoder"], "decoder": ["movq", "image_encoder"]}
+READING = {
+    "sd": ["text_encoder"],
+    "sdxl": ["text_encoder", "text_encoder_2"],
+    "prior": ["text_encoder"],
+    "decoder": [],
+}
+# Millions of parameters, as the models' publishers give them; Kandinsky's rounded.
+PUBLISHED = {
+    "sd": {"trained": 860, "vae": 84, "text_encoder": 123},
+    "sdxl": {"trained": 2567, "vae": 84, "text_encoder": 123, "text_encoder_2": 695},
+    "prior": {"trained": 1000, "image_encoder": 1845, "text_encoder": 695},
+    "decoder": {"trained": 1220, "image_encoder": 1845, "movq": 67},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accounts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Ledger(TorchDispatchMode):
+    """The bytes of all storages that are alive, `now`, and the most that ever were since `restart`, `peak`.
+
+    A storage counts as CUDA's allocator counts it, in blocks of 512 bytes, and once for however many views it has.
+    `phase` is set from outside; `peak_phase` is what it was at the peak.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.phase = {}, 0, ""
+        self.restart()
+
+    def restart(self):
+        self.peak, self.peak_phase = self.now, self.phase
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0  # `item` of what has no contents
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in self.sizes:
+                self._enter(value.untyped_storage())
+        return result
+
+    def _enter(self, storage):
+        key = storage._cdata
+        self.sizes[key] = -(-storage.nbytes() // 512) * 512
+        self.now += self.sizes[key]
+        weakref.finalize(storage, self._strike, key).atexit = False
+        if self.now > self.peak:
+            self.restart()
+
+    def _strike(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def cuda_autocast():
+    """A context in which autocast on a CPU computes in float32 what it does on CUDA, and so keeps that in float32: of
+    what the trained networks call, these three (torch's ATen/autocast_mode.h)."""
+
+    def in_float32(function):
+        def called(*args, **options):
+            if torch.is_autocast_enabled("cpu"):
+                args, options = tree_map_only(torch.Tensor, torch.Tensor.float, (args, options))
+            return function(*args, **options)
+
+        return called
+
+    return patch.multiple(
+        F, **{name: in_float32(getattr(F, name)) for name in ("layer_norm", "group_norm", "interpolate")}
+    )
+
+
+def account(family, adapted, switches, batch, resolution, size="real", fake=True):
+    """The memory of an update, in bytes: {"resident", between updates, "peak"}, and the "phase" of the peak.
+
+    See `make_update`. What is not `fake` is computed on the CPU.
+    """
+    ledger = Ledger()
+    with ExitStack() as stack:
+        for context in (cuda_autocast(), *(_faking() if fake else ()), ledger):
+            stack.enter_context(context)
+        update = make_update(family, adapted, switches, batch, resolution, size, "cpu")
+        resident = ledger.now
+        ledger.restart()
+        update(lambda phase: setattr(ledger, "phase", phase))
+    return {"resident": resident, "peak": ledger.peak, "phase": ledger.peak_phase}
+
+
+def _faking():
+    def apply(network, function, recurse=True):  # as Module's own, which cannot replace a fake parameter
+        for parameter in network.parameters():
+            parameter.data = function(parameter.data)
+        return network
+
+    return FakeTensorMode(), patch.object(torch.nn.Module, "_apply", apply)
+
+
+def measure(*setting):
+    """What torch.cuda.max_memory_allocated says after a real update; None where it does not fit."""
+    try:
+        update = make_update(*setting, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        update()
+        return torch.cuda.max_memory_allocated()
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        update = None
+        torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_update(family, adapted, switches, batch, resolution, size="real", device="cpu"):
+    """A function that makes an update as the script does; what stays in memory between updates is there already.
+
+    `adapted`: by the LoRA script; `switches`: flags that the script must take; `batch`: number of pictures; `size`: of
+    the networks, as in models.py. The function tells its argument, a function, what it does next.
+    """
+    script, args = _script(family, adapted, switches)
+    trained, frozen = _load(family, adapted, args, size, device)
+    schedule = DDPMScheduler()
+    schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
+    settings = {"sd": [0.18215], "sdxl": [0.13025], "prior": ["statistics"], "decoder": []}[family]
+    if family == "prior":
+        settings = [script.embedding_statistics(trained)]
+
+    work = [("encode_pictures", SEEING[family], args.cache_latents)]
+    if READING[family]:
+        work.append(("encode_captions", READING[family], args.cache_text_embeddings))
+
+    @torch.no_grad()
+    def encode(batch, cached):
+        for function, names, once in work:
+            if once == cached:
+                networks = [frozen[name] for name in names]
+                # Past frozen.encoder's wrapper, which on a CPU takes one sample at a time.
+                encode = getattr(script, function).__wrapped__
+                batch = batch | encode(networks if len(networks) > 1 else networks[0], batch)
+        return batch
+
+    start = encode(_batch(family, batch, resolution, trained, frozen, device), cached=True)
+    for _, names, once in work:
+        if once:
+            for name in names:
+                del frozen[name]
+    if args.cache_latents:
+        start = {name: value for name, value in start.items() if not name.endswith("pixels")}
+
+    parameters = lora.parameters([trained])
+    full_bf16, offloaded = getattr(args, "full_bf16", False), getattr(args, "offload_ema", False)
+    optimizer = engine.make_optimizer(
+        args.optimizer,
+        parameters,
+        args.learning_rate,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_weight_decay,
+        args.adam_epsilon,
+        rounding_seed=(lambda index: index) if full_bf16 else None,
+    )
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True  # as it is on CUDA
+    for parameter in parameters:  # one at a time, so that the state is there without all gradients ever being so
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        parameter.grad = None
+    ema = None
+    if args.use_ema and (device != "cpu" or not offloaded):  # offloaded, it would be elsewhere
+        ema = EMAWeights([trained], args.ema_decay, offloaded)
+    fused = None
+    if getattr(args, "fused_backward_pass", False):
+        guard = SimpleNamespace(look_at=lambda norm, more=False: None)
+        fused = FusedBackward(SimpleNamespace(optimizer=optimizer), guard)
+
+    def network(*inputs, **options):  # as accelerate wraps it
+        with torch.autocast(device, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+            output = trained(*inputs, **options)
+        return convert_to_fp32(output)
+
+    def update(begin=lambda phase: None):
+        begin("frozen networks")
+        batch = encode(start, cached=False)
+        begin("forward")
+        loss = (script.training_loss(network, schedule, batch, *settings) * batch["weight"]).sum()
+        begin("backward")
+        if fused:
+            fused.begin(loss)
+        loss.backward()
+        begin("update")
+        if not fused:
+            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.step(torch.zeros((), device=device))
+
+    return update
+
+
+def _script_name(family, adapted):
+    return "_".join(filter(None, ["train_text_to_image", "lora" if adapted else "", SCRIPTS[family]]))
+
+
+def _script(family, adapted, switches):
+    """The module of a script, and its arguments with these switches, which it must take."""
+    script = importlib.import_module(_script_name(family, adapted))
+    base = ["--pretrained_model_name_or_path", family] if family in ("sd", "sdxl") else []
+    if not READING[family]:
+        switches = switches.replace("--cache_text_embeddings", "")
+    return script, script.parse_args([*base, "--train_data_dir", str(ROOT), *switches.split()])
+
+
+def _cast(network, dtype):
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _load(family, adapted, args, size, device):
+    """The trained network, and the frozen ones by name, as the script's `load_models` leaves them."""
+    half = engine.PRECISIONS.get(args.mixed_precision, torch.float32)
+    with torch.device(device):
+        parts = {name: make() for name, make in models.networks(family, size).items()}
+    trained = parts.pop("trained").train()
+    for name, network in parts.items():
+        network.requires_grad_(False).eval()
+        if (family, name) != ("sdxl", "vae"):  # the script says why
+            _cast(network, half)
+    if family == "prior":
+        torch.nn.init.ones_(trained.clip_std)
+    if adapted:
+        _cast(trained, half)
+        layers = lora.UNET_LAYERS + (lora.ADDED_KV_LAYERS if family == "decoder" else [])
+        lora.add_adapter(trained, layers, args.rank)
+    elif args.full_bf16:
+        to_bfloat16(trained)
+    if args.gradient_checkpointing and family == "prior":
+        engine.checkpoint_blocks(trained.transformer_blocks)
+    elif args.gradient_checkpointing:
+        trained.enable_gradient_checkpointing()
+    return trained, parts
+
+
+def _batch(family, count, resolution, trained, frozen, device):
+    """What the data workers make of pictures and captions: zeros, of the shapes of `count` samples."""
+
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(count, *shape, dtype=dtype, device=device)
+
+    batch = {"timestep": zeros(dtype=torch.long), "weight": zeros()}
+    for name, key in zip(READING[family], ("tokens", "tokens_2")):
+        batch[key] = zeros(frozen[name].config.max_position_embeddings, dtype=torch.long)
+    if family in ("prior", "decoder"):
+        batch["clip_pixels"] = zeros(3, 224, 224)
+    if family == "prior":
+        return batch | {"noise": zeros(trained.config.embedding_dim), "token_mask": zeros(models.TOKENS).bool()}
+    if family == "sdxl":
+        batch |= {"time_ids": zeros(6), "caption_given": zeros()}
+    noise = {name: zeros(4, resolution // 8, resolution // 8) for name in ("noise", "latent_noise")}
+    return batch | noise | {"pixels": zeros(3, resolution, resolution)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def count(family):
+    """Millions of parameters, {network: number}."""
+    with torch.device("meta"):
+        made = {name: make() for name, make in models.networks(family, "real").items()}
+    return {name: sum(weight.numel() for weight in network.parameters()) / 1e6 for name, network in made.items()}
+
+
+def card(peak):
+    """The smallest of the usual cards, in GiB, that holds a peak in bytes and the margin; None where none does."""
+    return next((size for size in CARDS if peak + MARGIN <= size * GIB), None)
+
+
+def missed(rows):
+    """What is missed of the goals, a list of sentences."""
+    sentences = []
+    for family, goal in GOALS.items():
+        peaks = [row["peak"] for row in rows if (row["family"], row["lora"], row["batch"]) == (family, False, 1)]
+        beyond = (min(peaks) + MARGIN) / GIB - goal
+        if beyond > 0:
+            sentences.append(f"{family}, every weight, batch 1: {beyond:.2f} GiB above {goal}, the margin included")
+    return sentences
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="numbers of pictures in a batch")
+    parser.add_argument("--json", help="file for the figures, in bytes")
+    parser.add_argument("--check", action="store_true", help="are the goals met? sd and sdxl, every weight, batch 1")
+    parser.add_argument("--measure", action="store_true", help="make each update for real too, on a CUDA GPU")
+    args = parser.parse_args(argv)
+    if args.measure and not torch.cuda.is_available():
+        parser.error("--measure needs a CUDA GPU")
+    print(f"Peak memory in GiB, computed; a card must hold {MARGIN / GIB:g} GiB more, a convention.")
+    rows, last = [], " measured |" if args.measure else ""
+    for family in GOALS if args.check else args.family:
+        sizes = [f"{name} {number:.0f} ({PUBLISHED[family][name]})" for name, number in count(family).items()]
+        print(f"\n{family}, millions of parameters (and as published): {', '.join(sizes)}")
+        tables = [
+            (adapted, resolution, batch)
+            for adapted in ([False] if args.check else [False, True])
+            for resolution in RESOLUTIONS[family]
+            for batch in ([1] if args.check else args.batch)
+        ]
+        for adapted, resolution, batch in tables:
+            print(f"\n### {_script_name(family, adapted)}.py, {resolution} px, batch {batch}\n")
+            print(f"| switches | between updates | peak | when | card |{last}")
+            print(f"|:--|--:|--:|:--|--:|{'--:|' if last else ''}")
+            for switches in ADAPTERS if adapted else EVERY_WEIGHT:
+                setting = (family, adapted, switches, batch, resolution)
+                row = dict(zip(("family", "lora", "switches", "batch", "resolution"), setting)) | account(*setting)
+                row["card"] = card(row["peak"])
+                cells = [f"`{switches}`" if switches else "", f"{row['resident'] / GIB:.2f}"]
+                cells += [f"{row['peak'] / GIB:.2f}", row["phase"], str(row["card"])]
+                if args.measure:
+                    row["measured"] = measure(*setting)
+                    cells.append(f"{row['measured'] / GIB:.2f}" if row["measured"] else "does not fit")
+                print(f"| {' | '.join(cells)} |", flush=True)
+                rows.append(row)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    sentences = missed(rows) if args.check else []
+    if args.check:
+        print("\n" + ("\n".join(sentences) or "the goals are met"))
+    return 1 if sentences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
