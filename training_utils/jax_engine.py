@@ -443,17 +443,16 @@ class Encoder:
             result.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         return result.hexdigest()
 
-    def over_arrays(self, params, batch_size, mesh):
-        """The same from and to host memory for at most `batch_size` samples a device, as `cache.fill` takes it."""
+    def over_arrays(self, params, size, mesh):
+        """The same from and to host memory for at most `size` samples a device, as `cache.fill` takes it."""
         params = on_every_device(params, mesh)
 
         def encoded(batch):
-            count = len(batch[self.name])
-            filled = np.resize(batch[self.name], (mesh.size * batch_size, *batch[self.name].shape[1:]))
-            filled = _narrow({self.name: filled.reshape(mesh.size, 1, batch_size, *filled.shape[1:])})
-            made = jax.device_get(self(params, split_over_devices(filled, mesh)))
+            inputs = batch[self.name]
+            filled = np.resize(inputs, (mesh.size, 1, size, *inputs.shape[1:]))  # with samples that stand there again
+            made = jax.device_get(self(params, split_over_devices(_narrow({self.name: filled}), mesh)))
             return {
-                name: (str(array.dtype), array.reshape(-1, *array.shape[3:])[:count].astype(np.float32))
+                name: (str(array.dtype), array.reshape(-1, *array.shape[3:])[: len(inputs)].astype(np.float32))
                 for name, array in made.items()
             }
 
@@ -475,16 +474,18 @@ def keep_pictures(root, sets, batch_size, mesh, encoder, params, settings, crops
     Raises UserError.
     """
     identity = {"networks": ["jax", encoder.digest(params)], "settings": settings}
-    store, encode = cache.Store(root, "pictures", identity), encoder.over_arrays(params, batch_size, mesh)
-    cache.keep_pictures(store, sets, encode, _team(), batch_size * mesh.size, crops or 1)
+    store, size = cache.Store(root, "pictures", identity), _turn_size(batch_size)
+    encode = encoder.over_arrays(params, size, mesh)
+    cache.keep_pictures(store, sets, encode, _team(), size * mesh.size, crops or 1)
 
 
 def keep_captions(root, sets, batch_size, mesh, encoder, params, empty):
     """Run the text encoder once for every caption of some data.Samples, and for the empty one where it is `empty` that
     is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
-    store = cache.Store(root, "captions", {"networks": ["jax", encoder.digest(params)]})
-    encode = encoder.over_arrays(params, batch_size, mesh)
-    cache.keep_captions(store, sets, encode, _team(), batch_size * mesh.size, empty)
+    identity = {"networks": ["jax", encoder.digest(params)]}
+    store, size = cache.Store(root, "captions", identity), _turn_size(batch_size)
+    encode = encoder.over_arrays(params, size, mesh)
+    cache.keep_captions(store, sets, encode, _team(), size * mesh.size, empty)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
