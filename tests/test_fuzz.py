@@ -72,7 +72,7 @@ def try_command_lines(run, tmp_path, monkeypatch, count):
     def check(words):
         out = tmp_path / str(sum(seen.values()))
         try:
-            assert run(out, "--max_train_steps", "2", "--encoding_cache_dir", tmp_path / "kept", *words) == 0
+            assert run(out, "--max_train_steps", "2", "--encoding_cache_dir", tmp_path / "cache", *words) == 0
             seen["trained"] += 1
         except SystemExit as refused:  # by the command line's parser
             assert refused.code == 2
