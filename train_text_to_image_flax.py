@@ -387,8 +387,8 @@ def main(argv=None):
 
     prompts = args.validation_prompts or []
     grids = []  # the last one that this run drew
-    about_noise = dict(unet=unet, schedule=schedule, scaling_factor=vae.config.scaling_factor)
-    evaluate = engine.over_devices(partial(held_out_step, **about_noise), in_axes=(None, 0))
+    objective = dict(unet=unet, schedule=schedule, scaling_factor=vae.config.scaling_factor)
+    evaluate = engine.over_devices(partial(held_out_step, **objective), in_axes=(None, 0))
 
     def result_weights():
         """The weights that would be saved now."""
@@ -430,7 +430,7 @@ def main(argv=None):
     step = engine.over_devices(
         partial(
             train_step,
-            **about_noise,
+            **objective,
             optimizer=optimizer,
             snr_gamma=args.snr_gamma,
             max_grad_norm=args.max_grad_norm,

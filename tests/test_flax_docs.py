@@ -27,7 +27,7 @@ def test_install(line):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) == 2 and len(bash_commands(PAGE, "pip install")) == 3
+    assert len(COMMANDS) == 3 and len(bash_commands(PAGE, "pip install")) == 3
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,16 @@ def test_train(my_model):
     assert (my_model / "my_model" / "validation" / "step-000002.png").exists()
 
 
+def test_caches(sd, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = on_tiny_models(COMMANDS[1], sd, None, None, pictures, tmp_path / "out")
+    with compiled_once():
+        assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
+    assert len(list((tmp_path / "encodings").iterdir())) == 2
+
+
 def test_continue(my_model, sd, pictures):
-    words = on_tiny_models(COMMANDS[1], sd, None, None, pictures, my_model / "my_model")
+    words = on_tiny_models(COMMANDS[2], sd, None, None, pictures, my_model / "my_model")
     with compiled_once():
         assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
 

@@ -387,28 +387,25 @@ def in_turn(params, inputs, turns, *, encode, network):
     `encode(network, batch)` gives it for arrays (B, ...), the network being a function with its parameters bound. It
     runs micro-batch by micro-batch, but on a CPU sample by sample: no slower so, and the bits of a sample do not
     depend on those beside it, as in a batch they do. What a cache holds is therefore exactly what a run without it
-    computes. `turns` is how often it runs, an argument since XLA inlines a loop that it knows to turn once, and then
-    rounds otherwise.
+    computes. `turns`, how many samples there are, is an argument for that: XLA inlines a loop that it knows to turn
+    once, and rounds otherwise there. (Elsewhere the host would have to wait for a loop of unknown length.)
     """
     apply = partial(network.apply, {"params": params})
+    if jax.default_backend() != "cpu":
+        return jax.lax.map(partial(encode, apply), inputs)
     lead = next(iter(inputs.values())).shape[:2]
-    size = _turn_size(lead[1])
-    inputs = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[2:]), inputs)
+    samples = jax.tree.map(lambda array: array.reshape(-1, 1, *array.shape[2:]), inputs)
 
     def one(turn):
-        return encode(apply, jax.tree.map(lambda array: array[turn], inputs))
+        return encode(apply, jax.tree.map(lambda array: array[turn], samples))
 
     def put(turn, made):
-        return jax.tree.map(lambda whole, part: whole.at[turn].set(part), made, one(turn))
+        return jax.tree.map(lambda whole, part: whole.at[turn].set(part[0]), made, one(turn))
 
-    count = lead[0] * lead[1] // size
-    made = jax.tree.map(lambda like: jnp.zeros((count, *like.shape), like.dtype), jax.eval_shape(one, 0))
+    like = jax.eval_shape(one, 0)
+    made = jax.tree.map(lambda array: jnp.zeros((lead[0] * lead[1], *array.shape[1:]), array.dtype), like)
     made = jax.lax.fori_loop(0, turns, put, made)
-    return jax.tree.map(lambda array: array.reshape(*lead, *array.shape[2:]), made)
-
-
-def _turn_size(batch_size):
-    return 1 if jax.default_backend() == "cpu" else batch_size
+    return jax.tree.map(lambda array: array.reshape(*lead, *array.shape[1:]), made)
 
 
 class Encoder:
@@ -425,8 +422,7 @@ class Encoder:
     def __call__(self, params, batch):
         rest = dict(batch)
         inputs = rest.pop(self.name)
-        turns = inputs.shape[1] * inputs.shape[2] // _turn_size(inputs.shape[2])
-        return rest | self.run(params, {self.name: inputs}, np.int32(turns))
+        return rest | self.run(params, {self.name: inputs}, np.int32(inputs.shape[1] * inputs.shape[2]))
 
     def digest(self, params):
         """SHA-256 of the network's configuration, type and parameters, numpy arrays."""
@@ -439,21 +435,25 @@ class Encoder:
             result.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         return result.hexdigest()
 
-    def over_arrays(self, params, batch_size, mesh):
-        """The same from and to host memory for at most `batch_size` samples a device, as `cache.fill` takes it."""
+    def over_arrays(self, params, size, mesh):
+        """The same from and to host memory for at most `size` samples a device, as `cache.fill` takes it."""
         params = on_every_device(params, mesh)
 
         def encoded(batch):
-            count = len(batch[self.name])
-            filled = np.resize(batch[self.name], (mesh.size * batch_size, *batch[self.name].shape[1:]))
-            filled = _narrow({self.name: filled.reshape(mesh.size, 1, batch_size, *filled.shape[1:])})
-            made = jax.device_get(self(params, split_over_devices(filled, mesh)))
+            inputs = batch[self.name]
+            filled = np.resize(inputs, (mesh.size, 1, size, *inputs.shape[1:]))  # with samples that stand there again
+            made = jax.device_get(self(params, split_over_devices(_narrow({self.name: filled}), mesh)))
             return {
-                name: (str(array.dtype), array.reshape(-1, *array.shape[3:])[:count].astype(np.float32))
+                name: (str(array.dtype), array.reshape(-1, *array.shape[3:])[: len(inputs)].astype(np.float32))
                 for name, array in made.items()
             }
 
         return encoded
+
+
+def _together(batch_size):
+    """How many samples a device encodes at once while a cache is filled."""
+    return 1 if jax.default_backend() == "cpu" else batch_size
 
 
 def _team():
@@ -471,16 +471,18 @@ def keep_pictures(root, sets, batch_size, mesh, encoder, params, settings, crops
     Raises UserError.
     """
     identity = {"networks": ["jax", encoder.digest(params)], "settings": settings}
-    store, encode = cache.Store(root, "pictures", identity), encoder.over_arrays(params, batch_size, mesh)
-    cache.keep_pictures(store, sets, encode, _team(), batch_size * mesh.size, crops or 1)
+    store, size = cache.Store(root, "pictures", identity), _together(batch_size)
+    encode = encoder.over_arrays(params, size, mesh)
+    cache.keep_pictures(store, sets, encode, _team(), size * mesh.size, crops or 1)
 
 
 def keep_captions(root, sets, batch_size, mesh, encoder, params, empty):
     """Run the text encoder once for every caption of some data.Samples, and for the empty one where it is `empty` that
     is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
-    store = cache.Store(root, "captions", {"networks": ["jax", encoder.digest(params)]})
-    encode = encoder.over_arrays(params, batch_size, mesh)
-    cache.keep_captions(store, sets, encode, _team(), batch_size * mesh.size, empty)
+    identity = {"networks": ["jax", encoder.digest(params)]}
+    store, size = cache.Store(root, "captions", identity), _together(batch_size)
+    encode = encoder.over_arrays(params, size, mesh)
+    cache.keep_captions(store, sets, encode, _team(), size * mesh.size, empty)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
