@@ -147,7 +147,9 @@ def _launcher():
     if precision is None:
         return ["torchrun", "--nproc_per_node", processes] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
     several = ["--multi_gpu", "--num_processes", processes] if processes != "1" else []
-    return ["accelerate", "launch", *several, "--mixed_precision", precision]
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower()
+    compiled = ["--dynamo_backend", backend] if backend != "no" else []
+    return ["accelerate", "launch", *several, "--mixed_precision", precision, *compiled]
 
 
 def announce(parameters, updates, total, state):

@@ -1,0 +1,90 @@
+"""torch.compile, switched on where accelerate is launched: the same run, saved under the same names."""
+
+import shutil
+import sys
+
+import pytest
+from conftest import KANDINSKY, relative_difference, result_bytes
+from tiny import write_pictures
+from torch._dynamo.utils import counters
+
+from training_utils import reporting
+
+
+@pytest.fixture(scope="module")
+def nine(tmp_path_factory):
+    """Nine pictures: windows of four, four and one."""
+    return write_pictures(tmp_path_factory.mktemp("nine") / "train", 9)
+
+
+def compiled(run, monkeypatch, backend, out, *flags):
+    """Run it compiled; returns how many times the network was compiled."""
+    counters.clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        assert run(out, *flags) == 0
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(params=["run_lora", pytest.param("run", marks=pytest.mark.slow)])
+def first(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_a_compiled_run(first, tmp_path, monkeypatch, nine):
+    """Traced and not made faster, it trains to the same bits, with checkpoints and averages that either kind of run
+    reads; the odd window at the end of each epoch is compiled once, and the looks at the run not at all."""
+    shared = ["--train_data_dir", nine, "--use_ema", "--checkpointing_steps", "2", "--validation_steps", "2"]
+    looks = ["--validation_split", "0", "--validation_num_inference_steps", "1"]
+    prompt = "--validation_prompts" if first.script == "train_text_to_image" else "--validation_prompt"
+    first(tmp_path / "plain", *shared)
+    times = compiled(first, monkeypatch, "eager", tmp_path / "compiled", *shared, *looks, prompt, "a handwritten one")
+    assert times <= 3
+    assert result_bytes(tmp_path / "compiled") == result_bytes(tmp_path / "plain")
+    for folder in (tmp_path / "plain", tmp_path / "compiled"):
+        names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert not any("_orig_mod" in name for name in names)
+    shutil.copytree(tmp_path / "compiled" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    first(tmp_path / "cut", *shared, "--resume_from_checkpoint", "latest")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "plain")
+
+
+LESS = ["--full_bf16", "--fused_backward_pass", "--max_grad_norm", "0", "--gradient_checkpointing"]
+SLOW = {name: ["--use_ema"] for name in ["run_sdxl", "run_lora_sdxl", *KANDINSKY]} | {"run": LESS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_every_script_compiled(request, name, tmp_path, monkeypatch, nine):
+    run = request.getfixturevalue(name)
+    flags = ["--train_data_dir", nine, *SLOW[name], "--checkpointing_steps", "2"]
+    run(tmp_path / "plain", *flags)
+    assert compiled(run, monkeypatch, "aot_eager", tmp_path / "compiled", *flags) <= 3
+    assert relative_difference(tmp_path / "compiled", tmp_path / "plain") < (1e-2 if name == "run" else 1e-4)
+    shutil.copytree(tmp_path / "compiled" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    compiled(run, monkeypatch, "aot_eager", tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
+    assert relative_difference(tmp_path / "cut", tmp_path / "compiled") < (1e-2 if name == "run" else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run", "run_lora", "run_prior"])
+def test_compiled_by_inductor(request, name, tmp_path, monkeypatch, nine):
+    """As a user does it. Its kernels round in their own way."""
+    run = request.getfixturevalue(name)
+    flags = ["--train_data_dir", nine, "--use_ema", "--checkpointing_steps", "3"]
+    run(tmp_path / "plain", *flags)
+    assert compiled(run, monkeypatch, "inductor", tmp_path / "compiled", *flags) <= 3
+    assert relative_difference(tmp_path / "compiled", tmp_path / "plain") < 1e-3
+    shutil.copytree(tmp_path / "compiled" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
+    compiled(run, monkeypatch, "inductor", tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
+    assert relative_difference(tmp_path / "cut", tmp_path / "compiled") < 1e-3
+
+
+def test_the_command_that_continues_compiles_too(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert "--mixed_precision no --dynamo_backend inductor train.py" in reporting.resume_command([])
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert "dynamo" not in reporting.resume_command([])
