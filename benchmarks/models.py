@@ -76,7 +76,7 @@ DECODER = {
         image=(1664, 48, 16),
     ),
     "mid": dict(
-        resolution=256, unet=(96, 192, 320, 384), head=64, cross=192, movq=(32, 64, 64, 128), image=(140, 48, 1)
+        resolution=256, unet=(96, 192, 320, 384), head=64, cross=192, movq=(32, 64, 64, 128), image=(148, 48, 1)
     ),
     "tiny": dict(resolution=128, unet=(32, 32, 32, 32), head=16, cross=16, movq=(32, 32, 32, 32), image=(16, 2, 2)),
 }
