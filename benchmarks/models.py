@@ -49,7 +49,8 @@ TOKENS = 77
 VOCABULARY = {"real": 49408}  # elsewhere what the tokenizer has
 
 # Widths of the levels; (width, layers, heads) of the encoders; of the UNets the number of heads, or their width. The
-# mid-size models have fewer heads and not narrower ones, as there would be as much softmax else as in the released.
+# mid-size models have fewer heads and not narrower ones: the softmax, whose cost goes by the number of heads, would
+# else shrink less than the rest.
 SD = {
     "real": dict(
         resolution=512, unet=(320, 640, 1280, 1280), heads=8, vae=(128, 256, 512, 512), text=(768, 12, 12), groups=32
