@@ -49,7 +49,8 @@ TOKENS = 77
 VOCABULARY = {"real": 49408}  # elsewhere what the tokenizer has
 
 # Widths of the levels; (width, layers, heads) of the encoders; of the UNets the number of heads, or their width. The
-# mid-size models have fewer heads and not narrower ones, as there would be as much softmax else as in the released.
+# mid-size models have fewer heads and not narrower ones: the softmax, whose cost goes by the number of heads, would
+# else shrink less than the rest.
 SD = {
     "real": dict(
         resolution=512, unet=(320, 640, 1280, 1280), heads=8, vae=(128, 256, 512, 512), text=(768, 12, 12), groups=32
@@ -76,7 +77,7 @@ DECODER = {
         image=(1664, 48, 16),
     ),
     "mid": dict(
-        resolution=256, unet=(96, 192, 320, 384), head=64, cross=192, movq=(32, 64, 64, 128), image=(140, 48, 1)
+        resolution=256, unet=(96, 192, 320, 384), head=64, cross=192, movq=(32, 64, 64, 128), image=(148, 48, 1)
     ),
     "tiny": dict(resolution=128, unet=(32, 32, 32, 32), head=16, cross=16, movq=(32, 32, 32, 32), image=(16, 2, 2)),
 }

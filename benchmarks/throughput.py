@@ -8,7 +8,8 @@ Every run is a process that calls a script's real `main` with a real command lin
 pictures that are made here. Runs of a family take turns, a few updates each, so that whatever else the machine does
 meets all of them; what is reported are medians over the turns, and of ratios the median ratio within a turn. "outside"
 is the share of a step's time beyond forward, backward and update of the same network, in the same process and turn, on
-tensors that are ready.
+tensors that are ready. On a CPU, peak memory is that of the whole process, libraries included, in further runs of two
+updates whose allocator gives back at once what is free.
 """
 
 import argparse
@@ -54,6 +55,8 @@ SCRIPTS = {
 CACHES = {family: ["--cache_latents", "--cache_text_embeddings"] for family in FAMILIES} | {
     "decoder": ["--cache_latents"]  # whose script reads no captions
 }
+# Has glibc give memory back at once, which is slower; else what is free but kept counts as memory of the process.
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 # Dense bfloat16 on tensor cores with float32 sums, in TFLOP/s, from the makers' data sheets.
 PEAKS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "A10": 125, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
 
@@ -125,12 +128,9 @@ def _offers(script, flag):
 class Child:
     """A process of run_script.py; its answers are dicts. Raises RuntimeError where it fails."""
 
-    def __init__(self, kind, run, argv, folder, threads):
+    def __init__(self, kind, run, argv, folder, environment):
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
-        settings = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        if run.compiled:
-            settings["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "benchmarks" / "run_script.py"), kind, run.script, *argv],
@@ -139,7 +139,7 @@ class Child:
                 stderr=log,
                 text=True,
                 cwd=ROOT,
-                env=os.environ | settings,
+                env=os.environ | environment,
             )
 
     def __enter__(self):
@@ -184,7 +184,7 @@ class Bench:
         self.pictures = {"tiny": 8, "mid": 24, "real": 128}[size]
         models.write_pictures(folder / "pictures", self.shape["resolution"], self.pictures)
 
-    def child(self, kind, run):
+    def child(self, kind, run, environment=None):
         out = self.folder / f"{kind} {run.name}".replace(" ", "-")
         words = f"--train_batch_size {run.batch} --max_train_steps 1000000 --learning_rate 1e-5 --seed 1"
         words += f" --resolution {self.shape['resolution']} --report_to none --checkpointing_steps 0"
@@ -197,12 +197,15 @@ class Bench:
             argv += ["--encoding_cache_dir", str(self.folder / "cache")]
         if self.device != "cpu":
             argv += ["--dataloader_num_workers", str(min(8, self.threads))]
-        return Child(kind, run, argv, out, self.threads)
+        settings = {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        if run.compiled:
+            settings["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
+        return Child(kind, run, argv, out, settings | (environment or {}))
 
-    def take_turns(self, runs, repeats):
+    def take_turns(self, runs, repeats, environment=None):
         """Start these runs at once, and let each make its updates in turn."""
         with ExitStack() as stack:
-            pairs = [(run, stack.enter_context(self.child("updates", run))) for run in runs]
+            pairs = [(run, stack.enter_context(self.child("updates", run, environment))) for run in runs]
             _each(pairs, lambda run, child: child.answer())  # warmed up
             for _ in range(repeats):
                 _each(pairs, self.turn)
@@ -221,6 +224,9 @@ class Bench:
             some = [run for run in runs if run.kind == kind]
             if self.device == "cpu":
                 self.take_turns(some, self.repeats)
+                for run in some:
+                    run.peak = 0
+                self.take_turns(some, 0, EXACT_MEMORY)
             else:  # whose memory may hold but one
                 for _ in range(self.repeats):
                     for run in some:
