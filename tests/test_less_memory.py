@@ -159,6 +159,17 @@ def test_a_mean_of_squares_can_fall():
     assert state["exp_avg_sq"].double().mean() == pytest.approx(1e-3 * 0.999**500, rel=0.02)
 
 
+def test_a_weight_in_bfloat16_keeps_the_hooks_of_its_gradient():
+    """Through them DistributedDataParallel adds up the processes' gradients; they hang on the graph's last node."""
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    node = weight.view_as(weight).grad_fn.next_functions[0][0]
+    optimizer = engine.make_optimizer("adamw", [weight], 1e-2, (0.9, 0.999), 0.0, 1e-8, rounding_seed=lambda index: 0)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert weight.view_as(weight).grad_fn.next_functions[0][0] is node and (weight != 1).any()
+    assert list(optimizer.state) == [weight] and optimizer.param_groups[0]["params"] == [weight]
+
+
 def test_full_bf16(full, tmp_path):
     """Trains like float32 to within rounding, is the same during the backward pass, and saves what it trained."""
     looks = ["--validation_split", "0.2", *TRACKED, "--use_ema", "--ema_decay", "0.9"]

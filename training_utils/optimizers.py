@@ -64,19 +64,20 @@ class StochasticRounding:
         (group,) = self.param_groups
         for parameter in group["params"]:
             if parameter.grad is not None:
-                with alone(self, parameter):
-                    self._step_in_float32(parameter)
+                self._step_in_float32(parameter)
 
     @torch.no_grad()
     def _step_in_float32(self, parameter):
-        state, weight, gradient = self.state[parameter], parameter.data, parameter.grad
-        parameter.data, parameter.grad = weight.float(), gradient.float()
-        for name in state.keys() & HALVED:
-            state[name] = state[name].float()
-        super().step()
+        # A stand-in: a weight that changed its type for a moment would lose the hooks of DistributedDataParallel.
+        exact = torch.nn.Parameter(parameter.float())
+        exact.grad = parameter.grad.float()
+        state = self.state.pop(parameter, {})
+        self.state[exact] = {name: value.float() if name in HALVED else value for name, value in state.items()}
+        with alone(self, exact):
+            super().step()
         generator = self.generator.manual_seed(self.rounding_seed(self.index[parameter]))
-        round_stochastically(parameter.data, weight, generator)
-        parameter.data, parameter.grad = weight, gradient
+        round_stochastically(exact.data, parameter, generator)
+        state = self.state[parameter] = self.state.pop(exact)
         for name in sorted(state.keys() & HALVED):
             half = torch.empty_like(state[name], dtype=torch.bfloat16)
             round_stochastically(state[name], half, generator)
@@ -94,7 +95,8 @@ class FusedBackward:
     So the gradients, as large as the weights, are never all in memory (Lv et al. 2023, "Full parameter fine-tuning for
     large language models with limited resources", arXiv 2306.09782). The update of a weight is the optimizer's own, on
     that weight alone: with AdamW the same to the bit as after the backward pass. Nothing can be clipped, since weights
-    have moved before the whole norm is known.
+    have moved before the whole norm is known. Of a network that torch.compile made one graph of, the gradients come
+    all at once, and nothing is saved.
 
     `guard`, an engine.FiniteGuard, is shown the loss before the backward pass and then each gradient. From the first
     one on that is not finite no weight moves; those that moved before it in the same backward pass, with finite
