@@ -5,6 +5,7 @@ names the content that an entry was made of, and the store's folder the networks
 changed is not found, and is made anew. Nothing here needs torch.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -101,7 +102,10 @@ class Store:
         """The entry of a key, a dict of float32 arrays."""
         path, row = self.places[key]
         if path not in self._open:
-            self._open[path] = safe_open(path, framework="np")
+            try:
+                self._open[path] = safe_open(path, framework="np")
+            except (OSError, SafetensorError) as error:  # taken away or overwritten since the run began
+                raise UserError(f"{path} cannot be read ({reason_of(error)})", exit_code=1, everywhere=False) from None
         kinds = self.shards[path]["kinds"]
         return {name: _unpack(self._open[path].get_slice(name)[row], kind) for name, kind in kinds.items()}
 
@@ -138,8 +142,9 @@ class Store:
     def clear_left_overs(self):
         """Take away what killed runs had begun to write."""
         for path in self.folder.glob("*.unfinished"):
-            if time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another run has just finished it
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink(missing_ok=True)
 
 
 def _header(path):
@@ -224,7 +229,7 @@ def fill(store, wanted, make, encode, team, batch_size, what):
         mine = missing[rank::world]
         if mine and rank == 0:
             say(f"running the frozen networks once: {len(missing):,} {what}, kept in {store.folder}")
-        failed = _encode(store, mine, wanted, make, encode, batch_size, team.threads, what)
+        failed = _encode(store, mine, len(missing), wanted, make, encode, batch_size, team.threads, what)
         unusable |= dict(team.gather(list(failed.items())))
         store.look()
     unseen = sum(key not in store and key not in unusable for key in wanted)
@@ -233,8 +238,9 @@ def fill(store, wanted, make, encode, team, batch_size, what):
     return unusable
 
 
-def _encode(store, keys, wanted, make, encode, batch_size, threads, what):
-    """Make and write the entries of some keys. Returns what could not be made, {key: sentence}."""
+def _encode(store, keys, total, wanted, make, encode, batch_size, threads, what):
+    """Make and write the entries of some keys, of the `total` that all processes write. Returns what could not be
+    made, {key: sentence}."""
     failed, kept, began = {}, [], time.monotonic()
 
     def good():
@@ -278,7 +284,7 @@ def _encode(store, keys, wanted, make, encode, batch_size, threads, what):
             kept.append((names, arrays))
             size += sum(array.nbytes // (1 if kind == "float32" else 2) for kind, array in arrays.values())
             if not done:
-                _refuse_a_full_disk(store.folder, size // len(names) * len(keys))
+                _refuse_a_full_disk(store.folder, size // len(names) * total)
             done += len(names)
             if size > SHARD_BYTES or time.monotonic() - began > SHARD_SECONDS:
                 write()
