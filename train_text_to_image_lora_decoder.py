@@ -306,6 +306,7 @@ def main(argv=None):
         frozen.keep_pictures(*keeping, [movq, image_encoder], see, settings, args.cached_crops, blank)
     movq = frozen.settle(movq, accelerator.device, args.cache_latents, prompts)
     image_encoder = frozen.settle(image_encoder, accelerator.device, args.cache_latents, wanted_again=False)
+    frozen.give_back()
     unet.to(accelerator.device)
 
     def encode(batch):

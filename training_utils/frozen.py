@@ -3,10 +3,13 @@
 See cache.py for what is kept and how it is found again.
 """
 
+import ctypes
+import gc
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, suppress
 from functools import wraps
 
 import torch
@@ -60,6 +63,16 @@ def settle(network, device, cached, wanted_again):
     if not cached:
         return network.to(device)
     return network.cpu() if wanted_again else None
+
+
+def give_back():
+    """Let other programs, and later allocations of other sizes, have the memory that networks have left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def digest(network):
