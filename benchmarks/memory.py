@@ -19,6 +19,7 @@ import math
 import sys
 import weakref
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -141,7 +142,7 @@ def cuda_autocast():
     )
 
 
-def account(family, adapted, switches, batch, resolution, size="real", fake=True):
+def account(family, adapted, switches, batch_size, resolution, size="real", fake=True):
     """The memory of an update, in bytes: {"resident", between updates, "peak"}, and the "phase" of the peak.
 
     See `make_update`. What is not `fake` is computed on the CPU.
@@ -150,7 +151,7 @@ def account(family, adapted, switches, batch, resolution, size="real", fake=True
     with ExitStack() as stack:
         for context in (cuda_autocast(), *(_faking() if fake else ()), ledger):
             stack.enter_context(context)
-        update = make_update(family, adapted, switches, batch, resolution, size, "cpu")
+        update = make_update(family, adapted, switches, batch_size, resolution, size, "cpu")
         resident = ledger.now
         ledger.restart()
         update(lambda phase: setattr(ledger, "phase", phase))
@@ -185,39 +186,24 @@ def measure(*setting):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_update(family, adapted, switches, batch, resolution, size="real", device="cpu"):
+def make_update(family, adapted, switches, batch_size, resolution, size="real", device="cpu"):
     """A function that makes an update as the script does; what stays in memory between updates is there already.
 
-    `adapted`: by the LoRA script; `switches`: flags that the script must take; `batch`: number of pictures; `size`: of
-    the networks, as in models.py. The function tells its argument, a function, what it does next.
+    `adapted`: by the LoRA script; `switches`: flags that the script must take; `size`: of the
+    networks, as in models.py. The function tells its argument, a function, what it does next.
     """
     script, args = _script(family, adapted, switches)
     trained, frozen = _load(family, adapted, args, size, device)
     schedule = DDPMScheduler()
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
-    settings = {"sd": [0.18215], "sdxl": [0.13025], "prior": ["statistics"], "decoder": []}[family]
+    settings = {"sd": [0.18215], "sdxl": [0.13025]}.get(family, [])  # scaling factors
     if family == "prior":
         settings = [script.embedding_statistics(trained)]
-
-    work = [("encode_pictures", SEEING[family], args.cache_latents)]
-    if READING[family]:
-        work.append(("encode_captions", READING[family], args.cache_text_embeddings))
-
-    @torch.no_grad()
-    def encode(batch, cached):
-        for function, names, once in work:
-            if once == cached:
-                networks = [frozen[name] for name in names]
-                # Past frozen.encoder's wrapper, which on a CPU takes one sample at a time.
-                encode = getattr(script, function).__wrapped__
-                batch = batch | encode(networks if len(networks) > 1 else networks[0], batch)
-        return batch
-
-    start = encode(_batch(family, batch, resolution, trained, frozen, device), cached=True)
-    for _, names, once in work:
-        if once:
-            for name in names:
-                del frozen[name]
+    cached, others = _encoders(family, script, args, frozen)
+    start = _batch(family, batch_size, resolution, trained, frozen, device)
+    for encode in cached:
+        start |= encode(start)
+    cached = frozen = encode = None  # what nothing else refers to is gone
     if args.cache_latents:
         start = {name: value for name, value in start.items() if not name.endswith("pixels")}
 
@@ -254,7 +240,9 @@ def make_update(family, adapted, switches, batch, resolution, size="real", devic
 
     def update(begin=lambda phase: None):
         begin("frozen networks")
-        batch = encode(start, cached=False)
+        batch = dict(start)
+        for encode in others:
+            batch |= encode(batch)
         begin("forward")
         loss = (script.training_loss(network, schedule, batch, *settings) * batch["weight"]).sum()
         begin("backward")
@@ -293,13 +281,14 @@ def _cast(network, dtype):
 def _load(family, adapted, args, size, device):
     """The trained network, and the frozen ones by name, as the script's `load_models` leaves them."""
     half = engine.PRECISIONS.get(args.mixed_precision, torch.float32)
+    frozen = {}
     with torch.device(device):
-        parts = {name: make() for name, make in models.networks(family, size).items()}
-    trained = parts.pop("trained").train()
-    for name, network in parts.items():
-        network.requires_grad_(False).eval()
-        if (family, name) != ("sdxl", "vae"):  # the script says why
-            _cast(network, half)
+        makers = models.networks(family, size)
+        trained = makers.pop("trained")().train()
+        for name, make in makers.items():
+            frozen[name] = make().requires_grad_(False).eval()
+            if (family, name) != ("sdxl", "vae"):  # which overflows in half precision
+                _cast(frozen[name], half)
     if family == "prior":
         torch.nn.init.ones_(trained.clip_std)
     if adapted:
@@ -312,7 +301,22 @@ def _load(family, adapted, args, size, device):
         engine.checkpoint_blocks(trained.transformer_blocks)
     elif args.gradient_checkpointing:
         trained.enable_gradient_checkpointing()
-    return trained, parts
+    return trained, frozen
+
+
+def _encoders(family, script, args, frozen):
+    """What the frozen networks make of a batch, as functions of it: (those whose output is cached, the others)."""
+
+    def encoder(name, parts):
+        encode = getattr(script, name).__wrapped__  # past frozen.encoder, which on a CPU takes one sample at a time
+        networks = [frozen[part] for part in parts]
+        return torch.no_grad()(partial(encode, networks if len(networks) > 1 else networks[0]))
+
+    made = {True: [], False: []}
+    made[args.cache_latents].append(encoder("encode_pictures", SEEING[family]))
+    if READING[family]:
+        made[args.cache_text_embeddings].append(encoder("encode_captions", READING[family]))
+    return made[True], made[False]
 
 
 def _batch(family, count, resolution, trained, frozen, device):
