@@ -101,7 +101,7 @@ class Run:
 def runs_of(family, device, compiled):
     """The runs of a family, in the order in which they take turns."""
     if device == "cpu":
-        kinds = {"": (4, []), "LoRA": (4, [])}
+        kinds = {"": (8, []), "LoRA": (8, [])}
     else:
         kinds = {
             "": (1, ["--gradient_checkpointing"]) if family == "sdxl" else (8, []),
@@ -181,7 +181,7 @@ class Bench:
         self.shape = models.SHAPES[family][size]
         self.threads = cores()
         self.models = models.write(folder / "model", family, size)
-        self.pictures = {"tiny": 8, "mid": 24, "real": 128}[size]
+        self.pictures = {"tiny": 8, "mid": 48, "real": 128}[size]
         models.write_pictures(folder / "pictures", self.shape["resolution"], self.pictures)
 
     def child(self, kind, run, environment=None):
@@ -510,7 +510,7 @@ def parse_args(argv):
     parser.add_argument("--device", choices=("cpu", "cuda"), help="left out, the GPU where there is one")
     parser.add_argument("--size", choices=("tiny", "mid", "real"), help="left out, mid on a CPU, real on a GPU")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each run")
-    parser.add_argument("--updates", type=int, help="updates in a turn; left out, 2 on a CPU, 20 on a GPU")
+    parser.add_argument("--updates", type=int, help="updates in a turn; left out, 1 on a CPU, 20 on a GPU")
     parser.add_argument(
         "--compiled", action="store_true", help="compiled runs on the CPU too, which take minutes more"
     )
@@ -523,7 +523,7 @@ def parse_args(argv):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     on_cpu = args.device == "cpu"
     args.size = args.size or ("mid" if on_cpu else "real")
-    args.updates = args.updates or (2 if on_cpu else 20)
+    args.updates = args.updates or (1 if on_cpu else 20)
     args.compiled |= not on_cpu
     return args
 

@@ -1,4 +1,4 @@
-"""Every command of the README runs, with a tiny model and few updates in place of a real one and many."""
+"""Every command of the README and of docs/speed.md runs, with a tiny model and few updates in place of a real one and many."""
 
 import importlib
 import re
@@ -43,6 +43,8 @@ def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
         words[at : at + 2] = ["--train_data_dir", pictures]
     words[words.index("--train_data_dir") + 1] = pictures
     words[words.index("--output_dir") + 1] = str(out)
+    if "--cache_latents" in words:
+        words += ["--encoding_cache_dir", str(out / "encodings")]
     if "--aspect_ratio_bucketing" in words:
         words += ["--bucket_reso_steps", "8"]
     if "--validation_prompts" in words or "--validation_prompt" in words:
@@ -52,7 +54,7 @@ def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
 
 COMMANDS = [
     command
-    for command in bash_commands(README, ("accelerate launch", "python train"))
+    for command in bash_commands(README + (ROOT / "docs/speed.md").read_text(), ("accelerate launch", "python train"))
     if not any("flax" in word for word in command)  # tests/test_flax_docs.py runs that
 ]
 SMALLER = ["--max_train_steps", "2", "--resolution", "16", "--report_to", "none", "--checkpointing_steps", "2"]

@@ -295,6 +295,7 @@ def make_optimizer(
     options = {"lr": learning_rate, "weight_decay": weight_decay}
     if name == "adafactor":
         cls = torch.optim.Adafactor
+        options["foreach"] = False  # torch's choice on a GPU, which holds several times the weights for a moment
     else:
         options |= {"betas": betas, "eps": epsilon}
     if name == "adamw":
