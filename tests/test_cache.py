@@ -397,7 +397,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(run, tmp_path, monkeypa
         patch.setattr(cache.os, "fsync", full)
         sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
     assert "No space left on device" in sentence and code == 1
-    assert not list((tmp_path / "kept").rglob("*.*"))
+    assert not list((tmp_path / "kept").rglob("*.unfinished"))
 
 
 def test_a_network_that_overflows_is_said_with_the_picture(run, tmp_path, monkeypatch):
@@ -411,6 +411,30 @@ def test_a_network_that_overflows_is_said_with_the_picture(run, tmp_path, monkey
     monkeypatch.setattr(train_text_to_image, "encode_pictures", overflows)
     sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
     assert "0.png is not finite" in sentence and "--mixed_precision no" in sentence and code == 1
+
+
+def test_a_picture_that_overflows_can_be_skipped(run, tmp_path, monkeypatch):
+    real = train_text_to_image.encode_pictures
+
+    def overflows(vae, batch):
+        made = real(vae, batch)
+        made["latent_mean"][batch["pixels"][:, 0, 0, 0] == first] = torch.inf
+        return made
+
+    first = float(np.asarray(picture(0).crop((2, 0, 18, 16)))[0, 0, 0] / 127.5 - 1)
+    first = torch.tensor(first, dtype=torch.float32)
+    monkeypatch.setattr(train_text_to_image, "encode_pictures", overflows)
+    flags = ["--center_crop", "--on_bad_sample", "skip", *switches(run, tmp_path / "kept")]
+    run(tmp_path / "out", *flags)
+    assert entries(tmp_path / "kept") == 19  # ten captions, and the pictures but one
+
+
+def test_rounds_of_work_leave_nothing_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "ROUND", 3)
+    store, wanted = cache.Store(tmp_path, "pictures", ["rounds"]), {str(number): number for number in range(10)}
+    encode = lambda batch: {"y": ("float32", batch["x"].astype(np.float32)[:, None])}  # noqa: E731
+    cache.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, alone(), 2, "numbers")
+    assert all(store.read(key)["y"] == number for key, number in wanted.items())
 
 
 def test_contradictions(run, run_lora, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/speed.md runs, with a tiny model and few updates in place of a real one and many."""
+"""Every command of the README and of docs/speed.md runs, with a tiny model in place of a real one and few updates."""
 
 import importlib
 import re

@@ -80,7 +80,8 @@ def assign(rows, resolution, smallest, largest, step):
         (f"lose more than {100 * MUCH_CROPPED:g} %, since no bucket is near their shape", lost > MUCH_CROPPED),
         (f"are enlarged more than {MUCH_ENLARGED:g} times to fill their bucket", factor > MUCH_ENLARGED),
     ):
-        names = [rows.name(int(index)) for index in known[which]]
+        indices = known[which]  # only the first ten are named, so only those are read
+        names = [rows.name(int(index)) for index in indices[:10]] + [""] * (len(indices) - 10)
         remarks += [(f"{len(names):,} pictures {what}", names)] if names else []
     return chosen, lines, remarks
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 import zlib
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -28,6 +29,7 @@ from .problems import BadSample
 from .reporting import UserError, _first_process, reason_of, say, warn
 
 FORMAT = 1  # part of every store's identity; raise it when an entry's meaning changes
+ROUND = 500  # entries of a process between two meetings of all, which wait for each other only so long
 SHARD_BYTES, SHARD_SECONDS = 2**27, 60  # a shard is written when either is reached: what a kill can cost
 BLANK = "no picture"
 ABANDONED = 3600  # seconds after which a shard that was never finished is taken away
@@ -115,7 +117,7 @@ class Store:
         about = {"keys": keys, "kinds": {name: kind for name, (kind, _) in arrays.items()}, "crc32": _crc(packed)}
         words = json.dumps(about, sort_keys=True)
         path = self.folder / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.safetensors"
-        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+        unfinished = path.with_suffix(f".{uuid.uuid4().hex}.unfinished")
         try:
             with open(unfinished, "wb") as file:
                 file.write(save(packed, {"about": words}))
@@ -135,9 +137,12 @@ class Store:
             return True
 
     def drop(self, path):
-        """Take a damaged shard away; its entries are made again."""
+        """Take a damaged shard away; its entries are made again. Raises UserError."""
         warn(f"{path} is damaged; what it held is computed again", everywhere=True)
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._not_written(error, exit_code=2) from None
 
     def clear_left_overs(self):
         """Take away what killed runs had begun to write."""
@@ -152,6 +157,8 @@ def _header(path):
     try:
         with safe_open(path, framework="np") as file:
             words = file.metadata()["about"]
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({reason_of(error)})", everywhere=False) from None
     except (OSError, SafetensorError, TypeError, KeyError):
         return None
     return json.loads(words) if hashlib.sha256(words.encode()).hexdigest()[:32] == path.stem else None
@@ -229,8 +236,11 @@ def fill(store, wanted, make, encode, team, batch_size, what):
         mine = missing[rank::world]
         if mine and rank == 0:
             say(f"running the frozen networks once: {len(missing):,} {what}, kept in {store.folder}")
-        failed = _encode(store, mine, len(missing), wanted, make, encode, batch_size, team.threads, what)
-        unusable |= dict(team.gather(list(failed.items())))
+        with _bar(None, what, len(mine)) as bar:
+            for at in range(0, max(team.gather([len(mine)])), ROUND):
+                some = mine[at : at + ROUND]
+                failed = _encode(store, some, len(missing), wanted, make, encode, batch_size, team.threads, bar)
+                unusable |= dict(team.gather(list(failed.items())))
         store.look()
     unseen = sum(key not in store and key not in unusable for key in wanted)
     if unseen:
@@ -238,7 +248,7 @@ def fill(store, wanted, make, encode, team, batch_size, what):
     return unusable
 
 
-def _encode(store, keys, total, wanted, make, encode, batch_size, threads, what):
+def _encode(store, keys, total, wanted, make, encode, batch_size, threads, bar):
     """Make and write the entries of some keys, of the `total` that all processes write. Returns what could not be
     made, {key: sentence}."""
     failed, kept, began = {}, [], time.monotonic()
@@ -272,34 +282,37 @@ def _encode(store, keys, total, wanted, make, encode, batch_size, threads, what)
             store.write(list(chain(*names)), arrays)
         kept.clear()
 
-    with _bar(None, what, len(keys)) as bar:
-        size = done = 0
+    size = done = 0
+    try:
         for batch in batches():
             names = [key for key, _ in batch]
             arrays = encode({name: np.stack([sample[name] for _, sample in batch]) for name in batch[0][1]})
-            for name, (_, array) in arrays.items():
-                if not np.isfinite(array).all():
-                    bad = next(key for key, one in zip(names, array) if not np.isfinite(one).all())
-                    raise _not_finite(name, wanted[bad])
-            kept.append((names, arrays))
+            finite = np.all([[np.isfinite(one).all() for one in array] for _, array in arrays.values()], axis=0)
+            for at in np.flatnonzero(~finite):
+                failed[names[at]] = _not_finite(wanted[names[at]])
+            names = [name for name, good in zip(names, finite) if good]
+            if names:
+                arrays = {name: (kind, array[finite]) for name, (kind, array) in arrays.items()}
+                kept.append((names, arrays))
             size += sum(array.nbytes // (1 if kind == "float32" else 2) for kind, array in arrays.values())
-            if not done:
+            if not done and names:
                 _refuse_a_full_disk(store.folder, size // len(names) * total)
             done += len(names)
             if size > SHARD_BYTES or time.monotonic() - began > SHARD_SECONDS:
                 write()
                 size, began = 0, time.monotonic()
+    finally:  # what was computed is not lost with what cannot be
         write()
     return failed
 
 
-def _not_finite(name, item):
-    return UserError(
-        f"what the frozen networks make of {item} is not finite ({name}); they overflow in half precision: use "
-        "--mixed_precision no, or a model that does not",
-        exit_code=1,
-        everywhere=False,
-    )
+def _not_finite(item):
+    """What to say of an item of which the networks make numbers that are not finite. Raises it as a UserError, unless
+    such samples are to be skipped."""
+    sentence = f"what the frozen networks make of {item} is not finite: they overflow in half precision"
+    if isinstance(item, _View) and item.samples.on_bad_sample == "skip":
+        return sentence
+    raise UserError(f"{sentence}; use --mixed_precision no, or a model that does not", exit_code=1, everywhere=False)
 
 
 def _refuse_a_full_disk(folder, size):
@@ -463,15 +476,6 @@ class Captions:
         return self.store.read(self.key(tokens))
 
 
-@dataclass(frozen=True)
-class _Caption:
-    tokens: dict
-    text: str
-
-    def __str__(self):
-        return f"the caption {self.text!r}"
-
-
 def keep_captions(store, sets, encode, team, batch_size, empty):
     """Let the text encoders read every caption of some data.Samples once, the empty one too where it is `empty` that
     may be asked for, and put what they made of it in `prepare.captions`. For the other arguments see `fill`."""
@@ -481,8 +485,7 @@ def keep_captions(store, sets, encode, team, batch_size, empty):
             texts |= dict.fromkeys(samples.rows.captions(index))
     tokenize, wanted = sets[0].prepare.tokenize, {}
     for text in texts:
-        tokens = tokenize(text)
-        wanted.setdefault(Captions.key(tokens), _Caption(tokens, text))
-    fill(store, wanted, lambda caption: caption.tokens, encode, team, batch_size, "captions")
+        wanted.setdefault(Captions.key(tokenize(text)), text)
+    fill(store, wanted, tokenize, encode, team, batch_size, "captions")
     for samples in sets:
         samples.prepare.captions = Captions(store)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
 
 from . import checkpoints, data, hub, optimizers
 from .data import collate
@@ -72,6 +72,11 @@ def make_accelerator(
         )
     if fused_backward and accelerator.scaler is not None:
         raise UserError("--fused_backward_pass frees gradients that fp16 would scale back first; use bf16 or no")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        import torch._dynamo as dynamo
+
+        # Each size of a batch is compiled by itself, and buckets have more than the eight that torch would compile.
+        dynamo.config.recompile_limit = max(64, dynamo.config.recompile_limit)
     if allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

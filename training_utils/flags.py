@@ -511,7 +511,8 @@ def bucket_limits(args):
 
 def encoding_folder(args):
     """Where the caches of what frozen networks make are."""
-    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    home = os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(caches, "huggingface"))
     return args.encoding_cache_dir or os.path.join(args.cache_dir or home, "text-to-image-encodings")
 
 

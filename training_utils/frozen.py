@@ -7,7 +7,7 @@ import ctypes
 import gc
 import hashlib
 import json
-import os
+import socket
 import sys
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -88,14 +88,17 @@ def digest(network):
 
 
 def _team(accelerator):
-    several = accelerator.num_processes > 1
-    return cache.Team(
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.local_process_index,
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        gather_object if several else lambda items: items,
-    )
+    if accelerator.num_processes == 1:
+        return cache.Team(0, 1, 0, 1, lambda items: items)
+    hosts = gather_object([socket.gethostname()])
+    rank = accelerator.process_index
+    here = [at for at, host in enumerate(hosts) if host == hosts[rank]]
+    return cache.Team(rank, len(hosts), here.index(rank), len(here), gather_object)
+
+
+def _identity(networks, device, settings=None):
+    exactness = [device.type, torch.backends.cuda.matmul.allow_tf32]
+    return {"networks": [digest(network) for network in networks], "settings": settings, "exactness": exactness}
 
 
 def _encoder(encode, device, beside=()):
@@ -121,8 +124,7 @@ def keep_pictures(accelerator, root, sets, batch_size, networks, encode, setting
     is how many are kept of each that is cropped at random, None where none is; `blank` is a sample that stands for no
     picture. Raises UserError.
     """
-    identity = {"networks": [digest(network) for network in networks], "settings": settings}
-    store = cache.Store(root, "pictures", identity)
+    store = cache.Store(root, "pictures", _identity(networks, accelerator.device, settings))
     with visiting(networks, accelerator.device):
         encoder = _encoder(encode, accelerator.device, BESIDE)
         cache.keep_pictures(store, sets, encoder, _team(accelerator), batch_size, crops or 1, blank)
@@ -131,7 +133,7 @@ def keep_pictures(accelerator, root, sets, batch_size, networks, encode, setting
 def keep_captions(accelerator, root, sets, batch_size, networks, encode, empty):
     """Run the text encoders once for every caption of some data.Samples, and for the empty one where it is `empty`
     that is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
-    store = cache.Store(root, "captions", {"networks": [digest(network) for network in networks]})
+    store = cache.Store(root, "captions", _identity(networks, accelerator.device))
     with visiting(networks, accelerator.device):
         encoder = _encoder(encode, accelerator.device)
         cache.keep_captions(store, sets, encoder, _team(accelerator), batch_size, empty)
