@@ -353,6 +353,9 @@ def main(argv=None):
         reporting.tracker_config(flags.public(args)),
     )
 
+    if engine.is_main():
+        checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
+
     def save(state):
         """Write a checkpoint of a RunState. Returns its folder, or None where it could not be written."""
         return checkpoints.save(

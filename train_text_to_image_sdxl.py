@@ -401,6 +401,8 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
+    if accelerator.is_main_process:
+        checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
     reporting.announce(parameters, updates, args.max_train_steps, state)
     guard = engine.FiniteGuard(
         accelerator,

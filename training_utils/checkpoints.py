@@ -24,6 +24,7 @@ from .data import Position
 from .reporting import UserError, reason_of, say, warn
 
 MANIFEST = "manifest.json"
+RUN_FILE = "run.yaml"
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d+)")
 LEFT_OVER = re.compile(r"\.checkpoint-\d+\.(partial|old)")
@@ -125,6 +126,16 @@ def rescue(root, state, about, save_weights):
             where = tempfile.gettempdir()
             raise UserError(f"{what}, nor its weights into {where} ({reason_of(second)})", exit_code=1) from error
         raise UserError(f"{what}; its weights, alone, are in {refuge}", exit_code=1) from error
+
+
+def keep_flags(root, content):
+    """Write run.yaml, the text of a run's flags, into `root`, whole or not at all; a failure is reported."""
+    final, partial = Path(root) / RUN_FILE, Path(root) / f".{RUN_FILE}.partial"
+    try:
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, final)
+    except (OSError, UnicodeEncodeError) as error:  # the latter for a path whose bytes are no text
+        warn(f"{final} could not be written ({reason_of(error)})")
 
 
 def _names(step):

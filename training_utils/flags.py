@@ -136,6 +136,8 @@ BUCKETS = ("Aspect ratios", [
          "smaller ones crop less and make more shapes, whose batches fill less well"),
 ])
 TRAINING = ("Training", [
+    Flag("config", help="file of flags, such as the run.yaml of an earlier run; flags beside it win, and --no_NAME "
+         "takes back one that is true in it"),
     Flag("output_dir", str, None, "folder for the result, the checkpoints, the logs and the validation pictures"),
     Flag("seed", whole(0, 2**62), None, "every draw of the run comes from it; left out, one is drawn and printed"),
     Flag("train_batch_size", whole(1), 16, "pictures per process and micro-step; lower it when memory runs out"),
@@ -286,6 +288,11 @@ MATHEMATICS = frozenset(
     """.split()
 )
 SECRETS = frozenset(["hub_token"])
+ONCE = frozenset("config check_data resume_from_checkpoint local_rank".split())  # not for the run that repeats one
+NOT_IN_A_FILE = {
+    "config": "cannot stand in such a file",
+    "hub_token": "is a secret and a file is read by others; use `hf auth login`, or give it on the command line",
+}
 HANDED_ON = "TRAINING_HUB_TOKEN"  # the environment variable in which `hide_secrets` hands the token on
 
 
@@ -304,10 +311,11 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=36, width=119)
 
 
-def build(description, groups, defaults=None, complete=True):
+def build(description, groups, defaults=None, exit_on_error=True):
     """The parser for `groups`, a list of (title, [Flag]). A value the user did not give is absent from its result.
 
-    With `complete` False no flag is required.
+    That it is required is not looked at here. Each --NAME that is on or off has a --no_NAME, which the help leaves
+    out. Without `exit_on_error` a value that is wrong raises argparse.ArgumentError.
     """
     parser = _Parser(
         usage="%(prog)s [flags]",
@@ -315,6 +323,7 @@ def build(description, groups, defaults=None, complete=True):
         formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,  # an abbreviated --hub_token would not be recognised as a secret
+        exit_on_error=exit_on_error,
     )
     defaults = defaults or {}
     for title, flags in groups:
@@ -327,22 +336,31 @@ def build(description, groups, defaults=None, complete=True):
                 kind["choices"] = flag.choices
             elif flag.kind is not bool:
                 kind["metavar"] = {int: "N", float: "X"}.get(getattr(flag.kind, "kind", flag.kind), "TEXT")
-            required = flag.required and complete
-            section.add_argument(f"--{flag.name}", help=text.replace("%", "%%"), required=required, **kind)
+            section.add_argument(f"--{flag.name}", help=text.replace("%", "%%"), **kind)
+            if flag.kind is bool:
+                hidden = {"action": "store_false", "dest": flag.name, "help": argparse.SUPPRESS}
+                section.add_argument(f"--no_{flag.name}", **hidden)
     return parser
 
 
 def parse(argv, description, groups, defaults=None):
-    """Parse and check a command line. Returns a Namespace; its `given` is the set of flags that the user wrote, its
-    `notices` a list of sentences that the user should see.
+    """Parse and check a command line. Returns a Namespace; its `given` is the set of flags that the user wrote, there
+    or in the file that --config names, its `notices` a list of sentences that the user should see, its `helps` the
+    groups as [(title, {name: help})].
 
     Exits with 2 and one sentence for a wrong flag, a wrong value or flags that contradict each other.
     """
-    words = sys.argv[1:] if argv is None else argv
-    parser = build(description, groups, defaults, complete="--check_data" not in words)  # no model is looked at
+    parser = build(description, groups, defaults)
     given = vars(parser.parse_args(argv))
-    values = {flag.name: flag.default for _, flags in groups for flag in flags} | (defaults or {}) | given
-    args = argparse.Namespace(**values, given=frozenset(given))
+    known = {flag.name: flag for _, flags in groups for flag in flags}
+    if "config" in given:
+        given = _from_file(parser, given["config"], known, build(description, groups, exit_on_error=False)) | given
+    missing = [f"--{name}" for name, flag in known.items() if flag.required and name not in given]
+    if missing and not given.get("check_data"):  # which looks at no model
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    values = {name: flag.default for name, flag in known.items()} | (defaults or {}) | given
+    args = argparse.Namespace(**values, given=frozenset(name for name in given if given[name] is not False))
+    args.helps = [(title, {flag.name: flag.help for flag in flags}) for title, flags in groups]
     if args.hub_token is None:
         args.hub_token = os.environ.get(HANDED_ON)
     if "LOCAL_RANK" in os.environ:
@@ -360,6 +378,41 @@ def parse(argv, description, groups, defaults=None):
     if not (vars(args).get("cache_latents") and _crops_at_random(args)):
         args.cached_crops = None
     return args
+
+
+def _from_file(parser, path, known, values):
+    """The flags that a file gives, {name: value}; exits as the parser does. `values` is one that raises errors."""
+    from . import run_file
+
+    def convert(name, text):
+        try:
+            value = getattr(values.parse_args([f"--{name}={text}"]), name)
+        except argparse.ArgumentError as error:
+            raise ValueError(error.message) from None
+        return value[0] if known[name].nargs else value
+
+    try:
+        return run_file.read(path, known, NOT_IN_A_FILE, convert)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def as_file(args, script, seed):
+    """The text of run.yaml: the values that a run has, but for secrets and what is for once; its seed too."""
+    from . import run_file
+
+    about = [
+        f"The flags of a run of {script}. --config with this file repeats it; flags beside --config win.",
+        "A relative path begins in the folder that the command is called in. A flag that is commented out follows",
+        "from the others, or says nothing beside them.",
+    ]
+    silent = {"max_train_steps"}
+    if args.lr_scheduler == "constant":
+        silent.add("lr_warmup_steps")
+    if not getattr(args, "aspect_ratio_bucketing", False):
+        silent.add("bucket_reso_steps")
+    values = {name: value for name, value in public(args).items() if name not in ONCE} | {"seed": seed}
+    return run_file.text(about, args.helps, values, silent - args.given)
 
 
 def _crops_at_random(args):
@@ -482,7 +535,7 @@ def hide_secrets(args):
 
 def public(args):
     """The settings as a plain dict, without the secrets: what trackers, manifests and model cards may see."""
-    return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given", "notices"}}
+    return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given", "notices", "helps"}}
 
 
 def data_source(args):
