@@ -36,6 +36,7 @@ OURS = {
     "on_bad_sample": (str, "error"),
     "check_data": (bool, False),
     "config": (str, None),
+    "dry_run": (bool, False),
 }
 OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not for JAX, which compiles one shape
     "aspect_ratio_bucketing": (bool, False),

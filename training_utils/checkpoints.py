@@ -54,8 +54,10 @@ def save(root, state, write, about, limit=None, main=True, any_of=lambda failed:
     `write(folder)` writes weights and optimizer state; `about` is a dict for the manifest (JSON values); `main` says
     whether this process is the one that renames; `any_of(failed)` tells whether any process failed, and waits for all.
     A failure to write is reported and leaves the earlier checkpoints as they are. Returns the new folder, or None, in
-    every process alike, where it could not be written.
+    every process alike, where it could not be written or `root` is None.
     """
+    if root is None:  # in a dry run
+        return None
     root = Path(root)
     final, partial, old = (root / name for name in _names(state.step))
 
@@ -344,15 +346,17 @@ def find(root, wanted):
     raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {root} holds {have}")
 
 
-def start(root, wanted, seed, otherwise=None):
+def start(root, wanted, seed, otherwise=None, writes=True):
     """Where a run begins: (checkpoint folder or None, RunState). `wanted` as in `find`; `seed` None takes the
-    checkpoint's; without one it is `otherwise`, or, where that is None too, drawn and printed."""
-    try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
-    except OSError as error:
-        raise UserError(f"--output_dir {root} cannot be written to: {error.strerror}") from None
-    clear_left_overs(root)
+    checkpoint's; without one it is `otherwise`, or, where that is None too, drawn and printed. A run that never
+    `writes` leaves `root` as it is."""
+    if writes:
+        try:
+            Path(root).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=root).close()
+        except OSError as error:
+            raise UserError(f"--output_dir {root} cannot be written to: {error.strerror}") from None
+        clear_left_overs(root)
     folder = find(root, wanted)
     manifest = read_manifest(folder) if folder else None
     if manifest is not None:

@@ -138,6 +138,8 @@ BUCKETS = ("Aspect ratios", [
 TRAINING = ("Training", [
     Flag("config", help="file of flags, such as the run.yaml of an earlier run; flags beside it win, and --no_NAME "
          "takes back one that is true in it"),
+    Flag("dry_run", bool, False, "make a few updates, write nothing, and tell what would be trained, in how much "
+         "memory and how long"),
     Flag("output_dir", str, None, "folder for the result, the checkpoints, the logs and the validation pictures"),
     Flag("seed", whole(0, 2**62), None, "every draw of the run comes from it; left out, one is drawn and printed"),
     Flag("train_batch_size", whole(1), 16, "pictures per process and micro-step; lower it when memory runs out"),
@@ -288,7 +290,7 @@ MATHEMATICS = frozenset(
     """.split()
 )
 SECRETS = frozenset(["hub_token"])
-ONCE = frozenset("config check_data resume_from_checkpoint local_rank".split())  # not for the run that repeats one
+ONCE = frozenset("config check_data dry_run resume_from_checkpoint local_rank".split())  # not in run.yaml
 NOT_IN_A_FILE = {
     "config": "cannot stand in such a file",
     "hub_token": "is a secret and a file is read by others; use `hf auth login`, or give it on the command line",
@@ -375,6 +377,11 @@ def parse(argv, description, groups, defaults=None):
     if getattr(args, "full_bf16", False):
         args.mixed_precision = "bf16"
     args.notices = _notices(args)
+    if args.dry_run:  # look at each update, and leave nothing behind
+        args.logging_steps, args.validation_steps, args.checkpointing_steps = 1, 0, 0
+        args.report_to, args.push_to_hub = "none", False
+        if getattr(args, "cache_latents", False) or getattr(args, "cache_text_embeddings", False):
+            args.dataloader_num_workers = 0  # the frozen networks run where the samples are made
     if not (vars(args).get("cache_latents") and _crops_at_random(args)):
         args.cached_crops = None
     return args
@@ -563,7 +570,9 @@ def bucket_limits(args):
 
 
 def encoding_folder(args):
-    """Where the caches of what frozen networks make are."""
+    """Where the caches of what frozen networks make are; None in a dry run, which keeps nothing."""
+    if args.dry_run:
+        return None
     home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
     return args.encoding_cache_dir or os.path.join(args.cache_dir or home, "text-to-image-encodings")
 
