@@ -817,9 +817,10 @@ def begin_dry_run(batches, samples):
 def report_dry_run(plan, name, trained, frozen):
     """Print what a dry run has found. `plan` is what `dry_run.report` takes first, `name` the network that is trained,
     `trained` the training state, `frozen` the parameters of the other networks, which may lie in host memory."""
-    modules = {
-        module: (sum(array.size for array in jax.tree.leaves(tree)), 0) for module, tree in trained["params"].items()
-    }
+    modules = {}
+    for module, tree in trained["params"].items():
+        top, size = module.split(".")[0], sum(array.size for array in jax.tree.leaves(tree))
+        modules[top] = (modules.get(top, (0, 0))[0] + size, 0)
     memory = {
         "weights that are trained": trained["params"],
         "their gradients": trained["params"],
