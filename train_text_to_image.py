@@ -51,6 +51,7 @@ from training_utils import (  # noqa: E402
     checkpoints,
     data,
     draws,
+    dry_run,
     engine,
     frozen,
     hub,
@@ -243,7 +244,8 @@ def main(argv=None):
     for notice in args.notices:
         warn(notice)
     resume_from, state = engine.from_main(
-        accelerator, lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed)
+        accelerator,
+        lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
     )
     engine.from_main(
         accelerator, lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="StableDiffusionPipeline")
@@ -346,6 +348,8 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
+    if accelerator.is_main_process and not args.dry_run:
+        checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
     reporting.announce(parameters, updates, args.max_train_steps, state)
     guard = engine.FiniteGuard(
         accelerator,
@@ -414,7 +418,10 @@ def main(argv=None):
     dream_p = args.dream_detail_preservation if args.dream_training else None
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    update_loss, stopped_by = 0.0, 0
+    update_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
+    if args.dry_run:
+        batches = engine.begin_dry_run(accelerator, batches, samples, updates)
+        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
         while state.step < args.max_train_steps and not stopped_by:
             batch = next(batches)
@@ -455,6 +462,10 @@ def main(argv=None):
             if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
                 validate()
     progress.close()
+    if args.dry_run:
+        plan = (rows, held_out_rows, updates, planned, progress)
+        engine.report_dry_run(accelerator, plan, {"unet": unet}, [vae, text_encoder], optimizer, ema, fused)
+        return stopped_by and 128 + stopped_by
     if stopped_by:
         engine.finish(accelerator)
         if newest is None:

@@ -62,7 +62,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from flax_diffusion import FlaxDDPMScheduler  # noqa: E402
-from training_utils import checkpoints, data, hub, inspection, losses, reporting  # noqa: E402
+from training_utils import checkpoints, data, dry_run, hub, inspection, losses, reporting  # noqa: E402
 from training_utils import jax_engine as engine  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
@@ -273,7 +273,9 @@ def main(argv=None):
         warn(notice)
     seed = args.seed if "seed" in args.given else None
     resume_from, state = engine.from_main(
-        lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, seed, otherwise=args.seed)
+        lambda: checkpoints.start(
+            args.output_dir, args.resume_from_checkpoint, seed, otherwise=args.seed, writes=not args.dry_run
+        )
     )
     engine.from_main(lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="StableDiffusionPipeline"))
     repository = None
@@ -352,6 +354,9 @@ def main(argv=None):
         args.tracker_project_name,
         reporting.tracker_config(flags.public(args)),
     )
+
+    if engine.is_main() and not args.dry_run:
+        checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
 
     def save(state):
         """Write a checkpoint of a RunState. Returns its folder, or None where it could not be written."""
@@ -442,7 +447,10 @@ def main(argv=None):
     batches = engine.training_batches(samples, updates, state, mesh, args.dataloader_num_workers)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    pace, stopped_by = engine.Pace(), 0
+    pace, stopped_by, planned = engine.Pace(), 0, args.max_train_steps
+    if args.dry_run:
+        batches = engine.begin_dry_run(batches, samples)
+        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
     with Interruption(engine.largest_of_processes(mesh)) as interruption:
         while state.step < args.max_train_steps and not stopped_by:
             rate = np.float32(learning_rate(state.step))
@@ -463,6 +471,10 @@ def main(argv=None):
             if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
                 validate()
     progress.close()
+    if args.dry_run:
+        plan = (rows, held_out_rows, updates, planned, progress)
+        engine.report_dry_run(plan, "unet", trained, frozen)
+        return stopped_by and 128 + stopped_by
     if stopped_by:
         engine.finish(trackers)
         if newest is None:

@@ -35,6 +35,8 @@ OURS = {
     "on_nan": (str, "stop"),
     "on_bad_sample": (str, "error"),
     "check_data": (bool, False),
+    "config": (str, None),
+    "dry_run": (bool, False),
 }
 OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not for JAX, which compiles one shape
     "aspect_ratio_bucketing": (bool, False),
@@ -233,6 +235,8 @@ REFUSED = {
     "--aspect_ratio_bucketing --resolution 32": "--bucket_reso_steps 64 has no multiple from 16 to 32",
     "--aspect_ratio_bucketing --min_bucket_reso 500 --bucket_reso_steps 96": "has no multiple from 500 to 512",
     "--dream_training --input_perturbation 0.1": "use one of them",
+    "--no_such_thing": "there is no flag --no_such_thing",
+    "--no_use_emma": "there is no flag --no_use_emma; did you mean --no_use_ema?",
     "--dream_training --prediction_type v_prediction": "epsilon prediction only",
     "--use_8bit_adam": "pip install bitsandbytes",
     "--use_8bit_adam --optimizer adafactor": "contradicts",

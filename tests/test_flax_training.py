@@ -173,6 +173,25 @@ def test_resumed_equals_uninterrupted_in_bf16(run_flax, tmp_path):
     assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
 
 
+def test_a_run_is_repeated_from_its_file(run_flax, every_draw, tmp_path):
+    """The default seed, which gives way to that of a checkpoint, is as firm as any other in it."""
+    words = ["--config", str(every_draw / "run.yaml"), "--output_dir", str(tmp_path / "again")]
+    assert script.main(words) == 0
+    assert result_bytes(tmp_path / "again") == result_bytes(every_draw)
+    first, second = ((folder / "run.yaml").read_text() for folder in (every_draw, tmp_path / "again"))
+    assert second == first.replace(f"output_dir: {every_draw} ", f"output_dir: {tmp_path / 'again'} ")
+
+
+def test_a_dry_run_leaves_nothing_behind(run_flax, plain, sd, tmp_path, capsys):
+    out, kept = tmp_path / "out", tmp_path / "cache"
+    assert run_flax(out, "--dry_run", *TRACKED, "--cache_latents", "--encoding_cache_dir", kept) == 0
+    assert not out.exists() and not kept.exists()
+    report = capsys.readouterr().out
+    unet = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(sd, subfolder="unet").parameters())
+    assert re.search(rf"parameters of unet +trained +frozen\n(  \w+ +[\d,]+ +0\n)+  in all +{unet:,} +0\n", report)
+    assert "updates     6 of 4 pictures\n" in report and "s an update (2 timed, after the first one)" in report
+
+
 def test_fp16_without_an_accelerator(run_flax, tmp_path):
     sentence, code = run_flax.fails(tmp_path, "--mixed_precision", "fp16")
     assert "--mixed_precision fp16 does not run on this device" in sentence and code == 2

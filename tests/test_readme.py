@@ -24,6 +24,16 @@ def python_snippets(page):
     return re.findall(r"```python\n(.*?)```", page, re.S)
 
 
+def with_the_config(words, out):
+    """The words with the page's YAML for the file that --config names, and room beside it for the tests' own."""
+    (config,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    path = out.with_name("run.yaml")
+    path.write_text(config)
+    words[words.index("--config") + 1] = str(path)
+    ours = ("--pretrained_model_name_or_path", "--train_data_dir", "--output_dir")
+    return words + [word for name in ours if name not in words for word in (name, "")]
+
+
 def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
     """The words after the script's name, with the tests' models, pictures and output folder in place of the page's."""
     script = next(at for at, word in enumerate(command) if word.endswith(".py"))
@@ -31,6 +41,8 @@ def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
     if "--check_data" in words:
         words[words.index("--train_data_dir") + 1] = pictures
         return words
+    if "--config" in words:
+        words = with_the_config(words, out)
     if "--pretrained_model_name_or_path" in words:
         words[words.index("--pretrained_model_name_or_path") + 1] = sdxl if "sdxl" in command[script] else sd
     else:
@@ -47,7 +59,7 @@ def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
         words += ["--encoding_cache_dir", str(out / "encodings")]
     if "--aspect_ratio_bucketing" in words:
         words += ["--bucket_reso_steps", "8"]
-    if "--validation_prompts" in words or "--validation_prompt" in words:
+    if {"--validation_prompts", "--validation_prompt", "--config"} & set(words):
         words += ["--validation_num_inference_steps", "2"]
     return words
 

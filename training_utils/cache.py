@@ -17,6 +17,7 @@ import zlib
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -325,6 +326,12 @@ def _refuse_a_full_disk(folder, size):
         )
 
 
+def _one(encode, sample):
+    """What the networks make of one sample: an entry, as a store would have it."""
+    made = encode({name: np.asarray(array)[None] for name, array in sample.items()})
+    return {name: array[0] for name, (_, array) in made.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,9 +416,19 @@ def _look_at(rows, indices, threads):
     return list(_bar(read_ahead(rows.content, indices, threads), "reading pictures", len(indices)))
 
 
-def keep_pictures(store, sets, encode, team, batch_size, crops, blank=None):
+def keep_pictures(store, sets, encode, team=None, batch_size=None, crops=1, blank=None):
     """Let the networks see every picture of some data.Samples once, as their `prepare` shows them, and put what they
-    made of it in `prepare.pictures`; `blank` is a sample to show them too. For the other arguments see `fill`."""
+    made of it in `prepare.pictures`; `blank` is a sample to show them too. For the other arguments see `fill`.
+
+    Where the store is None nothing is kept, and the networks run whenever a picture is asked for.
+    """
+    if store is None:
+        for samples in sets:
+            samples.prepare.pictures = SimpleNamespace(
+                read=lambda *view, samples=samples: _one(encode, samples.prepare.show(samples.rows, *view)),
+                read_blank=lambda: _one(encode, blank),
+            )
+        return
     for samples in sets:
         mine = range(team.rank, len(samples), team.world)
         seen = sorted(team.gather(list(zip(mine, _look_at(samples.rows, mine, team.threads)))))
@@ -476,9 +493,16 @@ class Captions:
         return self.store.read(self.key(tokens))
 
 
-def keep_captions(store, sets, encode, team, batch_size, empty):
+def keep_captions(store, sets, encode, team=None, batch_size=None, empty=False):
     """Let the text encoders read every caption of some data.Samples once, the empty one too where it is `empty` that
-    may be asked for, and put what they made of it in `prepare.captions`. For the other arguments see `fill`."""
+    may be asked for, and put what they made of it in `prepare.captions`. For the other arguments see `fill`.
+
+    Where the store is None nothing is kept, and the networks run whenever a caption is asked for.
+    """
+    if store is None:
+        for samples in sets:
+            samples.prepare.captions = SimpleNamespace(read=lambda tokens: _one(encode, tokens))
+        return
     texts = dict.fromkeys([""] if empty else [])
     for samples in sets:
         for index in range(len(samples)):

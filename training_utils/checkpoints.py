@@ -24,6 +24,7 @@ from .data import Position
 from .reporting import UserError, reason_of, say, warn
 
 MANIFEST = "manifest.json"
+RUN_FILE = "run.yaml"
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d+)")
 LEFT_OVER = re.compile(r"\.checkpoint-\d+\.(partial|old)")
@@ -53,8 +54,10 @@ def save(root, state, write, about, limit=None, main=True, any_of=lambda failed:
     `write(folder)` writes weights and optimizer state; `about` is a dict for the manifest (JSON values); `main` says
     whether this process is the one that renames; `any_of(failed)` tells whether any process failed, and waits for all.
     A failure to write is reported and leaves the earlier checkpoints as they are. Returns the new folder, or None, in
-    every process alike, where it could not be written.
+    every process alike, where it could not be written or `root` is None.
     """
+    if root is None:  # in a dry run
+        return None
     root = Path(root)
     final, partial, old = (root / name for name in _names(state.step))
 
@@ -125,6 +128,16 @@ def rescue(root, state, about, save_weights):
             where = tempfile.gettempdir()
             raise UserError(f"{what}, nor its weights into {where} ({reason_of(second)})", exit_code=1) from error
         raise UserError(f"{what}; its weights, alone, are in {refuge}", exit_code=1) from error
+
+
+def keep_flags(root, content):
+    """Write run.yaml, the text of a run's flags, into `root`, whole or not at all; a failure is reported."""
+    final, partial = Path(root) / RUN_FILE, Path(root) / f".{RUN_FILE}.partial"
+    try:
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, final)
+    except (OSError, UnicodeEncodeError) as error:  # the latter for a path whose bytes are no text
+        warn(f"{final} could not be written ({reason_of(error)})")
 
 
 def _names(step):
@@ -333,15 +346,17 @@ def find(root, wanted):
     raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {root} holds {have}")
 
 
-def start(root, wanted, seed, otherwise=None):
+def start(root, wanted, seed, otherwise=None, writes=True):
     """Where a run begins: (checkpoint folder or None, RunState). `wanted` as in `find`; `seed` None takes the
-    checkpoint's; without one it is `otherwise`, or, where that is None too, drawn and printed."""
-    try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
-    except OSError as error:
-        raise UserError(f"--output_dir {root} cannot be written to: {error.strerror}") from None
-    clear_left_overs(root)
+    checkpoint's; without one it is `otherwise`, or, where that is None too, drawn and printed. A run that never
+    `writes` leaves `root` as it is."""
+    if writes:
+        try:
+            Path(root).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=root).close()
+        except OSError as error:
+            raise UserError(f"--output_dir {root} cannot be written to: {error.strerror}") from None
+        clear_left_overs(root)
     folder = find(root, wanted)
     manifest = read_manifest(folder) if folder else None
     if manifest is not None:

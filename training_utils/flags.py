@@ -136,6 +136,10 @@ BUCKETS = ("Aspect ratios", [
          "smaller ones crop less and make more shapes, whose batches fill less well"),
 ])
 TRAINING = ("Training", [
+    Flag("config", help="file of flags, such as the run.yaml of an earlier run; flags beside it win, and --no_NAME "
+         "takes back one that is true in it"),
+    Flag("dry_run", bool, False, "make a few updates, write nothing, and tell what would be trained, in how much "
+         "memory and how long"),
     Flag("output_dir", str, None, "folder for the result, the checkpoints, the logs and the validation pictures"),
     Flag("seed", whole(0, 2**62), None, "every draw of the run comes from it; left out, one is drawn and printed"),
     Flag("train_batch_size", whole(1), 16, "pictures per process and micro-step; lower it when memory runs out"),
@@ -286,6 +290,11 @@ MATHEMATICS = frozenset(
     """.split()
 )
 SECRETS = frozenset(["hub_token"])
+ONCE = frozenset("config check_data dry_run resume_from_checkpoint local_rank".split())  # not in run.yaml
+NOT_IN_A_FILE = {
+    "config": "cannot stand in such a file",
+    "hub_token": "is a secret and a file is read by others; use `hf auth login`, or give it on the command line",
+}
 HANDED_ON = "TRAINING_HUB_TOKEN"  # the environment variable in which `hide_secrets` hands the token on
 
 
@@ -304,10 +313,11 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=36, width=119)
 
 
-def build(description, groups, defaults=None, complete=True):
+def build(description, groups, defaults=None, exit_on_error=True):
     """The parser for `groups`, a list of (title, [Flag]). A value the user did not give is absent from its result.
 
-    With `complete` False no flag is required.
+    That it is required is not looked at here. Each --NAME that is on or off has a --no_NAME, which the help leaves
+    out. Without `exit_on_error` a value that is wrong raises argparse.ArgumentError.
     """
     parser = _Parser(
         usage="%(prog)s [flags]",
@@ -315,6 +325,7 @@ def build(description, groups, defaults=None, complete=True):
         formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,  # an abbreviated --hub_token would not be recognised as a secret
+        exit_on_error=exit_on_error,
     )
     defaults = defaults or {}
     for title, flags in groups:
@@ -327,22 +338,31 @@ def build(description, groups, defaults=None, complete=True):
                 kind["choices"] = flag.choices
             elif flag.kind is not bool:
                 kind["metavar"] = {int: "N", float: "X"}.get(getattr(flag.kind, "kind", flag.kind), "TEXT")
-            required = flag.required and complete
-            section.add_argument(f"--{flag.name}", help=text.replace("%", "%%"), required=required, **kind)
+            section.add_argument(f"--{flag.name}", help=text.replace("%", "%%"), **kind)
+            if flag.kind is bool:
+                hidden = {"action": "store_false", "dest": flag.name, "help": argparse.SUPPRESS}
+                section.add_argument(f"--no_{flag.name}", **hidden)
     return parser
 
 
 def parse(argv, description, groups, defaults=None):
-    """Parse and check a command line. Returns a Namespace; its `given` is the set of flags that the user wrote, its
-    `notices` a list of sentences that the user should see.
+    """Parse and check a command line. Returns a Namespace; its `given` is the set of flags that the user wrote, there
+    or in the file that --config names, its `notices` a list of sentences that the user should see, its `helps` the
+    groups as [(title, {name: help})].
 
     Exits with 2 and one sentence for a wrong flag, a wrong value or flags that contradict each other.
     """
-    words = sys.argv[1:] if argv is None else argv
-    parser = build(description, groups, defaults, complete="--check_data" not in words)  # no model is looked at
+    parser = build(description, groups, defaults)
     given = vars(parser.parse_args(argv))
-    values = {flag.name: flag.default for _, flags in groups for flag in flags} | (defaults or {}) | given
-    args = argparse.Namespace(**values, given=frozenset(given))
+    known = {flag.name: flag for _, flags in groups for flag in flags}
+    if "config" in given:
+        given = _from_file(parser, given["config"], known, build(description, groups, exit_on_error=False)) | given
+    missing = [f"--{name}" for name, flag in known.items() if flag.required and name not in given]
+    if missing and not given.get("check_data"):  # which looks at no model
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    values = {name: flag.default for name, flag in known.items()} | (defaults or {}) | given
+    args = argparse.Namespace(**values, given=frozenset(name for name in given if given[name] is not False))
+    args.helps = [(title, {flag.name: flag.help for flag in flags}) for title, flags in groups]
     if args.hub_token is None:
         args.hub_token = os.environ.get(HANDED_ON)
     if "LOCAL_RANK" in os.environ:
@@ -357,9 +377,49 @@ def parse(argv, description, groups, defaults=None):
     if getattr(args, "full_bf16", False):
         args.mixed_precision = "bf16"
     args.notices = _notices(args)
+    if args.dry_run:  # look at each update, and leave nothing behind
+        args.logging_steps, args.validation_steps, args.checkpointing_steps = 1, 0, 0
+        args.report_to, args.push_to_hub = "none", False
+        if getattr(args, "cache_latents", False) or getattr(args, "cache_text_embeddings", False):
+            args.dataloader_num_workers = 0  # the frozen networks run where the samples are made
     if not (vars(args).get("cache_latents") and _crops_at_random(args)):
         args.cached_crops = None
     return args
+
+
+def _from_file(parser, path, known, values):
+    """The flags that a file gives, {name: value}; exits as the parser does. `values` is one that raises errors."""
+    from . import run_file
+
+    def convert(name, text):
+        try:
+            value = getattr(values.parse_args([f"--{name}={text}"]), name)
+        except argparse.ArgumentError as error:
+            raise ValueError(error.message) from None
+        return value[0] if known[name].nargs else value
+
+    try:
+        return run_file.read(path, known, NOT_IN_A_FILE, convert)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def as_file(args, script, seed):
+    """The text of run.yaml: the values that a run has, but for secrets and what is for once; its seed too."""
+    from . import run_file
+
+    about = [
+        f"The flags of a run of {script}. --config with this file repeats it; flags beside --config win.",
+        "A relative path begins in the folder that the command is called in. A flag that is commented out follows",
+        "from the others, or says nothing beside them.",
+    ]
+    silent = {"max_train_steps"}
+    if args.lr_scheduler == "constant":
+        silent.add("lr_warmup_steps")
+    if not getattr(args, "aspect_ratio_bucketing", False):
+        silent.add("bucket_reso_steps")
+    values = {name: value for name, value in public(args).items() if name not in ONCE} | {"seed": seed}
+    return run_file.text(about, args.helps, values, silent - args.given)
 
 
 def _crops_at_random(args):
@@ -482,7 +542,7 @@ def hide_secrets(args):
 
 def public(args):
     """The settings as a plain dict, without the secrets: what trackers, manifests and model cards may see."""
-    return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given", "notices"}}
+    return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given", "notices", "helps"}}
 
 
 def data_source(args):
@@ -510,7 +570,9 @@ def bucket_limits(args):
 
 
 def encoding_folder(args):
-    """Where the caches of what frozen networks make are."""
+    """Where the caches of what frozen networks make are; None in a dry run, which keeps nothing."""
+    if args.dry_run:
+        return None
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     home = os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(caches, "huggingface"))
     return args.encoding_cache_dir or os.path.join(args.cache_dir or home, "text-to-image-encodings")

@@ -116,24 +116,41 @@ def _encoder(encode, device, beside=()):
     return encoded
 
 
+def _visit(networks, device, encoder):
+    """An encoder whose networks are on the device only while it runs."""
+
+    def encoded(batch):
+        with visiting(networks, device):
+            return encoder(batch)
+
+    return encoded
+
+
 def keep_pictures(accelerator, root, sets, batch_size, networks, encode, settings, crops=None, blank=None):
     """Run the networks that see pictures once for every picture of some data.Samples; `prepare.pictures` of each has
     the outputs then. A collective call.
 
     `encode(batch)` is what the networks make of a batch; `settings` tell apart how pictures are shown to them; `crops`
     is how many are kept of each that is cropped at random, None where none is; `blank` is a sample that stands for no
-    picture. Raises UserError.
+    picture. Where `root` is None nothing is kept, and the networks run when they are asked. Raises UserError.
     """
+    encoder = _encoder(encode, accelerator.device, BESIDE)
+    if root is None:
+        cache.keep_pictures(None, sets, _visit(networks, accelerator.device, encoder), blank=blank)
+        return
     store = cache.Store(root, "pictures", _identity(networks, accelerator.device, settings))
     with visiting(networks, accelerator.device):
-        encoder = _encoder(encode, accelerator.device, BESIDE)
         cache.keep_pictures(store, sets, encoder, _team(accelerator), batch_size, crops or 1, blank)
 
 
 def keep_captions(accelerator, root, sets, batch_size, networks, encode, empty):
     """Run the text encoders once for every caption of some data.Samples, and for the empty one where it is `empty`
-    that is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
+    that is trained as well; `prepare.captions` of each has the outputs then. A collective call. Where `root` is None
+    nothing is kept, and the networks run when they are asked. Raises UserError."""
+    encoder = _encoder(encode, accelerator.device)
+    if root is None:
+        cache.keep_captions(None, sets, _visit(networks, accelerator.device, encoder))
+        return
     store = cache.Store(root, "captions", _identity(networks, accelerator.device))
     with visiting(networks, accelerator.device):
-        encoder = _encoder(encode, accelerator.device)
         cache.keep_captions(store, sets, encoder, _team(accelerator), batch_size, empty)

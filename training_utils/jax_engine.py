@@ -36,7 +36,7 @@ from safetensors.numpy import load_file, save_file
 from flax_diffusion import FlaxStableDiffusionPipeline, ModelError, schedulers, weights
 from flax_diffusion.pipeline import LATENTS, fetch
 
-from . import cache, data, hub
+from . import cache, data, dry_run, hub
 from .reporting import UserError, reason_of, tell_trackers, warn
 
 AXIS = "batch"
@@ -470,6 +470,9 @@ def keep_pictures(root, sets, batch_size, mesh, encoder, params, settings, crops
     pictures are shown to it; `crops` is how many are kept of each that is cropped at random, None where none is.
     Raises UserError.
     """
+    if root is None:  # a dry run
+        cache.keep_pictures(None, sets, encoder.over_arrays(params, 1, mesh))
+        return
     identity = {"networks": ["jax", encoder.digest(params)], "settings": settings}
     store, size = cache.Store(root, "pictures", identity), _together(batch_size)
     encode = encoder.over_arrays(params, size, mesh)
@@ -479,6 +482,9 @@ def keep_pictures(root, sets, batch_size, mesh, encoder, params, settings, crops
 def keep_captions(root, sets, batch_size, mesh, encoder, params, empty):
     """Run the text encoder once for every caption of some data.Samples, and for the empty one where it is `empty` that
     is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
+    if root is None:  # a dry run
+        cache.keep_captions(None, sets, encoder.over_arrays(params, 1, mesh))
+        return
     identity = {"networks": ["jax", encoder.digest(params)]}
     store, size = cache.Store(root, "captions", identity), _together(batch_size)
     encode = encoder.over_arrays(params, size, mesh)
@@ -797,3 +803,39 @@ def draw_pictures(pipeline, params, prompts, seed, latent_shape, **options):
         drawn = pipeline(pipeline.prepare_inputs(prompt), params, key, latents=noise, **options)
         pictures += pipeline.numpy_to_pil(drawn.images)
     return pictures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dry runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def begin_dry_run(batches, samples):
+    """The updates' batches for a dry run. Those of data.Samples that caches stand in for are made now: a run finds
+    them on the disk."""
+    return dry_run.ahead(batches, dry_run.UPDATES) if samples.prepare.pictures or samples.prepare.captions else batches
+
+
+def report_dry_run(plan, name, trained, frozen):
+    """Print what a dry run has found. `plan` is what `dry_run.report` takes first, `name` the network that is trained,
+    `trained` the training state, `frozen` the parameters of the other networks, which may lie in host memory."""
+    modules = {}
+    for module, tree in trained["params"].items():
+        top, size = module.split(".")[0], sum(array.size for array in jax.tree.leaves(tree))
+        modules[top] = (modules.get(top, (0, 0))[0] + size, 0)
+    memory = {
+        "weights that are trained": trained["params"],
+        "their gradients": trained["params"],
+        "state of the optimizer": trained["optimizer"],
+        "moving average": trained.get("average"),
+        "weights that are frozen": frozen,
+    }
+    memory = {
+        what: sum(array.nbytes for array in jax.tree.leaves(tree) if isinstance(array, jax.Array))
+        for what, tree in memory.items()
+    }
+    device = jax.local_devices()[0]
+    seen = device.memory_stats() or {}  # a CPU has none
+    name_of_device = device.device_kind if "peak_bytes_in_use" in seen else "this machine"
+    peak = seen.get("peak_bytes_in_use", dry_run.resident_peak())
+    dry_run.report(*plan, {name: modules}, name_of_device, memory, peak)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +203,7 @@ class Progress:
         self.fetch, self.log, self.not_finite = fetch, log, not_finite
         self.waiting, self.clock, self.last_loss = [], time.perf_counter(), None
         self.began, self.first, self.skipped = self.clock, step, 0
+        self.seconds = deque(maxlen=8)  # that an update took, at each of the last looks
         self.live = sys.stderr.isatty()  # into a file, a line now and then is enough
         self.bar = tqdm(
             total=total,
@@ -249,7 +251,8 @@ class Progress:
         waiting, self.waiting = self.waiting, []
         losses = self.fetch([loss for _, loss, _, _ in waiting])
         norms = self.fetch([norm for _, _, norm, _ in waiting])
-        speed = len(waiting) * self.samples / (time.perf_counter() - self.clock)
+        self.seconds.append((time.perf_counter() - self.clock) / len(waiting))
+        speed = self.samples / self.seconds[-1]
         self.last_loss = losses[-1]
         words = f"loss {losses[-1]:.4f}, lr {waiting[-1][3]:.2e}, {speed:.3g} pictures/s"
         self.bar.set_postfix_str(words, refresh=self.live)
