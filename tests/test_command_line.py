@@ -35,6 +35,8 @@ OURS = {
     "on_nan": (str, "stop"),
     "on_bad_sample": (str, "error"),
     "check_data": (bool, False),
+    "hub_private_repo": (bool, False),
+    "push_checkpoints": (bool, False),
 }
 OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not for JAX, which compiles one shape
     "aspect_ratio_bucketing": (bool, False),
@@ -244,6 +246,8 @@ REFUSED = {
     "--full_bf16 --mixed_precision fp16": "contradicts --mixed_precision fp16",
     "--full_bf16 --mixed_precision no": "contradicts --mixed_precision no",
     "--enable_xformers_memory_efficient_attention": "pip install xformers",
+    "--hub_private_repo": "--hub_private_repo says nothing without --push_to_hub",
+    "--push_checkpoints": "--push_checkpoints says nothing without --push_to_hub",
     "--train_data_dir nowhere": "nowhere is not a folder",
     f"--output_dir {ROOT / 'README.md'}": "is a file",
 }
