@@ -95,7 +95,7 @@ def hub(sd, pictures, tmp_path_factory):
     pipeline = StableDiffusionPipeline.from_pretrained(sd)
     torch.nn.init.zeros_(pipeline.unet.conv_out.weight)
     pipeline.save_pretrained(folder / "older")
-    pipeline.to(torch.float16).save_pretrained(folder / "older", variant="fp16")
+    pipeline.save_pretrained(folder / "older", variant="fp16")
     with Hub(tmp_path_factory.mktemp("hub")) as hub:
         hub.add("some/base", base)
         hub.add("some/base", folder / "older", branch="older")
@@ -111,8 +111,8 @@ def hub(sd, pictures, tmp_path_factory):
 def machine(hub, tmp_path_factory):
     machine = Machine(hub, tmp_path_factory.mktemp("machine"))
     yield machine
-    machine.process.stdin.close()
-    machine.process.wait(timeout=10)
+    machine.process.kill()
+    machine.process.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -487,6 +487,6 @@ def test_jax(run, hub, machine, tmp_path):
     assert np.array_equal(machine.draws("me/jax", tmp_path / "cache"), drawn(tmp_path / "out"))
     assert set(pushed(hub, "me/jax")) == {"checkpoint-3", "checkpoint-6"}
     assert machine.fails(*argv(run_jax, tmp_path / "no", "--pretrained_model_name_or_path", "no/such"), code=2) == (
-        "base model no/such is neither a folder nor found on the hub: there is no such repository, or it is private and"
-        " `hf auth login` has not been run with a right to it"
+        "base model no/such is neither a folder nor found on the hub: there is no such repository, or it is private"
+        " and `hf auth login` has not been run with a right to it"
     )
