@@ -12,7 +12,6 @@ import shutil
 import socket
 import struct
 import threading
-import time
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -116,7 +115,7 @@ class Hub:
 
     def fails(self, method, pattern, how, times=1):
         """Let the next requests whose path matches fail: `how` is a status, "reset" (the connection, after half of
-        what was sent has been read), "cut" (it, after half of the answer) or a number of seconds to answer after."""
+        what was sent has been read) or "cut" (it, after half of the answer)."""
         self.faults.append([method, re.compile(pattern), how, times])
 
     def fault(self, method, path):
@@ -188,8 +187,8 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def _answer(self, method):
-        path, _, query = self.path.partition("?")
+    def _answer(self):
+        method, (path, _, query) = self.command, self.path.partition("?")
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
         self.hub.requests.append((method, self.path, self.token))
         how = self.hub.fault(method, path)
@@ -202,9 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body, self.query = self._read_body(), {key: value[0] for key, value in parse_qs(query).items()}
         self.cut = how == "cut"
         try:
-            if isinstance(how, float):
-                time.sleep(how)
-            elif isinstance(how, int):
+            if isinstance(how, int):
                 raise Refusal(how, "Internal Error - We're working hard to fix this as soon as possible!")
             self.user, self.role = self._who()
             for wanted, pattern, function in ROUTES:
@@ -216,17 +213,7 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": str(refusal)} | ({"X-Error-Code": refusal.code} if refusal.code else {})
             self._send({"error": str(refusal)}, refusal.status, headers)
 
-    def do_GET(self):
-        self._answer("GET")
-
-    def do_HEAD(self):
-        self._answer("HEAD")
-
-    def do_POST(self):
-        self._answer("POST")
-
-    def do_PUT(self):
-        self._answer("PUT")
+    do_GET = do_HEAD = do_POST = do_PUT = _answer
 
     def _read_body(self):
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -268,11 +255,6 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- what can be asked -------------------------------------------------------------------------------------------
 
-    def whoami(self):
-        if not self.user:
-            raise Refusal(401, "Invalid username or password.")
-        return ({"type": "user", "name": self.user, "orgs": [], "auth": {"accessToken": {"role": self.role}}},)
-
     def create(self):
         asked = json.loads(self.body)
         name = f"{asked.get('organization') or self.user}/{asked['name']}"
@@ -309,20 +291,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.query.get("recursive", "").lower() not in ("true", "1"):
             entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(begin)]
         return (entries,)
-
-    def paths_info(self, kind, name, revision):
-        repository = self.repository(kind, name)
-        json_sent = self.headers.get("Content-Type", "").startswith("application/json")
-        wanted = json.loads(self.body)["paths"] if json_sent else parse_qs(self.body.decode()).get("paths", [])
-        files = repository.files(revision)
-        entries = [repository.entry(revision, path) for path in wanted if path in files]
-        folders = [path for path in wanted if any(file.startswith(path + "/") for file in files)]
-        return (entries + [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders],)
-
-    def refs(self, kind, name):
-        branches = self.repository(kind, name).branches.items()
-        refs = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": commit} for n, commit in branches]
-        return ({"branches": refs, "tags": [], "converts": []},)
 
     def auth_check(self, kind, name, write):
         self.repository(kind, name, write=bool(write), content=True)
@@ -415,13 +383,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 ROUTES = [
-    ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.validate),
     ("GET", rf"{REPOSITORY}(?:/revision/{REVISION})?", Handler.info),
     ("GET", rf"{REPOSITORY}/tree/{REVISION}(?:/(?P<path>.+))?", Handler.tree),
-    ("POST", rf"{REPOSITORY}/paths-info/{REVISION}", Handler.paths_info),
-    ("GET", rf"{REPOSITORY}/refs", Handler.refs),
     ("GET", rf"{REPOSITORY}/auth-check(?P<write>/write)?", Handler.auth_check),
     ("POST", rf"{REPOSITORY}/branch/(?P<branch>[^/]+)", Handler.branch),
     ("POST", rf"{REPOSITORY}/preupload/{REVISION}", Handler.preupload),

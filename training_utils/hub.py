@@ -39,7 +39,7 @@ def reason(error):
     if isinstance(link, errors.RevisionNotFoundError):
         return "it has no such revision"
     if status == 401:
-        return "the hub does not accept the token (401); `hf auth login` stores another"
+        return "the hub asks for a valid token (401); `hf auth login` stores one"
     if status == 403:
         return f"the token has no right to it (403: {link.server_message or 'forbidden'})"
     return reason_of(link)
@@ -52,17 +52,21 @@ def open_repository(name, output_dir, token, private=False, checkpoints=False):
     is to be `private` stands there in public.
     """
     from huggingface_hub import auth_check, create_branch, create_repo, model_info
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     name = name or Path(output_dir).resolve().name
     try:
         try:
             repository = create_repo(name, private=private or None, token=token).repo_id
         except HfHubHTTPError as error:
-            if error.response is None or error.response.status_code not in (403, 409):
+            if error.response is None or error.response.status_code not in (401, 402, 403, 409):
                 raise
-            repository = create_repo(name, exist_ok=True, token=token).repo_id  # it stands there, maybe of another
-            auth_check(repository, token=token, write=True)
+            # It stands there already, or this token may not create any; the client then also finds a stranger's.
+            repository = create_repo(name, exist_ok=True, token=token).repo_id
+            try:
+                auth_check(repository, token=token, write=True)
+            except RepositoryNotFoundError:  # what the hub answers a user whom it does not know
+                raise error from None
             if private and not model_info(repository, token=token).private:
                 raise UserError(
                     f"--hub_private_repo: repository {repository} stands there already and is public; make it private "
