@@ -252,9 +252,10 @@ def main(argv=None):
     )
     repository = None
     if args.push_to_hub:
-        repository = engine.from_main(
-            accelerator, lambda: hub.open_repository(args.hub_model_id, args.output_dir, args.hub_token)
-        )
+        wanted = (args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo, args.push_checkpoints)
+        repository = engine.from_main(accelerator, lambda: hub.open_repository(*wanted))
+    pushed = repository if args.push_checkpoints and accelerator.is_main_process else None
+    uploads = hub.Uploads(pushed, args.hub_token, args.output_dir)
 
     # --- data and models ---------------------------------------------------------------------------------------------
     rows = data.load_rows(**flags.data_source(args))
@@ -355,8 +356,8 @@ def main(argv=None):
         accelerator,
         optimizer,
         args.on_nan == "stop",
-        lambda good: saved.keep(
-            args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step
+        lambda good: uploads.add(
+            saved.keep(args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step)
         ),
         lambda before: updates.names(rows, before.position),
     )
@@ -411,7 +412,7 @@ def main(argv=None):
         progress.flush()
         folder = saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
         progress.pause()
-        return folder
+        return uploads.add(folder)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
@@ -461,6 +462,8 @@ def main(argv=None):
                 newest = checkpoint()
             if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
                 validate()
+        if stopped_by:
+            engine.from_main(accelerator, uploads.finish)
     progress.close()
     if args.dry_run:
         plan = (rows, held_out_rows, updates, planned, progress)
@@ -492,6 +495,7 @@ def main(argv=None):
             )
         reporting.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
         if repository:
+            uploads.finish()
             hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
     engine.finish(accelerator)
     return 0

@@ -280,7 +280,10 @@ def main(argv=None):
     engine.from_main(lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="StableDiffusionPipeline"))
     repository = None
     if args.push_to_hub:
-        repository = engine.from_main(lambda: hub.open_repository(args.hub_model_id, args.output_dir, args.hub_token))
+        wanted = (args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo, args.push_checkpoints)
+        repository = engine.from_main(lambda: hub.open_repository(*wanted))
+    pushed = repository if args.push_checkpoints and engine.is_main() else None
+    uploads = hub.Uploads(pushed, args.hub_token, args.output_dir)
 
     # --- data and models ---------------------------------------------------------------------------------------------
     rows = data.load_rows(**flags.data_source(args))
@@ -360,7 +363,7 @@ def main(argv=None):
 
     def save(state):
         """Write a checkpoint of a RunState. Returns its folder, or None where it could not be written."""
-        return checkpoints.save(
+        folder = checkpoints.save(
             args.output_dir,
             state,
             lambda folder: engine.save_state(folder, trained, unet),
@@ -369,6 +372,7 @@ def main(argv=None):
             engine.is_main(),
             engine.any_process,
         )
+        return uploads.add(folder)
 
     def not_finite(step, loss, before):
         def keep():
@@ -470,6 +474,8 @@ def main(argv=None):
                 newest = checkpoint()
             if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
                 validate()
+        if stopped_by:
+            engine.from_main(uploads.finish)
     progress.close()
     if args.dry_run:
         plan = (rows, held_out_rows, updates, planned, progress)
@@ -503,6 +509,7 @@ def main(argv=None):
             )
         reporting.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
         if repository:
+            uploads.finish()
             hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
     engine.finish(trackers)
     return 0

@@ -37,6 +37,8 @@ OURS = {
     "check_data": (bool, False),
     "config": (str, None),
     "dry_run": (bool, False),
+    "hub_private_repo": (bool, False),
+    "push_checkpoints": (bool, False),
 }
 OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not for JAX, which compiles one shape
     "aspect_ratio_bucketing": (bool, False),
@@ -248,6 +250,8 @@ REFUSED = {
     "--full_bf16 --mixed_precision fp16": "contradicts --mixed_precision fp16",
     "--full_bf16 --mixed_precision no": "contradicts --mixed_precision no",
     "--enable_xformers_memory_efficient_attention": "pip install xformers",
+    "--hub_private_repo": "--hub_private_repo says nothing without --push_to_hub",
+    "--push_checkpoints": "--push_checkpoints says nothing without --push_to_hub",
     "--train_data_dir nowhere": "nowhere is not a folder",
     f"--output_dir {ROOT / 'README.md'}": "is a file",
 }

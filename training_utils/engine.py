@@ -172,7 +172,9 @@ def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=No
                 )
             )
         except Exception as error:  # the hub client raises a dozen kinds, its transport more
-            reason = reason_of(error)
+            if variant is not None and "`variant=" in str(error):
+                raise UserError(f"base model {name} has no weights of --variant {variant}") from None
+            reason = hub.reason(error)
             raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
     family, wanted = str(hub.read_index(folder).get("_class_name", "")), pipeline_class.__name__
     if any((word in family) != (word in wanted) for word in ("XL", "Kandinsky", "V22", "Prior")):
@@ -214,7 +216,7 @@ def folder_of_model(name, cache_dir=None):
     try:
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
-        reason = reason_of(error)
+        reason = hub.reason(error)
         raise UserError(f"model {name} is neither a folder nor found on the hub: {reason}") from None
 
 

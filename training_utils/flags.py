@@ -270,6 +270,9 @@ REPORTING = ("Logs and the hub", [
     Flag("hub_token", help="token for the upload; `hf auth login` keeps it out of the shell history and the list "
          "of processes"),
     Flag("hub_model_id", help="repository to upload to; left out, the name of --output_dir"),
+    Flag("hub_private_repo", bool, False, "create the repository as a private one"),
+    Flag("push_checkpoints", bool, False, "upload each checkpoint too, in the background, to the repository's branch "
+         "`checkpoints`"),
 ])
 # fmt: on
 
@@ -498,6 +501,9 @@ def _contradiction(args):
         return "--cached_crops is for --cache_latents with random crops"
     if get("cache_text_embeddings") and get("train_text_encoder"):
         return "--cache_text_embeddings keeps what the text encoders make, which --train_text_encoder changes"
+    for name in ("hub_private_repo", "push_checkpoints"):
+        if get(name) and not args.push_to_hub:
+            return f"--{name} says nothing without --push_to_hub; give both or neither"
     report_to = get("report_to")
     if report_to not in (None, "all", "none") and _missing(report_to):
         return f"--report_to {report_to} needs {report_to}: pip install {report_to}, or give --report_to none"

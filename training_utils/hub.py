@@ -4,9 +4,13 @@ import html
 import json
 import os
 import shlex
+import shutil
+import threading
 from pathlib import Path
 
-from .reporting import UserError, reason_of, say
+from .reporting import UserError, reason_of, say, warn
+
+CHECKPOINTS = "checkpoints"  # a branch of their own: who loads a pipeline by its id fetches all weights of a branch
 
 
 def plain(text, most=300):
@@ -15,16 +19,68 @@ def plain(text, most=300):
     return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+-!|~" else letter for letter in text)
 
 
-def open_repository(name, output_dir, token):
-    """Create the repository, or find it there; returns its id. Raises UserError: better now than after training."""
-    from huggingface_hub import create_repo
+def reason(error):
+    """Why the hub, or a library that asked it, failed with this exception: one line, with what to do where that helps.
+
+    The client's own first line is often no more than `401 Client Error`, and libraries hide it behind theirs.
+    """
+    from huggingface_hub import errors
+
+    link = error
+    while link is not None and not isinstance(link, errors.HfHubHTTPError):
+        link = link.__cause__ or link.__context__
+    if link is None:
+        return reason_of(error)
+    status = link.response.status_code if link.response is not None else None
+    if isinstance(link, errors.GatedRepoError):
+        return "it is gated; ask for access on its page on the hub, then log in with `hf auth login`"
+    if isinstance(link, errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private and `hf auth login` has not been run with a right to it"
+    if isinstance(link, errors.RevisionNotFoundError):
+        return "it has no such revision"
+    if status == 401:
+        return "the hub asks for a valid token (401); `hf auth login` stores one"
+    if status == 403:
+        return f"the token has no right to it (403: {link.server_message or 'forbidden'})"
+    return reason_of(link)
+
+
+def open_repository(name, output_dir, token, private=False, checkpoints=False):
+    """Create the repository, or find it there; returns its id. With `checkpoints` it gets a branch for them.
+
+    Raises UserError, better now than after training: also where the token may not write, or where a repository that
+    is to be `private` stands there in public.
+    """
+    from huggingface_hub import auth_check, create_branch, create_repo, model_info
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     name = name or Path(output_dir).resolve().name
     try:
-        return create_repo(name, exist_ok=True, token=token).repo_id
+        try:
+            repository = create_repo(name, private=private or None, token=token).repo_id
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code not in (401, 402, 403, 409):
+                raise
+            # It stands there already, or this token may not create any; the client then also finds a stranger's.
+            repository = create_repo(name, exist_ok=True, token=token).repo_id
+            try:
+                auth_check(repository, token=token, write=True)
+            except RepositoryNotFoundError:  # what the hub answers a user whom it does not know
+                raise error from None
+            if private and not model_info(repository, token=token).private:
+                raise UserError(
+                    f"--hub_private_repo: repository {repository} stands there already and is public; make it private "
+                    "in its settings on the hub, or give another --hub_model_id"
+                ) from None
+        if checkpoints:
+            create_branch(repository, branch=CHECKPOINTS, exist_ok=True, token=token)
+        return repository
+    except UserError:
+        raise
     except Exception as error:  # refused, unauthorised, unreachable: the client raises a dozen kinds
-        reason = reason_of(error)
-        raise UserError(f"--push_to_hub cannot open repository {name} ({reason}); see `hf auth login`") from None
+        raise UserError(
+            f"--push_to_hub cannot open repository {name} ({reason(error)}); see `hf auth login`"
+        ) from None
 
 
 def read_index(folder):
@@ -49,13 +105,18 @@ def public_name(name):
 
 
 def base_licence(base_model, token):
-    """The licence that the hub states for the base model, or None: a fine-tuned model is under its base's licence."""
+    """The licence that the hub states for the base model, a dict of the card's fields, or None: a fine-tuned model is
+    under its base's licence."""
     if os.path.isdir(base_model):
         return None
-    from huggingface_hub import model_info
+    from huggingface_hub import constants, model_info
 
     try:
-        return model_info(base_model, token=token).card_data.license
+        card = model_info(base_model, token=token).card_data
+        link = card.license_link
+        if link and "://" not in link:  # a file of the base's repository
+            link = f"{constants.ENDPOINT}/{base_model}/blob/main/{link}"
+        return {"license": card.license, "license_name": card.license_name, "license_link": link}
     except Exception:
         return None
 
@@ -64,18 +125,26 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
     """Write README.md into `folder`.
 
     `data` is the data set's hub id or None; `facts` a dict of settings worth reading; `usage` the Python lines that
-    use the model; `pictures` a list of (path inside the folder, prompts); `prior` what a Kandinsky decoder was trained
-    with, which diffusers reads from the card to assemble the two.
+    use the model; `pictures` a list of (path inside the folder, prompts), of which the hub's page shows each with its
+    prompts; `licence` is a dict of the card's fields; `prior` what a Kandinsky decoder was trained with, which
+    diffusers reads from the card to assemble the two.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    pictures = [pair for pair in pictures if (Path(folder) / pair[0]).exists()]  # else the disk was full
+    examples = [
+        {"text": ", ".join(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts)), "output": {"url": path}}
+        for path, prompts in pictures
+    ]
     known = ModelCardData(
         base_model=None if os.path.isdir(base_model) else base_model,
-        datasets=[data] if data and not os.path.exists(data) else None,
-        license=licence,
+        # Without a slash it is the name of a loader, such as imagefolder.
+        datasets=[data] if data and "/" in data and not os.path.exists(data) else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "diffusers-training", *tags],
+        widget=[example for example in examples if example["text"]] or None,
+        **(licence or {}),
         **({"prior": [prior]} if prior and not os.path.exists(prior) else {}),
     )
     lines = [
@@ -85,8 +154,6 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
     ]
     lines[-1] += f" on {plain(public_name(data))}." if data else "."
     for path, prompts in pictures:
-        if not (Path(folder) / path).exists():  # the disk was full
-            continue
         lines += ["", f"![validation pictures]({path})", ""]
         lines += [f"- {plain(prompt)}" for prompt in prompts]
     lines += ["", "## Use it", "", "```python", usage.strip(), "```", "", "## How it was trained", ""]
@@ -96,6 +163,11 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
             shown = public_name(value) if isinstance(value, str) else value  # no path of this machine
             lines.append(f"| {plain(name)} | {plain(shown)} |")
     ModelCard(f"---\n{known.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(Path(folder) / "README.md")
+
+
+def _later(command, token):
+    """The words that tell how to upload later; the token that a flag gave is none of theirs."""
+    return f"push it later{', after `hf auth login`,' if token else ''} with: {command}"
 
 
 def upload(folder, repository, token, allowed):
@@ -112,11 +184,94 @@ def upload(folder, repository, token, allowed):
             commit_message="End of training",
         )
     except Exception as error:
-        reason = reason_of(error)
         patterns = shlex.join(word for pattern in allowed for word in ("--include", pattern))
+        command = f"{shlex.join(['hf', 'upload', repository, str(folder), '.'])} {patterns}"
         raise UserError(
-            f"the model stands in {folder}, but the upload failed ({reason}); push it later with: "
-            f"{shlex.join(['hf', 'upload', repository, str(folder), '.'])} {patterns}",
+            f"the model stands in {folder}, but the upload failed ({reason(error)}); {_later(command, token)}",
             exit_code=1,
         ) from None
     say(f"pushed to {repository}")
+
+
+class Uploads:
+    """Uploads checkpoints in the background, one after the other, onto the branch `checkpoints` of a repository.
+
+    Each lies there in a folder of its name, by a single commit, whole or absent. Training neither waits for an upload
+    nor ends by one: what fails is a warning. Of those that wait for their turn, one that rotation removes is left out,
+    so that a slow line costs the disk one checkpoint at most. Without a `repository` nothing is uploaded.
+    """
+
+    def __init__(self, repository, token, root):
+        self.repository, self.token, self.links = repository, token, Path(root) / ".uploads"
+        self.waiting, self.thread, self.lock = [], None, threading.Lock()
+        if repository:
+            from huggingface_hub.utils import disable_progress_bars
+
+            disable_progress_bars()  # they would draw over the run's own
+            shutil.rmtree(self.links, ignore_errors=True)  # of a run that was killed
+
+    def add(self, checkpoint):
+        """Have a checkpoint's folder uploaded, unless it is None; returns it. Does not wait."""
+        if checkpoint and self.repository:
+            with self.lock:
+                self.waiting.append(Path(checkpoint))
+                if self.thread is None:
+                    # Not a daemon: a run that ends in an error still ends what it uploads.
+                    self.thread = threading.Thread(target=self._work)
+                    self.thread.start()
+        return checkpoint
+
+    def finish(self):
+        """Wait until all is uploaded, or has failed."""
+        thread = self.thread
+        if thread is None:
+            return
+        say("waiting for the upload of checkpoints, which another signal ends")
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            os._exit(130)  # the thread would hold back any other end
+
+    def _work(self):
+        while True:
+            with self.lock:
+                if not self.waiting:
+                    self.thread = None
+                    return
+                checkpoint = self.waiting.pop(0)
+            self._upload(checkpoint)
+
+    def _upload(self, checkpoint):
+        from huggingface_hub import upload_folder
+
+        name = checkpoint.name
+        try:
+            folder = self._held(checkpoint)
+            if folder is None:
+                say(f"{name} was removed before it could be uploaded")
+                return
+            upload_folder(
+                repo_id=self.repository,
+                folder_path=folder,
+                path_in_repo=name,
+                revision=CHECKPOINTS,
+                delete_patterns="*",  # what an earlier run left under this name
+                token=self.token,
+                commit_message=name,
+            )
+            say(f"pushed {name} to branch {CHECKPOINTS} of {self.repository}")
+        except Exception as error:
+            words = ["hf", "upload", self.repository, str(checkpoint), name, "--revision", CHECKPOINTS]
+            warn(
+                f"{name} stands in {checkpoint.parent}, but its upload failed ({reason(error)}); the run goes on; "
+                f"{_later(shlex.join(words), self.token)}"
+            )
+        finally:
+            shutil.rmtree(self.links, ignore_errors=True)
+
+    def _held(self, checkpoint):
+        """A folder with the files of a checkpoint that rotation does not take away; None where it already has."""
+        try:
+            return shutil.copytree(checkpoint, self.links / checkpoint.name, copy_function=os.link)
+        except OSError:  # it is gone, or this file system has no hard links
+            return checkpoint if checkpoint.is_dir() else None

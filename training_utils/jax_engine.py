@@ -211,7 +211,8 @@ def model_folder(name, revision=None, variant=None, cache_dir=None):
     try:
         folder = fetch(name, revision, variant, cache_dir)
     except ModelError as error:
-        raise UserError(f"base {error}") from None
+        reason = hub.reason(error.__context__)
+        raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
     family = str(hub.read_index(folder).get("_class_name", ""))
     if "XL" in family or "Kandinsky" in family:
         raise UserError(f"base model {name} is for {family}; this script trains StableDiffusionPipeline models")

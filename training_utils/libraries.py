@@ -19,6 +19,11 @@ def prepare():
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it reports a kernel that it does without
 
+    # Six lines, of which engine.model_folder makes one, or a model that is all here already needs none.
+    logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(
+        lambda record: "Couldn't connect to the Hub" not in record.getMessage()
+    )
+
     import diffusers.utils.logging
     import transformers.utils.logging
 
