@@ -284,13 +284,13 @@ def _read_captions(folder, found, caption_column, findings):
     the folder's pictures. With `caption_column` None the captions are empty, and without metadata all pictures are
     named. What is malformed is added to the findings."""
     named, malformed = [], findings.malformed
-    tables = sorted(folder.rglob("metadata.jsonl")) + sorted(folder.rglob("metadata.csv"))
+    tables = [table for ending in ("jsonl", "csv", "parquet") for table in sorted(folder.rglob(f"metadata.{ending}"))]
     for table in tables:
-        lacking, lines = [], 0
+        lacking, lines, word = [], 0, "row" if table.suffix == ".parquet" else "line"
         for line, entry in _read_table(table, malformed):
-            where, lines = f"{table} line {line}", lines + 1
+            where, lines = f"{table} {word} {line}", lines + 1
             if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-                malformed.append(f'{where} has no "file_name"; each line names a picture and its caption')
+                malformed.append(f'{where} has no "file_name"; each {word} names a picture and its caption')
             elif caption_column is None:
                 named.append((_place(table.parent, entry["file_name"]), ""))
             elif caption_column not in entry:
@@ -299,9 +299,10 @@ def _read_captions(folder, found, caption_column, findings):
             else:
                 named.append((_place(table.parent, entry["file_name"]), entry[caption_column]))
         same = 1 < len(lacking) == lines  # it is the flag that is wrong, or the name of the column
-        malformed += [f"{lacking[0]}; nor has any other line"] if same else lacking
+        malformed += [f"{lacking[0]}; nor has any other {word}"] if same else lacking
     if tables and not named and not malformed:
-        malformed.append(f"{tables[0]} names no picture; each line names a picture and its caption")
+        word = "row" if tables[0].suffix == ".parquet" else "line"
+        malformed.append(f"{tables[0]} names no picture; each {word} names a picture and its caption")
     if tables:
         return named
     if caption_column is None:
@@ -339,7 +340,11 @@ def _read_text(path, malformed):
 
 
 def _read_table(path, malformed):
-    """(line number, entry) for each line of a metadata.jsonl or metadata.csv that is one; adds to `malformed`."""
+    """(line number, entry) for each line of a metadata.jsonl or metadata.csv that is one, or (row number, from 0,
+    entry) for each row of a metadata.parquet; adds to `malformed`."""
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, malformed)
+        return
     text = _read_text(path, malformed) or ""
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -364,6 +369,23 @@ def _read_table(path, malformed):
                 malformed.append(f"{path} line {line} cannot be read: {error}")
             else:
                 yield line, entry
+
+
+def _read_parquet(path, malformed):
+    """(row number, entry) for each row of a parquet file; adds to `malformed` where it cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for entry in batch.to_pylist():
+                    yield row, entry
+                    row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        place = f" from row {row} on" if row else ""
+        malformed.append(f"{path} cannot be read as parquet{place}: {reason_of(error)}")
 
 
 def texts_of(value):
