@@ -110,6 +110,8 @@ class Prepare:
         mirrored = self.mirrors and draw("flip").random() < 0.5
         corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        if args.shuffle_tags and caption and train:
+            caption = data.shuffle_tags(caption, draw, args.keep_tokens)
         picture = self.pictures.read if self.pictures else partial(self.show, rows)
         text = self.tokenize(caption or "")
         sample = {
@@ -358,6 +360,7 @@ def main(argv=None):
         args.gradient_accumulation_steps,
         accelerator.num_processes,
         rows.sizes,
+        rows.partly,
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch

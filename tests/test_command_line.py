@@ -35,6 +35,10 @@ OURS = {
     "on_nan": (str, "stop"),
     "on_bad_sample": (str, "error"),
     "check_data": (bool, False),
+    "train_data_config": (str, None),
+    "repeats_from_folders": (bool, False),
+    "shuffle_tags": (bool, False),
+    "keep_tokens": (int, 0),
 }
 OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not for JAX, which compiles one shape
     "aspect_ratio_bucketing": (bool, False),
@@ -120,7 +124,7 @@ TAKEN_OVER = {
 }
 NOT_FOR_KANDINSKY = {"rescale_betas_zero_snr", "save_kohya_format"}  # its schedules are fixed, WebUI does not read it
 NOT_IN_PRIOR = {"cached_crops"}  # CLIP's processor takes the middle
-NOT_IN_DECODER = {"cache_text_embeddings"}  # which reads no captions
+NOT_IN_DECODER = {"cache_text_embeddings", "shuffle_tags", "keep_tokens"}  # which reads no captions
 NOT_IN_JAX = {"optimizer", "process_group_timeout", *OURS_FOR_EVERY_WEIGHT}
 CHOICES_ADDED = {"lr_scheduler", "prediction_type", "report_to", "optimizer"}  # the originals find a typo much later
 SCRIPTS = [name for name in KNOWN if (ROOT / name).exists()]
@@ -191,8 +195,9 @@ def test_help_and_a_wrong_flag_answer_within_a_second(script, words):
 
 
 def test_shared_modules_import_no_torch():
-    names = "flags data buckets cache problems inspection draws losses checkpoints interruption reporting hub".split()
-    code = f"import sys, {', '.join(f'training_utils.{name}' for name in names)}; print('torch' in sys.modules)"
+    names = "flags data shards sources buckets cache problems inspection draws losses checkpoints interruption"
+    modules = ", ".join(f"training_utils.{name}" for name in [*names.split(), "reporting", "hub"])
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
 
 
@@ -245,6 +250,10 @@ REFUSED = {
     "--full_bf16 --mixed_precision no": "contradicts --mixed_precision no",
     "--enable_xformers_memory_efficient_attention": "pip install xformers",
     "--train_data_dir nowhere": "nowhere is not a folder",
+    "--train_data_config x.yaml": "--train_data_config names all data sets, and --train_data_dir another one",
+    "--dataset_name x --repeats_from_folders": "--repeats_from_folders is for --train_data_dir alone",
+    "--keep_tokens 1": "--keep_tokens says nothing without --shuffle_tags",
+    "--shuffle_tags --cache_text_embeddings": "which --shuffle_tags changes",
     f"--output_dir {ROOT / 'README.md'}": "is a file",
 }
 
