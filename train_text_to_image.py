@@ -11,7 +11,7 @@ OWN_MODEL_FLAGS = [flags.Flag("non_ema_revision", help="revision of the UNet alo
 
 def parse_args(argv=None):
     groups = [
-        (flags.MODEL[0], flags.MODEL[1] + OWN_MODEL_FLAGS),
+        (flags.MODEL[0], [*flags.MODEL[1], flags.SINGLE_FILE_CONFIG, *OWN_MODEL_FLAGS]),
         flags.DATA,
         flags.BUCKETS,
         flags.TRAINING,
@@ -172,7 +172,9 @@ def load_models(args, accelerator):
     `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
     """
     name, variant = args.pretrained_model_name_or_path, args.variant
-    base = engine.model_folder(name, StableDiffusionPipeline, args.revision, variant, args.cache_dir)
+    base = engine.model_folder(
+        name, StableDiffusionPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
+    )
     unet_base = base
     if args.non_ema_revision is not None:
         unet_base = engine.model_folder(name, StableDiffusionPipeline, args.non_ema_revision, variant, args.cache_dir)

@@ -9,7 +9,7 @@ from training_utils import flags
 
 def parse_args(argv=None):
     groups = [
-        (flags.MODEL[0], flags.MODEL[1] + flags.SDXL),
+        (flags.MODEL[0], [*flags.MODEL[1], flags.SINGLE_FILE_CONFIG, *flags.SDXL]),
         flags.DATA,
         flags.BUCKETS,
         flags.TRAINING,
@@ -191,7 +191,9 @@ def load_models(args, accelerator):
     `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
     """
     name, variant = args.pretrained_model_name_or_path, args.variant
-    base = engine.model_folder(name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir)
+    base = engine.model_folder(
+        name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
+    )
     changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     if args.rescale_betas_zero_snr:
         changes["rescale_betas_zero_snr"] = True

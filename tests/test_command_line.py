@@ -46,6 +46,7 @@ OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not fo
     "max_bucket_reso": (int, None),
     "bucket_reso_steps": (int, 64),
 }
+OURS_FOR_SINGLE_FILES = {"single_file_config": (str, None)}  # Stable Diffusion and SDXL in PyTorch
 OURS_FOR_EVERY_WEIGHT = {
     "fused_backward_pass": (bool, False),
     "full_bf16": (bool, False),
@@ -164,6 +165,7 @@ def test_command_line_is_frozen(script, monkeypatch):
     ours = OURS | (OURS_FOR_ADAPTERS if "lora" in script else OURS_FOR_EVERY_WEIGHT)
     ours |= {} if "prior" in script or "flax" in script else OURS_FOR_PIXELS
     kandinsky = "prior" in script or "decoder" in script
+    ours |= {} if kandinsky or "flax" in script else OURS_FOR_SINGLE_FILES
     elsewhere = ELSEWHERE | (OURS_FOR_KANDINSKY if kandinsky else {})
     ours |= {name: elsewhere[name] for name in TAKEN_OVER[script]}
     if kandinsky:
@@ -250,6 +252,7 @@ REFUSED = {
     "--full_bf16 --mixed_precision no": "contradicts --mixed_precision no",
     "--enable_xformers_memory_efficient_attention": "pip install xformers",
     "--train_data_dir nowhere": "nowhere is not a folder",
+    "--single_file_config x": "--single_file_config is for a model in one .safetensors file",
     "--train_data_config x.yaml": "--train_data_config names all data sets, and --train_data_dir another one",
     "--dataset_name x --repeats_from_folders": "--repeats_from_folders is for --train_data_dir alone",
     "--keep_tokens 1": "--keep_tokens says nothing without --shuffle_tags",

@@ -98,6 +98,8 @@ MODEL = ("Base model", [
     Flag("variant", help="which stored copy of the weights to read, for example fp16"),
     Flag("cache_dir", help="where downloads are kept; set it when the home folder is small"),
 ])
+SINGLE_FILE_CONFIG = Flag("single_file_config", help="where the model is one .safetensors file: folder of a model of "
+                          "the same kind, whose settings are taken; left out, they are fetched from the hub")
 KANDINSKY = ("Base model", [
     Flag("pretrained_prior_model_name_or_path", str, "kandinsky-community/kandinsky-2-2-prior",
          "folder or hub id of the prior, which turns text into the embedding of a picture, with CLIP's encoders"),
@@ -395,6 +397,11 @@ def _contradiction(args):
     problem = _data_problem(args) or _bucket_problem(args)
     if problem:
         return problem
+    if get("single_file_config") is not None:
+        if not os.path.isfile(args.pretrained_model_name_or_path or ""):
+            return "--single_file_config is for a model in one .safetensors file, which this one is not"
+        if not os.path.isdir(args.single_file_config):
+            return f"--single_file_config {args.single_file_config} is not a folder"
     if get("dream_training") and get("input_perturbation"):
         return "--dream_training and --input_perturbation both shift the input against the target; use one of them"
     if get("dream_training") and get("prediction_type") == "v_prediction":

@@ -50,7 +50,7 @@ def public_name(name):
 
 def base_licence(base_model, token):
     """The licence that the hub states for the base model, or None: a fine-tuned model is under its base's licence."""
-    if os.path.isdir(base_model):
+    if os.path.exists(base_model):
         return None
     from huggingface_hub import model_info
 
@@ -70,7 +70,7 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
     from huggingface_hub import ModelCard, ModelCardData
 
     known = ModelCardData(
-        base_model=None if os.path.isdir(base_model) else base_model,
+        base_model=None if os.path.exists(base_model) else base_model,
         datasets=[data] if data and not os.path.exists(data) else None,
         license=licence,
         library_name="diffusers",
