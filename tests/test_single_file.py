@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import result_bytes
+from conftest import Runner, result_bytes
 from safetensors.torch import load_file, save_file
 
 from training_utils import single_file
@@ -13,6 +13,8 @@ from training_utils import single_file
 UNET = [  # diffusers' names to those of the original, for two blocks of one layer
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
+    ("add_embedding.linear_1", "label_emb.0.0"),
+    ("add_embedding.linear_2", "label_emb.0.2"),
     ("conv_in", "input_blocks.0.0"),
     ("conv_norm_out", "out.0"),
     ("conv_out", "out.2"),
@@ -49,12 +51,45 @@ VAE = [
 ]
 
 
+OPEN_CLIP = {
+    "text_model.": "",
+    "encoder.layers": "transformer.resblocks",
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn": "attn",
+}
+
+
+def as_open_clip(encoder):
+    """The weights of SDXL's second text encoder as OpenCLIP names them, queries, keys and values in one."""
+    weights, fused = {}, {}
+    for name, tensor in encoder.items():
+        for old, new in OPEN_CLIP.items():
+            name = name.replace(old, new)
+        part = re.fullmatch(r"(.*attn\.)([qkv])_proj\.(weight|bias)", name)
+        if part:
+            fused.setdefault(f"{part[1]}in_proj_{part[3]}", {})[part[2]] = tensor
+        elif name == "text_projection.weight":
+            weights["text_projection"] = tensor.T.contiguous()
+        else:
+            weights[name] = tensor
+    return weights | {name: torch.cat([parts[part] for part in "qkv"]) for name, parts in fused.items()}
+
+
 def as_one_file(folder, path):
-    """The tiny Stable Diffusion folder's weights in one file, under the names of the original implementation."""
-    weights = {}
-    read = {
-        part: load_file(next(Path(folder, part).glob("*.safetensors"))) for part in ("unet", "vae", "text_encoder")
-    }
+    """The weights of a tiny Stable Diffusion or SDXL folder in one file, under the names of the original."""
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    files = {part: next(Path(folder, part).glob("*.safetensors"), None) for part in parts}
+    read, weights = {part: load_file(file) for part, file in files.items() if file}, {}
+    xl = "text_encoder_2" in read
+    if xl:
+        second = as_open_clip(read["text_encoder_2"])
+        weights |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
     for name, tensor in read["unet"].items():
         old, new = next(pair for pair in UNET if name.startswith(pair[0] + "."))
         rest = name.removeprefix(old)
@@ -67,7 +102,8 @@ def as_one_file(folder, path):
         pointwise = "attn_1" in name and tensor.dim() == 2  # convolutions of 1 x 1 there
         weights[f"first_stage_model.{name}"] = tensor[:, :, None, None].contiguous() if pointwise else tensor
     for name, tensor in read["text_encoder"].items():
-        weights[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+        prefix = "conditioner.embedders.0" if xl else "cond_stage_model"
+        weights[f"{prefix}.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
     save_file(weights, path)
     return path
 
@@ -87,6 +123,26 @@ def test_one_file_trains_as_its_folder(run, sd, one_file, tmp_path, monkeypatch)
     assert len([path for path in kept if path.is_dir()]) == 1
     monkeypatch.setattr(single_file, "_convert", None)  # a second run finds it
     run(tmp_path / "again", *flags, *cache, "--max_train_steps", "1")
+
+
+def test_so_does_one_of_sdxl(sdxl, pictures, tmp_path):
+    """Its text encoders have other widths, as the real ones do: by that diffusers tells them apart."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(1)
+    wide = CLIPTextConfig.from_pretrained(sdxl, subfolder="text_encoder_2", hidden_size=24)
+    unet = UNet2DConditionModel.load_config(sdxl, subfolder="unet") | {"cross_attention_dim": 16 + 24}
+    folder, cache = tmp_path / "sdxl", ["--cache_dir", tmp_path / "cache"]
+    StableDiffusionXLPipeline.from_pretrained(
+        sdxl, text_encoder_2=CLIPTextModelWithProjection(wide), unet=UNet2DConditionModel.from_config(unet)
+    ).save_pretrained(folder)
+    path = as_one_file(folder, tmp_path / "model.safetensors")
+    run = Runner("train_text_to_image_lora_sdxl", str(folder), pictures)
+    run(tmp_path / "folder", "--max_train_steps", "2")
+    flags = ["--pretrained_model_name_or_path", path, "--single_file_config", folder]
+    run(tmp_path / "file", "--max_train_steps", "2", *flags, *cache)
+    assert result_bytes(tmp_path / "file") == result_bytes(tmp_path / "folder")
 
 
 def refused(path, tmp_path, config):
