@@ -427,6 +427,14 @@ def halves(pictures, folder):
     return folder
 
 
+def test_a_report_tells_what_an_epoch_shows_of_each_source(pictures, tmp_path, capsys):
+    path = config(halves(pictures, tmp_path / "set"), {"path": "a", "weight": 1}, {"path": "b", "weight": 3})
+    (tmp_path / "set" / "a" / "0.png").write_bytes(b"")
+    assert inspection.check_data({"dataset_name": None, "folder": None, "config": path}, 16) == 2
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "5", "2"] in lines and ["b", "4", "7"] in lines  # of nine, 2.25 and 6.75
+
+
 def test_repeats_of_sources(run, pictures, tmp_path):
     """The same as a line of metadata for each time, cached or not."""
     path = config(halves(pictures, tmp_path / "set"), {"path": "a", "repeats": 2}, {"path": "b"})

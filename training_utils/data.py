@@ -680,21 +680,29 @@ def hold_out(rows, fraction, seed):
     return repeated(rows.select(np.sort(order[count:]))), rows.select(np.sort(order[:count]))
 
 
+def shown_of(rows):
+    """How many rows each source has, and how many of its samples an epoch shows: int64, shape (sources,) each.
+
+    With weights an epoch has as many samples as there are rows; each source has its share of them, rounded, and at
+    least one.
+    """
+    counts = np.bincount(rows.origins, minlength=len(rows.sources))
+    if rows.sources[0].weight is None:
+        return counts, counts * [source.repeats for source in rows.sources]
+    weights = np.array([source.weight for source in rows.sources]) * (counts > 0)
+    shares = np.round(len(rows) * weights / weights.sum()).astype(np.int64)
+    return counts, np.where(counts, np.maximum(1, shares), 0)
+
+
 def repeated(rows):
     """Rows, each as many times in a row as an epoch can show it, `partly` set.
 
-    With weights an epoch has as many samples as there are rows; each source has its share of them, rounded, and at
-    least one. What it has beyond a multiple of its rows is some of their last copies, drawn anew each epoch.
+    What an epoch shows of a source beyond a multiple of its rows is some of their last copies, drawn anew each time.
     """
     if rows.sources is None:
         return rows
-    counts = np.bincount(rows.origins, minlength=len(rows.sources))
-    repeats = np.array([source.repeats for source in rows.sources])
-    shown = counts * repeats
-    if rows.sources[0].weight is not None:
-        weights = np.array([source.weight for source in rows.sources]) * (counts > 0)
-        shown = np.where(counts, np.maximum(1, np.round(len(rows) * weights / weights.sum())), 0).astype(np.int64)
-        repeats = -(-shown // np.maximum(counts, 1))
+    counts, shown = shown_of(rows)
+    repeats = -(-shown // np.maximum(counts, 1))
     copies = repeats[rows.origins]
     result, last = rows.select(np.repeat(np.arange(len(rows)), copies)), np.cumsum(copies) - 1
     rest = shown - counts * np.maximum(repeats - 1, 0)  # of the last copies of each source's rows

@@ -55,6 +55,7 @@ def check_data(source, resolution, limits=None):
     title = source["dataset_name"] or source["folder"] or source.get("config")
     blocks = [
         _summary(title, samples, unusable, rows, captions, looks),
+        _sources(rows.without(sorted(bad | captions.keys()))),
         _malformed(rows.findings.malformed),
         _unusable_lines(problems, rows.root),
         _remarks(rows, looks, [rows.name(index) for index in empty], None if limits else resolution),
@@ -159,6 +160,17 @@ def _summary(title, samples, unusable, rows, captions, looks):
         for word, look in (("smallest", ordered[0]), ("median", ordered[len(ordered) // 2]), ("largest", ordered[-1])):
             lines.append(f"{word:10} {_size(look.size)}  {_short(look.name, rows.root)}")
     return lines
+
+
+def _sources(rows):
+    """What an epoch shows of each source, where there are several."""
+    if not rows.sources or not len(rows):
+        return []
+    table = [("source", "usable", "an epoch shows")]
+    for source, count, shown in zip(rows.sources, *data.shown_of(rows)):
+        table.append((_short(source.title, None) or "elsewhere", f"{count:,}", f"{shown:,}"))
+    width = max(len(line[0]) for line in table)
+    return [f"{title:<{width}}  {count:>8}  {shown:>14}" for title, count, shown in table]
 
 
 def _malformed(sentences):
