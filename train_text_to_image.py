@@ -11,7 +11,7 @@ OWN_MODEL_FLAGS = [flags.Flag("non_ema_revision", help="revision of the UNet alo
 
 def parse_args(argv=None):
     groups = [
-        (flags.MODEL[0], flags.MODEL[1] + OWN_MODEL_FLAGS),
+        (flags.MODEL[0], [*flags.MODEL[1], flags.SINGLE_FILE_CONFIG, *OWN_MODEL_FLAGS]),
         flags.DATA,
         flags.BUCKETS,
         flags.TRAINING,
@@ -104,6 +104,8 @@ class Prepare:
         mirrored = self.mirrors and draw("flip").random() < 0.5
         corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        if args.shuffle_tags and caption and train:
+            caption = data.shuffle_tags(caption, draw, args.keep_tokens)
         picture = self.pictures.read if self.pictures else partial(self.show, rows)
         text = self.tokenize(caption or "")
         if train:
@@ -171,7 +173,9 @@ def load_models(args, accelerator):
     `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
     """
     name, variant = args.pretrained_model_name_or_path, args.variant
-    base = engine.model_folder(name, StableDiffusionPipeline, args.revision, variant, args.cache_dir)
+    base = engine.model_folder(
+        name, StableDiffusionPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
+    )
     unet_base = base
     if args.non_ema_revision is not None:
         unet_base = engine.model_folder(name, StableDiffusionPipeline, args.non_ema_revision, variant, args.cache_dir)
@@ -306,6 +310,7 @@ def main(argv=None):
         args.gradient_accumulation_steps,
         accelerator.num_processes,
         rows.sizes,
+        rows.partly,
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch

@@ -13,7 +13,7 @@ def parse_args(argv=None):
         (
             flags.DATA[0],
             [
-                *flags.without(flags.DATA, "train_data_dir", "caption_column", "center_crop", "caption_dropout"),
+                *flags.without(flags.DATA, "train_data_dir", *flags.OF_CAPTIONS, "center_crop"),
                 *flags.KANDINSKY_DECODER,
             ],
         ),
@@ -332,6 +332,7 @@ def main(argv=None):
         args.gradient_accumulation_steps,
         accelerator.num_processes,
         rows.sizes,
+        rows.partly,
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch

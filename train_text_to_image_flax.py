@@ -115,6 +115,8 @@ class Prepare:
         mirrored = self.mirrors and draw("flip").random() < 0.5
         corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        if args.shuffle_tags and caption and train:
+            caption = data.shuffle_tags(caption, draw, args.keep_tokens)
         picture = self.pictures.read if self.pictures else partial(self.show, rows)
         text = self.tokenize(caption or "")
         if train:
@@ -324,7 +326,14 @@ def main(argv=None):
         return batch if args.cache_text_embeddings else read(frozen["text_encoder"], batch)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    updates = data.Updates(len(samples), state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
+    updates = data.Updates(
+        len(samples),
+        state.seed,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        devices,
+        partly=rows.partly,
+    )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
     optimizer = engine.make_optimizer((args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon)

@@ -117,6 +117,8 @@ class Prepare:
         args, train = self.args, not self.held_out
         mirrored = self.mirrors and draw("flip").random() < 0.5
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        if args.shuffle_tags and caption and train:
+            caption = data.shuffle_tags(caption, draw, args.keep_tokens)
         picture = self.pictures.read if self.pictures else partial(self.show, rows)
         text = self.tokenize(caption or "")
         if train:
@@ -306,7 +308,12 @@ def main(argv=None):
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
     updates = data.Updates(
-        len(samples), state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
+        len(samples),
+        state.seed,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator.num_processes,
+        partly=rows.partly,
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch

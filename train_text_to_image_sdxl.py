@@ -9,7 +9,7 @@ from training_utils import flags
 
 def parse_args(argv=None):
     groups = [
-        (flags.MODEL[0], flags.MODEL[1] + flags.SDXL),
+        (flags.MODEL[0], [*flags.MODEL[1], flags.SINGLE_FILE_CONFIG, *flags.SDXL]),
         flags.DATA,
         flags.BUCKETS,
         flags.TRAINING,
@@ -111,6 +111,8 @@ class Prepare:
         mirrored = self.mirrors and draw("flip").random() < 0.5
         corner = draw("crop") if self.cropped else None
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        if args.shuffle_tags and caption and train:
+            caption = data.shuffle_tags(caption, draw, args.keep_tokens)
         picture = self.pictures.read if self.pictures else partial(self.show, rows)
         text = self.tokenize(caption or "")
         sample = {
@@ -190,7 +192,9 @@ def load_models(args, accelerator):
     `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
     """
     name, variant = args.pretrained_model_name_or_path, args.variant
-    base = engine.model_folder(name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir)
+    base = engine.model_folder(
+        name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
+    )
     changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     if args.rescale_betas_zero_snr:
         changes["rescale_betas_zero_snr"] = True
@@ -362,6 +366,7 @@ def main(argv=None):
         args.gradient_accumulation_steps,
         accelerator.num_processes,
         rows.sizes,
+        rows.partly,
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch

@@ -71,7 +71,8 @@ class Runner:
 
     def argv(self, out, *more):
         """The command line; a flag in `more` comes last and so replaces the one here."""
-        folder = [] if "--dataset_name" in more else ["--train_data_dir", self.pictures]
+        named = {"--dataset_name", "--train_data_config"} & set(map(str, more))
+        folder = [] if named else ["--train_data_dir", self.pictures]
         plain = "--resolution 16 --train_batch_size 4 --max_train_steps 6 --learning_rate 1e-3 --seed 7"
         plain += " --report_to none --checkpointing_steps 0"
         start = [*self.models, "--output_dir", out, *folder, *plain.split()]

@@ -39,6 +39,10 @@ OURS = {
     "dry_run": (bool, False),
     "hub_private_repo": (bool, False),
     "push_checkpoints": (bool, False),
+    "train_data_config": (str, None),
+    "repeats_from_folders": (bool, False),
+    "shuffle_tags": (bool, False),
+    "keep_tokens": (int, 0),
 }
 OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not for JAX, which compiles one shape
     "aspect_ratio_bucketing": (bool, False),
@@ -46,6 +50,7 @@ OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not fo
     "max_bucket_reso": (int, None),
     "bucket_reso_steps": (int, 64),
 }
+OURS_FOR_SINGLE_FILES = {"single_file_config": (str, None)}  # Stable Diffusion and SDXL in PyTorch
 OURS_FOR_EVERY_WEIGHT = {
     "fused_backward_pass": (bool, False),
     "full_bf16": (bool, False),
@@ -124,7 +129,7 @@ TAKEN_OVER = {
 }
 NOT_FOR_KANDINSKY = {"rescale_betas_zero_snr", "save_kohya_format"}  # its schedules are fixed, WebUI does not read it
 NOT_IN_PRIOR = {"cached_crops"}  # CLIP's processor takes the middle
-NOT_IN_DECODER = {"cache_text_embeddings"}  # which reads no captions
+NOT_IN_DECODER = {"cache_text_embeddings", "shuffle_tags", "keep_tokens"}  # which reads no captions
 NOT_IN_JAX = {"optimizer", "process_group_timeout", *OURS_FOR_EVERY_WEIGHT}
 CHOICES_ADDED = {"lr_scheduler", "prediction_type", "report_to", "optimizer"}  # the originals find a typo much later
 SCRIPTS = [name for name in KNOWN if (ROOT / name).exists()]
@@ -164,6 +169,7 @@ def test_command_line_is_frozen(script, monkeypatch):
     ours = OURS | (OURS_FOR_ADAPTERS if "lora" in script else OURS_FOR_EVERY_WEIGHT)
     ours |= {} if "prior" in script or "flax" in script else OURS_FOR_PIXELS
     kandinsky = "prior" in script or "decoder" in script
+    ours |= {} if kandinsky or "flax" in script else OURS_FOR_SINGLE_FILES
     elsewhere = ELSEWHERE | (OURS_FOR_KANDINSKY if kandinsky else {})
     ours |= {name: elsewhere[name] for name in TAKEN_OVER[script]}
     if kandinsky:
@@ -195,8 +201,9 @@ def test_help_and_a_wrong_flag_answer_within_a_second(script, words):
 
 
 def test_shared_modules_import_no_torch():
-    names = "flags data buckets cache problems inspection draws losses checkpoints interruption reporting hub".split()
-    code = f"import sys, {', '.join(f'training_utils.{name}' for name in names)}; print('torch' in sys.modules)"
+    names = "flags data shards sources buckets cache problems inspection draws losses checkpoints interruption"
+    modules = ", ".join(f"training_utils.{name}" for name in [*names.split(), "reporting", "hub"])
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
 
 
@@ -253,6 +260,11 @@ REFUSED = {
     "--hub_private_repo": "--hub_private_repo says nothing without --push_to_hub",
     "--push_checkpoints": "--push_checkpoints says nothing without --push_to_hub",
     "--train_data_dir nowhere": "nowhere is not a folder",
+    "--single_file_config x": "--single_file_config is for a model in one .safetensors file",
+    "--train_data_config x.yaml": "--train_data_config names all data sets, and --train_data_dir another one",
+    "--dataset_name x --repeats_from_folders": "--repeats_from_folders is for --train_data_dir alone",
+    "--keep_tokens 1": "--keep_tokens says nothing without --shuffle_tags",
+    "--shuffle_tags --cache_text_embeddings": "which --shuffle_tags changes",
     f"--output_dir {ROOT / 'README.md'}": "is a file",
 }
 

@@ -22,6 +22,7 @@ from diffusers.optimization import get_scheduler
 from flax_runs import FlaxRunner, compiled_once
 from PIL import Image
 from safetensors.numpy import load_file
+from test_formats import CAPTIONS, config, shard
 from tiny import UNET
 
 import train_text_to_image_flax as script
@@ -242,6 +243,14 @@ def test_number_of_threads_changes_nothing(run_flax, plain, tmp_path):
     for workers in (1, 3):
         run_flax(tmp_path / str(workers), "--dataloader_num_workers", workers)
         assert result_bytes(tmp_path / str(workers)) == result_bytes(plain)
+
+
+def test_shards_of_a_weighted_source_are_read_too(run_flax, plain, tmp_path):
+    """With one source, whose share is all; and its captions, of one tag each, are in any order the same."""
+    shard(tmp_path / "set" / "a.tar", [(index, text.encode()) for index, text in enumerate(CAPTIONS)])
+    path = config(tmp_path, {"path": "set", "weight": 0.5})
+    run_flax(tmp_path / "out", "--train_data_config", path, "--shuffle_tags")
+    assert result_bytes(tmp_path / "out") == result_bytes(plain)
 
 
 def test_sigkill_then_resume(run_flax, tmp_path):

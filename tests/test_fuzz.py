@@ -18,7 +18,8 @@ NOT_TRIED = set(  # names of things, the network, and what would only make a run
     " pretrained_decoder_model_name_or_path revision non_ema_revision prior_revision decoder_revision variant"
     " dataset_name dataset_config_name train_data_dir output_dir max_train_steps local_rank report_to logging_dir"
     " push_to_hub hub_token hub_model_id hub_private_repo push_checkpoints tracker_project_name"
-    " process_group_timeout check_data compilation_cache_dir encoding_cache_dir config dry_run".split()
+    " process_group_timeout check_data compilation_cache_dir encoding_cache_dir config dry_run"
+    " train_data_config single_file_config".split()
 )
 WORDS = {
     "resolution": ["8", "16", "24", "20", "0"],

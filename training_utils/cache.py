@@ -430,9 +430,11 @@ def keep_pictures(store, sets, encode, team=None, batch_size=None, crops=1, blan
             )
         return
     for samples in sets:
-        mine = range(team.rank, len(samples), team.world)
-        seen = sorted(team.gather(list(zip(mine, _look_at(samples.rows, mine, team.threads)))))
-        digests, sizes = [digest for _, (digest, _) in seen], [size for _, (_, size) in seen]
+        _, firsts, same = np.unique(samples.rows.numbers, return_index=True, return_inverse=True)  # some are repeated
+        mine = range(team.rank, len(firsts), team.world)
+        looks = _look_at(samples.rows, [int(firsts[at]) for at in mine], team.threads)
+        seen = [look for _, look in sorted(team.gather(list(zip(mine, looks))))]
+        digests, sizes = [seen[at][0] for at in same], [seen[at][1] for at in same]
         samples.prepare.pictures = Pictures(store, digests, sizes, crops)
     wanted, narrowed = {}, 0
     for samples in sets:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from . import draws
+from . import draws, shards
 from .problems import (
     BadSample,
     Findings,
     Problem,
     caption_fault,
+    content_of,
     is_unicode,
     listing,
     open_picture,
@@ -32,6 +34,8 @@ from .problems import (
 from .reporting import UserError, reason_of, say, warn
 
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$")
+REPEATED = re.compile(r"([1-9]\d{0,2})_(.+)")  # 2024_photos is none
 TRANSPARENT_BECOMES = (255, 255, 255)  # what lies under transparent pixels is arbitrary; white is what viewers show
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -44,6 +48,18 @@ FILTERS = {
 }
 
 
+@dataclass(frozen=True)
+class Source:
+    """Some rows of a data set: what to call them, how many times an epoch shows each, or else (for all the sources of
+    a data set, or none) their weight, to which the share of an epoch's samples that they have is proportional. `start`
+    is the number of the first row."""
+
+    title: str
+    repeats: int = 1
+    weight: float | None = None
+    start: int = 0
+
+
 class Rows:
     """The pictures and captions of a data set; both are read when they are asked for.
 
@@ -51,13 +67,25 @@ class Rows:
     pictures matter; `root` is the folder of the pictures, resolved, where they are files; `findings` are shared with
     the rows that are selected from these; `numbers` are the rows' places in the whole data set, whose pictures are
     `stored`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels at which each row is
-    trained; None where that is no matter of the data.
+    trained; None where that is no matter of the data. `sources` are a list of Source, None where there is one, and
+    `origins` the index of each row's. `partly` is what Updates takes.
     """
 
     def __init__(
-        self, dataset, image_column, caption_column, root=None, findings=None, numbers=None, stored=None, sizes=None
+        self,
+        dataset,
+        image_column,
+        caption_column,
+        root=None,
+        findings=None,
+        numbers=None,
+        stored=None,
+        sizes=None,
+        sources=None,
+        origins=None,
     ):
         self.dataset, self.image_column, self.caption_column, self.root = dataset, image_column, caption_column, root
+        self.sources, self.origins, self.partly = sources, origins, ()
         self.findings = Findings() if findings is None else findings
         self.numbers = np.arange(len(dataset)) if numbers is None else numbers
         self.stored = dataset.data.column(image_column) if stored is None else stored
@@ -72,8 +100,11 @@ class Rows:
         """The rows with these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         columns = (self.image_column, self.caption_column)
-        numbers, sizes = self.numbers[indices], None if self.sizes is None else self.sizes[indices]
-        return Rows(self.dataset.select(indices), *columns, self.root, self.findings, numbers, self.stored, sizes)
+        numbers, sizes, origins = (
+            None if values is None else values[indices] for values in (self.numbers, self.sizes, self.origins)
+        )
+        shared = (self.root, self.findings, numbers, self.stored, sizes, self.sources, origins)
+        return Rows(self.dataset.select(indices), *columns, *shared)
 
     def without(self, indices):
         """The rows but for those with these indices."""
@@ -85,7 +116,13 @@ class Rows:
 
     def _name(self, index, cell):
         path = cell.get("path") if isinstance(cell, dict) else None
-        return str(path) if path else f"row {self.numbers[index]}"
+        if path:
+            return str(shards.shown(path))
+        number = int(self.numbers[index])
+        if self.sources is None:
+            return f"row {number}"
+        source = self.sources[self.origins[index]]
+        return f"row {number - source.start} of {source.title}"
 
     def cells(self):
         """(name, cell) of every row: what `open_picture` opens."""
@@ -123,15 +160,15 @@ class Rows:
         zeros."""
         cell = self._pictures[index]
         try:
-            content = cell.get("bytes") or Path(cell["path"]).read_bytes()
+            content = content_of(cell)
             with open_picture({"bytes": content}) as picture:
                 return hashlib.sha256(content).hexdigest(), upright_size(picture)
         except Exception:  # what is wrong with it, whoever decodes it will say
             return hashlib.sha256(repr(self.name(index)).encode()).hexdigest(), (0, 0)
 
     def fingerprint(self):
-        """SHA-256 over the captions, and over the file names of a folder: a resumed run compares it. Without either,
-        over up to a thousand pictures."""
+        """SHA-256 over the captions, over the file names of a folder, and over the weights of sources: a resumed run
+        compares it. Without captions and a folder, over up to a thousand pictures."""
         digest = hashlib.sha256()
         for index, caption in enumerate([None] * len(self) if self._captions is None else self._captions):
             name = os.path.relpath(self.name(index), self.root) if self.root else ""
@@ -139,6 +176,8 @@ class Rows:
         if self._captions is None and not self.root:
             for index in range(0, len(self), -(-len(self) // 1000)):
                 digest.update(self._pictures[index].get("bytes") or b"")
+        for indices, count in self.partly:
+            digest.update(json.dumps([len(indices), count]).encode())
         return digest.hexdigest()
 
 
@@ -183,32 +222,55 @@ def is_transparent(picture):
 
 
 def load_rows(
-    dataset_name=None, config_name=None, folder=None, cache_dir=None, image_column="image", caption_column="text"
+    dataset_name=None,
+    config_name=None,
+    folder=None,
+    cache_dir=None,
+    image_column="image",
+    caption_column="text",
+    repeats_from_folders=False,
+    config=None,
 ):
     """Open a data set. Returns Rows.
 
-    `dataset_name` (a hub id or local path, through the datasets library, `folder` passed on as data_dir) or else
-    `folder`, a folder of pictures. With `caption_column` None no captions are read, and none are needed. A column of
-    the default name that is missing is taken to be the first (picture) or second (caption) one, with a notice. Raises
-    UserError for a data set that cannot be opened. What is wrong with its samples is for `check` to say, which must
-    follow: of a folder the samples whose caption or file is missing are left out already, and noted in the findings.
+    `config` is a file that names several, as `sources` says; or else `dataset_name` (a hub id or local path, through
+    the datasets library, `folder` passed on as data_dir); or else `folder`, a folder of pictures, of tar shards or of
+    parquet tables. `repeats_from_folders` makes the folders in it that are named like `10_sks dog` sources that are
+    repeated so often, and these words the caption of a picture there that has no other. With `caption_column` None no
+    captions are read, and none are needed. A column of the default name that is missing is taken to be the first
+    (picture) or second (caption) one, with a notice. Raises UserError for a data set that cannot be opened. What is
+    wrong with its samples is for `check` to say, which must follow: of a folder the samples whose caption or file is
+    missing are left out already, and noted in the findings.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    findings = Findings()
+    if config is not None:
+        from . import sources  # which needs this module
+
+        return sources.load_rows(config, cache_dir, image_column, caption_column)
+    findings, kind, parts, origins = Findings(), "tables", None, None
     if dataset_name is None:
-        dataset = _read_folder(Path(folder), image_column, caption_column, findings)
-        if caption_column not in dataset.column_names:
-            caption_column = None
+        files, kind = _files_of(Path(folder))
+    title = f"--train_data_dir {folder}" if dataset_name is None else f"--dataset_name {dataset_name}"
+    if kind == "tables":
+        if repeats_from_folders:
+            raise UserError(f"{title} holds tables; --repeats_from_folders is for folders of pictures or shards")
+        place = (str(folder), None) if dataset_name is None else (dataset_name, folder)
+        dataset = _read_tables(title, *place, config_name, cache_dir)
     else:
-        try:
-            splits = datasets.load_dataset(dataset_name, config_name, cache_dir=cache_dir, data_dir=folder)
-        except Exception as error:  # the library raises its own, the hub client's, pyarrow's and the system's errors
-            raise UserError(f"--dataset_name {dataset_name} cannot be loaded: {reason_of(error)}") from None
-        if "train" not in splits:
-            raise UserError(f"--dataset_name {dataset_name} has no split 'train', only {', '.join(splits)}")
-        dataset = splits["train"]
+        folder = Path(folder)
+        repeats = _Repeats(folder, files)
+        read = _read_shards if kind == "shards" else _read_folder
+        words_of = repeats.words if repeats_from_folders else None
+        named, caption_column = read(folder, files, caption_column, findings, words_of)
+        usable = _usable(named, findings)
+        dataset = _dataset_of(usable, image_column, caption_column)
+        if repeats_from_folders:
+            parts, origins = repeats.sources([place for place, _ in usable])
+        elif repeats.folders:
+            name = next(iter(repeats.folders.values()))
+            warn(f"folders named like '{name}' are not repeated; with --repeats_from_folders they are")
     columns = dataset.column_names
     image_column = _column(columns, image_column, "image", 0, "--image_column")
     if caption_column is not None:
@@ -218,11 +280,25 @@ def load_rows(
     except Exception:
         kind = dataset.features[image_column]
         raise UserError(f"--image_column {image_column} holds {kind}, not pictures; there are {columns}") from None
-    if dataset_name is None:
-        return Rows(dataset, image_column, caption_column, Path(folder).resolve(), findings)
+    if kind != "tables":
+        folder = folder.resolve()
+        return Rows(dataset, image_column, caption_column, folder, findings, sources=parts, origins=origins)
     if not len(dataset):
-        raise UserError(f"--dataset_name {dataset_name} holds no pictures")
+        raise UserError(f"{title} holds no pictures")
     return Rows(dataset, image_column, caption_column, None, findings)
+
+
+def _read_tables(title, name, data_dir, config_name, cache_dir):
+    """The Dataset that the datasets library makes of a name and the data_dir that belongs to it."""
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir, data_dir=data_dir)
+    except Exception as error:  # the library raises its own, the hub client's, pyarrow's and the system's errors
+        raise UserError(f"{title} cannot be loaded: {reason_of(error)}") from None
+    if "train" not in splits:
+        raise UserError(f"{title} has no split 'train', only {', '.join(splits)}")
+    return splits["train"]
 
 
 def _column(columns, name, default, place, flag):
@@ -234,43 +310,96 @@ def _column(columns, name, default, place, flag):
     return columns[place]
 
 
-def _read_folder(folder, image_column, caption_column, findings):
-    """A folder of pictures as a Dataset of two columns, absolute paths and captions; of all its paths alone where
-    `caption_column` is None, or where nothing can be made of the captions. Adds to the findings."""
-    import datasets
-
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURE_ENDINGS
-        and os.path.isfile(path)
+def _files_of(folder):
+    """What a folder holds: (sorted paths, "pictures", "shards" or "tables"). Raises UserError for none of them."""
+    kinds = {"pictures": [], "shards": [], "tables": [], "compressed": []}
+    for path in sorted(folder.rglob("*")):
+        ending = path.suffix.lower()
+        kind = "pictures" if ending in PICTURE_ENDINGS else {".tar": "shards", ".parquet": "tables"}.get(ending)
+        if COMPRESSED.search(path.name.lower()):
+            kind = "compressed"
         # Editors and systems leave thumbnails and copies in such folders, which nobody sees.
-        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-    )
-    if not found:
-        raise UserError(f"--train_data_dir {folder} holds no pictures ({', '.join(sorted(PICTURE_ENDINGS))})")
+        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+        if kind and path.name != "metadata.parquet" and not hidden and os.path.isfile(path):
+            kinds[kind].append(path)
+    compressed = kinds.pop("compressed")
+    present = [kind for kind, paths in kinds.items() if paths]
+    if compressed and present in ([], ["shards"]):
+        raise UserError(
+            f"{compressed[0]} is compressed, so that no picture in it can be reached without all before it; unpack it "
+            "to a plain .tar (gunzip)"
+        )
+    if not present:
+        endings = ", ".join(sorted(PICTURE_ENDINGS))
+        raise UserError(f"--train_data_dir {folder} holds no pictures ({endings}), nor .tar shards or .parquet tables")
+    if present == ["shards", "tables"]:
+        raise UserError(
+            f"--train_data_dir {folder} holds .tar shards and .parquet tables; keep them in two folders, which "
+            "--train_data_config can name both"
+        )
+    if len(present) > 1:
+        others = [path for kind in present[1:] for path in kinds[kind]]
+        warn(
+            f"--train_data_dir {folder} holds pictures, and {shortened(others, 1)}, which is not read; "
+            "--train_data_config names several data sets"
+        )
+    return kinds[present[0]], present[0]
+
+
+def _read_shards(folder, found, caption_column, findings, words_of=None):
+    """([(place, caption)] of the captioned pictures in tar shards, the caption column)."""
+    pictures = [
+        picture
+        for shard in found
+        for picture in shards.index(os.path.realpath(shard), PICTURE_ENDINGS, caption_column, findings.malformed)
+    ]
+    if words_of:
+        pictures = [(place, words_of(place) if caption is None else caption) for place, caption in pictures]
+    findings.pictures = len(pictures)
+    findings.unnamed = [shards.shown(place) for place, caption in pictures if caption is None]
+    named = [(place, caption) for place, caption in pictures if caption is not None]
+    if not named and not findings.malformed:
+        lack = "captions: put a .txt, .caption or .json beside each picture" if pictures else "pictures"
+        findings.malformed.append(f"the shards in {folder} ({shortened(found, 1)}) hold no {lack}")
+    return named, caption_column
+
+
+def _read_folder(folder, found, caption_column, findings, words_of=None):
+    """([(place, caption)] of the captioned pictures in a folder, the caption column); of all pictures, and None, where
+    nothing can be made of the captions. Adds to the findings."""
     places = [os.path.realpath(path) for path in found]
     findings.pictures = len(found)
-    named = _read_captions(folder, found, caption_column, findings)
-    captioned = caption_column is not None
+    named = _read_captions(folder, found, caption_column, findings, words_of)
     if findings.malformed and not named:
-        captioned, named = False, [(place, "") for place in places]
+        caption_column, named = None, [(place, "") for place in places]
     known = {place for place, _ in named}
     findings.unnamed = [place for place in places if place not in known]
     findings.repeats = len(named) - len(known)
+    return named, caption_column
+
+
+def _usable(named, findings):
+    """The (place, caption) that can be in a data set; the others become problems among the findings."""
     usable = []
     for place, caption in named:
-        if not os.path.isfile(place):
+        if not shards.is_place(place) and not os.path.isfile(place):
             findings.problems.append(Problem("absent", place))
         elif caption_fault(caption):
-            findings.problems.append(Problem("no usable caption", place, caption_fault(caption)))
+            findings.problems.append(Problem("no usable caption", shards.shown(place), caption_fault(caption)))
         elif not is_unicode(place):
-            findings.problems.append(Problem("name not UTF-8", place))
+            findings.problems.append(Problem("name not UTF-8", shards.shown(place)))
         else:
             usable.append((place, caption))
+    return usable
+
+
+def _dataset_of(usable, image_column, caption_column):
+    """A Dataset of two columns, places and captions; of the first alone where `caption_column` is None."""
+    import datasets
+
     rows = {image_column: [place for place, _ in usable]}
     features = {image_column: datasets.Value("string")}
-    if captioned:
+    if caption_column is not None:
         rows[caption_column] = [caption for _, caption in usable]
         features[caption_column] = datasets.Value("string")
         if any(isinstance(caption, list) for caption in rows[caption_column]):
@@ -279,18 +408,46 @@ def _read_folder(folder, image_column, caption_column, findings):
     return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
 
 
-def _read_captions(folder, found, caption_column, findings):
+class _Repeats:
+    """The folders inside a folder that are named like `10_sks dog`, as kohya's trainers have it: those words, ten
+    times. `found` are the files; places are asked for."""
+
+    def __init__(self, folder, found):
+        self.folders = {}
+        for path in found:
+            names = [name for name in path.relative_to(folder).parts[:-1] if REPEATED.fullmatch(name)]
+            if names:
+                self.folders[os.path.realpath(path)] = names[-1]
+
+    def _folder(self, place):
+        return self.folders.get(place.split("\0")[0])
+
+    def words(self, place):
+        """What a place's folder is called, without the number; None where it has none."""
+        folder = self._folder(place)
+        return None if folder is None else REPEATED.fullmatch(folder)[2].strip()
+
+    def sources(self, places):
+        """A list of Source, and for each place the index of its own, int64."""
+        names = [self._folder(place) for place in places]
+        known = sorted({name for name in names if name}) + [None]
+        sources = [Source(name or "", int(REPEATED.fullmatch(name)[1]) if name else 1) for name in known]
+        return sources, np.array([known.index(name) for name in names], dtype=np.int64)
+
+
+def _read_captions(folder, found, caption_column, findings, words_of=None):
     """[(absolute path, caption)] in the order of the metadata, a picture once for each line that names it; `found` are
-    the folder's pictures. With `caption_column` None the captions are empty, and without metadata all pictures are
-    named. What is malformed is added to the findings."""
+    the folder's pictures. Without metadata each has its own file, or else the caption `words_of(place)`. With
+    `caption_column` None the captions are empty, and without metadata all pictures are named. What is malformed is
+    added to the findings."""
     named, malformed = [], findings.malformed
-    tables = sorted(folder.rglob("metadata.jsonl")) + sorted(folder.rglob("metadata.csv"))
+    tables = [table for ending in ("jsonl", "csv", "parquet") for table in sorted(folder.rglob(f"metadata.{ending}"))]
     for table in tables:
-        lacking, lines = [], 0
+        lacking, lines, word = [], 0, "row" if table.suffix == ".parquet" else "line"
         for line, entry in _read_table(table, malformed):
-            where, lines = f"{table} line {line}", lines + 1
+            where, lines = f"{table} {word} {line}", lines + 1
             if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-                malformed.append(f'{where} has no "file_name"; each line names a picture and its caption')
+                malformed.append(f'{where} has no "file_name"; each {word} names a picture and its caption')
             elif caption_column is None:
                 named.append((_place(table.parent, entry["file_name"]), ""))
             elif caption_column not in entry:
@@ -299,19 +456,23 @@ def _read_captions(folder, found, caption_column, findings):
             else:
                 named.append((_place(table.parent, entry["file_name"]), entry[caption_column]))
         same = 1 < len(lacking) == lines  # it is the flag that is wrong, or the name of the column
-        malformed += [f"{lacking[0]}; nor has any other line"] if same else lacking
+        malformed += [f"{lacking[0]}; nor has any other {word}"] if same else lacking
     if tables and not named and not malformed:
-        malformed.append(f"{tables[0]} names no picture; each line names a picture and its caption")
+        word = "row" if tables[0].suffix == ".parquet" else "line"
+        malformed.append(f"{tables[0]} names no picture; each {word} names a picture and its caption")
     if tables:
         return named
     if caption_column is None:
         return [(os.path.realpath(path), "") for path in found]
     for path in found:
-        text = path.with_suffix(".txt")
-        if text.is_file():
-            content = _read_text(text, malformed)
+        place = os.path.realpath(path)
+        texts = [text for text in map(path.with_suffix, (".txt", ".caption")) if text.is_file()]
+        if texts:
+            content = _read_text(texts[0], malformed)
             if content is not None:
-                named.append((os.path.realpath(path), content.strip()))
+                named.append((place, content.strip()))
+        elif words_of and words_of(place) is not None:
+            named.append((place, words_of(place)))
     if not named and not malformed:
         malformed.append(
             f"{folder} has no captions: write a metadata.jsonl with lines like "
@@ -339,7 +500,11 @@ def _read_text(path, malformed):
 
 
 def _read_table(path, malformed):
-    """(line number, entry) for each line of a metadata.jsonl or metadata.csv that is one; adds to `malformed`."""
+    """(line number, entry) for each line of a metadata.jsonl or metadata.csv that is one, or (row number, from 0,
+    entry) for each row of a metadata.parquet; adds to `malformed`."""
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, malformed)
+        return
     text = _read_text(path, malformed) or ""
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -366,6 +531,23 @@ def _read_table(path, malformed):
                 yield line, entry
 
 
+def _read_parquet(path, malformed):
+    """(row number, entry) for each row of a parquet file; adds to `malformed` where it cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for entry in batch.to_pylist():
+                    yield row, entry
+                    row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        place = f" from row {row} on" if row else ""
+        malformed.append(f"{path} cannot be read as parquet{place}: {reason_of(error)}")
+
+
 def texts_of(value):
     """The captions in a usable cell, a list of strings."""
     return [value] if isinstance(value, str) else list(value)
@@ -389,7 +571,7 @@ def header_problems(rows):
 
     Pictures that lie inside a table are not opened: reading all of them would take as long as decoding them.
     """
-    problems = {int(at): Problem("no picture", f"row {rows.numbers[at]}") for at in rows.without_picture()}
+    problems = {int(at): Problem("no picture", rows.name(int(at))) for at in rows.without_picture()}
     if rows.are_files():
         for index, (name, cell) in enumerate(rows.cells()):
             try:
@@ -487,14 +669,47 @@ def warn_of_long_captions(rows, tokenizer, most=100_000):
 
 
 def hold_out(rows, fraction, seed):
-    """Split rows into (training, held-out) by a draw from the seed; the second is None when `fraction` is 0."""
+    """Split rows into (training, held-out) by a draw from the seed; the second is None when `fraction` is 0. The first
+    are `repeated`, so that no picture is in both."""
     if not fraction:
-        return rows, None
+        return repeated(rows), None
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
         raise UserError(f"--validation_split {fraction} of {len(rows)} pictures leaves none to train on")
     order = draws.generator(seed, "holdout").permutation(len(rows))
-    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+    return repeated(rows.select(np.sort(order[count:]))), rows.select(np.sort(order[:count]))
+
+
+def shown_of(rows):
+    """How many rows each source has, and how many of its samples an epoch shows: int64, shape (sources,) each.
+
+    With weights an epoch has as many samples as there are rows; each source has its share of them, rounded, and at
+    least one.
+    """
+    counts = np.bincount(rows.origins, minlength=len(rows.sources))
+    if rows.sources[0].weight is None:
+        return counts, counts * [source.repeats for source in rows.sources]
+    weights = np.array([source.weight for source in rows.sources]) * (counts > 0)
+    shares = np.round(len(rows) * weights / weights.sum()).astype(np.int64)
+    return counts, np.where(counts, np.maximum(1, shares), 0)
+
+
+def repeated(rows):
+    """Rows, each as many times in a row as an epoch can show it, `partly` set.
+
+    What an epoch shows of a source beyond a multiple of its rows is some of their last copies, drawn anew each time.
+    """
+    if rows.sources is None:
+        return rows
+    counts, shown = shown_of(rows)
+    repeats = -(-shown // np.maximum(counts, 1))
+    copies = repeats[rows.origins]
+    result, last = rows.select(np.repeat(np.arange(len(rows)), copies)), np.cumsum(copies) - 1
+    rest = shown - counts * np.maximum(repeats - 1, 0)  # of the last copies of each source's rows
+    result.partly = [
+        (last[rows.origins == at], int(rest[at])) for at in range(len(counts)) if counts[at] and rest[at] < counts[at]
+    ]
+    return result
 
 
 def take(rows, most, seed):
@@ -554,6 +769,13 @@ def choose_caption(captions, draw, dropout=0.0):
     return captions[int(draw("caption").integers(len(captions)))] if len(captions) > 1 else captions[0]
 
 
+def shuffle_tags(caption, draw, kept=0):
+    """A caption whose parts between commas, its tags, are put into a drawn order, but for the first `kept`."""
+    tags = [tag for tag in (part.strip() for part in caption.split(",")) if tag]
+    order = draw("tags").permutation(len(tags[kept:]))
+    return ", ".join(tags[:kept] + [tags[kept + at] for at in order])
+
+
 def choose_timestep(draw, timesteps, probabilities=None):
     """A timestep below `timesteps`: each as likely as the other, or by `probabilities`, shape (timesteps,)."""
     if probabilities is None:
@@ -592,9 +814,14 @@ class Updates:
     fewer; these are shuffled, and an update takes the next accumulation * world_size of them. So it may have fewer
     samples than the window, and the order depends on the batch size: a run that goes on with another one inside an
     epoch visits some of its samples twice and others not.
+
+    `partly` is a list of (indices, count): of these samples an epoch visits only so many, drawn anew each time. With
+    shapes too, epochs differ a little in the number of their updates, and `per_epoch` is that of the first.
     """
 
-    def __init__(self, size, seed, batch_size, accumulation=1, world_size=1, shapes=None):
+    def __init__(self, size, seed, batch_size, accumulation=1, world_size=1, shapes=None, partly=()):
+        self.partly, self.all = partly, size
+        size -= sum(len(indices) - count for indices, count in partly)
         self.size, self.seed, self.batch_size = size, seed, batch_size
         self.accumulation, self.world_size = accumulation, world_size
         self.window = batch_size * accumulation * world_size
@@ -602,14 +829,18 @@ class Updates:
         if shapes is not None and (shapes != shapes[0]).any():
             _, shape, counts = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
             self.shape = shape.reshape(-1)
-            self.per_epoch = -(-int((-(-counts // batch_size)).sum()) // (accumulation * world_size))
+            batches = len(self._order(0)[1]) if partly else int((-(-counts // batch_size)).sum())
+            self.per_epoch = -(-batches // (accumulation * world_size))
             self.samples = size / self.per_epoch
         self._order = functools.lru_cache(maxsize=2)(self._order)  # batches are read ahead of the loop's position
 
     def _order(self, epoch):
         """The samples in the order in which an epoch visits them, and where in it each micro-batch ends; None without
         shapes."""
-        order = draws.order(self.seed, epoch, self.size)
+        order = draws.order(self.seed, epoch, self.all)
+        for at, (indices, count) in enumerate(self.partly):
+            left_out = draws.generator(self.seed, "partly", epoch, at).permutation(indices)[count:]
+            order = order[~np.isin(order, left_out)]
         if self.shape is None:
             return order, None
         groups = [order[self.shape[order] == shape] for shape in range(self.shape.max() + 1)]

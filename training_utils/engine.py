@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
 
-from . import checkpoints, data, dry_run, hub, optimizers
+from . import checkpoints, data, dry_run, hub, optimizers, single_file
 from .data import collate
 from .interruption import SIGNALS
 from .reporting import UserError, not_finite, reason_of, tell_trackers, warn
@@ -157,13 +157,18 @@ def fetch_mean(accelerator, scalars):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def model_folder(name, pipeline_class, revision=None, variant=None, cache_dir=None, left_out=(), trained=True):
+def model_folder(
+    name, pipeline_class, revision=None, variant=None, cache_dir=None, left_out=(), trained=True, config=None
+):
     """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError.
 
-    Parts that are `left_out` are not fetched; of a model that is not `trained`, `variant` is read where there is one.
+    A model in one file is converted, as single_file.folder_of says, which takes `config`. Parts `left_out` are
+    not fetched; of a model that is not `trained`, `variant` is read where there is one.
     """
     if os.path.isdir(name):
         folder = Path(name)
+    elif os.path.isfile(name):
+        folder = single_file.folder_of(name, pipeline_class, config, cache_dir)
     else:
         try:
             folder = Path(

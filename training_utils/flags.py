@@ -98,6 +98,8 @@ MODEL = ("Base model", [
     Flag("variant", help="which stored copy of the weights to read, for example fp16"),
     Flag("cache_dir", help="where downloads are kept; set it when the home folder is small"),
 ])
+SINGLE_FILE_CONFIG = Flag("single_file_config", help="where the model is one .safetensors file: folder of a model of "
+                          "the same kind, whose settings are taken; left out, they are fetched from the hub")
 KANDINSKY = ("Base model", [
     Flag("pretrained_prior_model_name_or_path", str, "kandinsky-community/kandinsky-2-2-prior",
          "folder or hub id of the prior, which turns text into the embedding of a picture, with CLIP's encoders"),
@@ -111,10 +113,15 @@ KANDINSKY = ("Base model", [
 DATA = ("Data", [
     Flag("dataset_name", help="hub id or local path that the datasets library can load"),
     Flag("dataset_config_name", help="configuration of that data set, where it has several"),
-    Flag("train_data_dir", help="folder of pictures with metadata.jsonl, metadata.csv or a .txt caption beside each; "
-         "with --dataset_name it is passed on as data_dir"),
+    Flag("train_data_dir", help="folder of pictures with metadata.jsonl, .csv or .parquet or a .txt caption beside "
+         "each, of WebDataset's .tar shards, or of .parquet tables; with --dataset_name it is passed on as data_dir"),
+    Flag("train_data_config", help="YAML file that names several data sets, repeated or weighted"),
+    Flag("repeats_from_folders", bool, False, "show the pictures in folders named like `10_sks dog` so many times an "
+         "epoch (kohya's layout); pictures without a caption there get these words"),
     Flag("image_column", str, "image", "column that holds the pictures"),
     Flag("caption_column", str, "text", "column that holds the captions: a string, or a list to draw one from"),
+    Flag("shuffle_tags", bool, False, "put a caption's tags, which commas separate, into a drawn order each time"),
+    Flag("keep_tokens", whole(0), 0, "with --shuffle_tags: the first so many tags stay where they are"),
     Flag("max_train_samples", whole(1), None, "train on this many pictures only, for a quick trial"),
     Flag("resolution", multiple_of_8, 512, "side of the square training picture in pixels, a multiple of 8"),
     Flag("center_crop", bool, False, "always take the middle of the picture instead of a random crop"),
@@ -127,6 +134,7 @@ DATA = ("Data", [
          "left out with a warning", ("error", "skip")),
     Flag("check_data", bool, False, "only look at every caption and picture and print a report; needs no model"),
 ])
+OF_CAPTIONS = ("caption_column", "caption_dropout", "shuffle_tags", "keep_tokens")  # flags of DATA
 BUCKETS = ("Aspect ratios", [
     Flag("aspect_ratio_bucketing", bool, False, "train on pictures of many shapes, each about --resolution^2 pixels, "
          "instead of cutting all to squares; a batch holds pictures of one shape"),
@@ -289,7 +297,7 @@ MATHEMATICS = frozenset(
     timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion
     pretrained_prior_model_name_or_path pretrained_decoder_model_name_or_path prior_revision decoder_revision
     random_crop reducing_gap cached_crops aspect_ratio_bucketing min_bucket_reso max_bucket_reso bucket_reso_steps
-    full_bf16
+    full_bf16 repeats_from_folders shuffle_tags keep_tokens
     """.split()
 )
 SECRETS = frozenset(["hub_token"])
@@ -449,13 +457,14 @@ def _missing(package):
 def _contradiction(args):
     """The first thing that is wrong with flags which are each right by themselves, as a sentence, or None."""
     get = vars(args).get
-    if get("dataset_name") is None and get("train_data_dir") is None:
-        return "give --train_data_dir (a folder of pictures) or --dataset_name"
-    if get("dataset_name") is None and not os.path.isdir(args.train_data_dir):
-        return f"--train_data_dir {args.train_data_dir} is not a folder"
-    problem = _bucket_problem(args)
+    problem = _data_problem(args) or _bucket_problem(args)
     if problem:
         return problem
+    if get("single_file_config") is not None:
+        if not os.path.isfile(args.pretrained_model_name_or_path or ""):
+            return "--single_file_config is for a model in one .safetensors file, which this one is not"
+        if not os.path.isdir(args.single_file_config):
+            return f"--single_file_config {args.single_file_config} is not a folder"
     if get("dream_training") and get("input_perturbation"):
         return "--dream_training and --input_perturbation both shift the input against the target; use one of them"
     if get("dream_training") and get("prediction_type") == "v_prediction":
@@ -512,6 +521,30 @@ def _contradiction(args):
     return None
 
 
+def _data_problem(args):
+    """The first thing that is wrong with the flags that say where the data are and how captions are read, or None."""
+    get = vars(args).get
+    if args.train_data_config is not None:
+        other = min(args.given & {"train_data_dir", "dataset_name"}, default=None)
+        if other:
+            return f"--train_data_config names all data sets, and --{other} another one; give one of them"
+        if not os.path.isfile(args.train_data_config):
+            return f"--train_data_config {args.train_data_config} is not a file"
+    elif args.dataset_name is None and args.train_data_dir is None:
+        return "give --train_data_dir (a folder of pictures), --dataset_name or --train_data_config"
+    elif args.dataset_name is None and not os.path.isdir(args.train_data_dir):
+        return f"--train_data_dir {args.train_data_dir} is not a folder"
+    if args.repeats_from_folders and (args.dataset_name is not None or args.train_data_config is not None):
+        return (
+            "--repeats_from_folders is for --train_data_dir alone; in --train_data_config each source has its repeats"
+        )
+    if get("keep_tokens") and not args.shuffle_tags:
+        return "--keep_tokens says nothing without --shuffle_tags; give both or neither"
+    if get("shuffle_tags") and get("cache_text_embeddings"):
+        return "--cache_text_embeddings keeps what the text encoders make of a caption, which --shuffle_tags changes"
+    return None
+
+
 def _bucket_problem(args):
     """The first thing that is wrong with the flags of the aspect-ratio buckets, as a sentence, or None."""
     if not getattr(args, "aspect_ratio_bucketing", False):
@@ -560,6 +593,8 @@ def data_source(args):
         "cache_dir": args.cache_dir,
         "image_column": args.image_column,
         "caption_column": getattr(args, "caption_column", None),
+        "repeats_from_folders": args.repeats_from_folders,
+        "config": args.train_data_config,
     }
 
 

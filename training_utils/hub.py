@@ -107,7 +107,7 @@ def public_name(name):
 def base_licence(base_model, token):
     """The licence that the hub states for the base model, a dict of the card's fields, or None: a fine-tuned model is
     under its base's licence."""
-    if os.path.isdir(base_model):
+    if os.path.exists(base_model):
         return None
     from huggingface_hub import constants, model_info
 
@@ -137,7 +137,7 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
         for path, prompts in pictures
     ]
     known = ModelCardData(
-        base_model=None if os.path.isdir(base_model) else base_model,
+        base_model=None if os.path.exists(base_model) else base_model,
         # Without a slash it is the name of a loader, such as imagefolder.
         datasets=[data] if data and "/" in data and not os.path.exists(data) else None,
         library_name="diffusers",

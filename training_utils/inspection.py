@@ -52,9 +52,10 @@ def check_data(source, resolution, limits=None):
     unusable = len(rows.findings.problems) + len(bad | captions.keys())
     problems = [*rows.findings.problems, *captions.values(), *problems]
     samples = len(rows) + len(rows.findings.problems)
-    title = source["dataset_name"] or source["folder"]
+    title = source["dataset_name"] or source["folder"] or source.get("config")
     blocks = [
         _summary(title, samples, unusable, rows, captions, looks),
+        _sources(rows.without(sorted(bad | captions.keys()))),
         _malformed(rows.findings.malformed),
         _unusable_lines(problems, rows.root),
         _remarks(rows, looks, [rows.name(index) for index in empty], None if limits else resolution),
@@ -82,14 +83,16 @@ def look_at_pictures(rows):
     """
     from tqdm import tqdm
 
-    pictures, shown_by = rows.cells(), {}
+    pictures, shown_by, cells = rows.cells(), {}, {}
     if rows.root is not None:
-        for index, (name, _) in enumerate(pictures):
+        for index, (name, cell) in enumerate(pictures):
             shown_by.setdefault(name, []).append(index)
+            cells[name] = cell
         for problem in rows.findings.problems:
-            if problem.kind == "no usable caption":
+            if problem.kind == "no usable caption" and os.path.isfile(problem.name):  # which no place in a shard is
                 shown_by.setdefault(problem.name, [])
-        pictures = ((name, {"path": name}) for name in shown_by)
+                cells[problem.name] = {"path": problem.name}
+        pictures = cells.items()
     threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a whole picture
     results = data.read_ahead(_look, pictures, threads)
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds; into a file, a line now and then is enough
@@ -157,6 +160,17 @@ def _summary(title, samples, unusable, rows, captions, looks):
         for word, look in (("smallest", ordered[0]), ("median", ordered[len(ordered) // 2]), ("largest", ordered[-1])):
             lines.append(f"{word:10} {_size(look.size)}  {_short(look.name, rows.root)}")
     return lines
+
+
+def _sources(rows):
+    """What an epoch shows of each source, where there are several."""
+    if not rows.sources or not len(rows):
+        return []
+    table = [("source", "usable", "an epoch shows")]
+    for source, count, shown in zip(rows.sources, *data.shown_of(rows)):
+        table.append((_short(source.title, None) or "elsewhere", f"{count:,}", f"{shown:,}"))
+    width = max(len(line[0]) for line in table)
+    return [f"{title:<{width}}  {count:>8}  {shown:>14}" for title, count, shown in table]
 
 
 def _malformed(sentences):

@@ -7,9 +7,11 @@ import io
 import os
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from . import shards
 from .reporting import UserError
 
 LONGEST = 50  # times the shorter side: a longer picture, resized to the resolution, would take gigabytes
@@ -73,18 +75,31 @@ class _Refused(Exception):
 
 
 def open_picture(cell):
-    """The PIL picture, its header read, of a row's cell: a dict that holds "bytes" or else "path"."""
+    """The PIL picture, its header read, of a row's cell: a dict that holds "bytes" or else "path", which may be a
+    place in a shard."""
     content, path = (None, None) if cell is None else (cell.get("bytes"), cell.get("path"))
     if content is None and path is None:
         raise _Refused("no picture", "")
-    if not (os.path.getsize(path) if content is None else len(content)):
+    if content is not None:
+        size, file = len(content), io.BytesIO(content)
+    elif shards.is_place(path):
+        size, file = shards.size(path), shards.open_at(path)
+    else:
+        size, file = os.path.getsize(path), path
+    if not size:
         raise _Refused("zero bytes", "zero bytes")
-    picture = Image.open(path if content is None else io.BytesIO(content))
+    picture = Image.open(file)
     width, height = picture.size
     if max(picture.size) > LONGEST * min(picture.size):
         picture.close()
         raise _Refused("too narrow", f"{width} x {height} pixels, more than {LONGEST} to 1")
     return picture
+
+
+def content_of(cell):
+    """The bytes of the picture in a row's cell, as it is stored."""
+    path = cell["path"]
+    return cell.get("bytes") or (shards.read(path) if shards.is_place(path) else Path(path).read_bytes())
 
 
 def problem_of(error, name):

@@ -1,0 +1,179 @@
+"""A base model in one file, as WebUI keeps it, trains to the same weights as its folder."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Runner, result_bytes
+from safetensors.torch import load_file, save_file
+
+from training_utils import single_file
+
+UNET = [  # diffusers' names to those of the original, for two blocks of one layer
+    ("time_embedding.linear_1", "time_embed.0"),
+    ("time_embedding.linear_2", "time_embed.2"),
+    ("add_embedding.linear_1", "label_emb.0.0"),
+    ("add_embedding.linear_2", "label_emb.0.2"),
+    ("conv_in", "input_blocks.0.0"),
+    ("conv_norm_out", "out.0"),
+    ("conv_out", "out.2"),
+    (r"down_blocks.0.downsamplers.0.conv", "input_blocks.2.0.op"),
+    (r"down_blocks.0.resnets.0", "input_blocks.1.0"),
+    (r"down_blocks.1.resnets.0", "input_blocks.3.0"),
+    (r"down_blocks.1.attentions.0", "input_blocks.3.1"),
+    ("mid_block.resnets.0", "middle_block.0"),
+    ("mid_block.attentions.0", "middle_block.1"),
+    ("mid_block.resnets.1", "middle_block.2"),
+    ("up_blocks.0.upsamplers.0.conv", "output_blocks.1.2.conv"),
+    *((f"up_blocks.{at // 2}.resnets.{at % 2}", f"output_blocks.{at}.0") for at in range(4)),
+    *((f"up_blocks.0.attentions.{at}", f"output_blocks.{at}.1") for at in range(2)),
+]
+RESNET = {
+    **{"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"},
+    **{"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"},
+}
+VAE = [
+    (r"(en|de)coder\.conv_norm_out", r"\1coder.norm_out"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.0", "up.1"),
+    (r"up_blocks\.1", "up.0"),
+    (r"(up\.\d)\.resnets", r"\1.block"),
+    (r"(up\.\d)\.upsamplers\.0", r"\1.upsample"),
+    ("conv_shortcut", "nin_shortcut"),
+    (r"attn_1\.group_norm", "attn_1.norm"),
+    (r"attn_1\.to_out\.0", "attn_1.proj_out"),
+    (r"attn_1\.to_([qkv])", r"attn_1.\1"),
+]
+
+
+OPEN_CLIP = {
+    "text_model.": "",
+    "encoder.layers": "transformer.resblocks",
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn": "attn",
+}
+
+
+def as_open_clip(encoder):
+    """The weights of SDXL's second text encoder as OpenCLIP names them, queries, keys and values in one."""
+    weights, fused = {}, {}
+    for name, tensor in encoder.items():
+        for old, new in OPEN_CLIP.items():
+            name = name.replace(old, new)
+        part = re.fullmatch(r"(.*attn\.)([qkv])_proj\.(weight|bias)", name)
+        if part:
+            fused.setdefault(f"{part[1]}in_proj_{part[3]}", {})[part[2]] = tensor
+        elif name == "text_projection.weight":
+            weights["text_projection"] = tensor.T.contiguous()
+        else:
+            weights[name] = tensor
+    return weights | {name: torch.cat([parts[part] for part in "qkv"]) for name, parts in fused.items()}
+
+
+def as_one_file(folder, path):
+    """The weights of a tiny Stable Diffusion or SDXL folder in one file, under the names of the original."""
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    files = {part: next(Path(folder, part).glob("*.safetensors"), None) for part in parts}
+    read, weights = {part: load_file(file) for part, file in files.items() if file}, {}
+    xl = "text_encoder_2" in read
+    if xl:
+        second = as_open_clip(read["text_encoder_2"])
+        weights |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
+    for name, tensor in read["unet"].items():
+        old, new = next(pair for pair in UNET if name.startswith(pair[0] + "."))
+        rest = name.removeprefix(old)
+        if "resnets" in old:
+            rest = re.sub("|".join(RESNET), lambda found: RESNET[found[0]], rest)
+        weights[f"model.diffusion_model.{new}{rest}"] = tensor
+    for name, tensor in read["vae"].items():
+        for old, new in VAE:
+            name = re.sub(old, new, name)
+        pointwise = "attn_1" in name and tensor.dim() == 2  # convolutions of 1 x 1 there
+        weights[f"first_stage_model.{name}"] = tensor[:, :, None, None].contiguous() if pointwise else tensor
+    for name, tensor in read["text_encoder"].items():
+        prefix = "conditioner.embedders.0" if xl else "cond_stage_model"
+        weights[f"{prefix}.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    save_file(weights, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_file(sd, tmp_path_factory):
+    return as_one_file(sd, tmp_path_factory.mktemp("one") / "model.safetensors")
+
+
+def test_one_file_trains_as_its_folder(run, sd, one_file, tmp_path, monkeypatch):
+    flags = ["--pretrained_model_name_or_path", one_file, "--single_file_config", sd, "--max_train_steps", "2"]
+    cache = ["--cache_dir", tmp_path / "cache"]
+    run(tmp_path / "folder", "--max_train_steps", "2")
+    run(tmp_path / "file", *flags, *cache)
+    assert result_bytes(tmp_path / "file") == result_bytes(tmp_path / "folder")
+    kept = list((tmp_path / "cache" / "text-to-image-models").iterdir())
+    assert len([path for path in kept if path.is_dir()]) == 1
+    monkeypatch.setattr(single_file, "_convert", None)  # a second run finds it
+    run(tmp_path / "again", *flags, *cache, "--max_train_steps", "1")
+
+
+def test_so_does_one_of_sdxl(sdxl, pictures, tmp_path):
+    """Its text encoders have other widths, as the real ones do: by that diffusers tells them apart."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(1)
+    wide = CLIPTextConfig.from_pretrained(sdxl, subfolder="text_encoder_2", hidden_size=24)
+    unet = UNet2DConditionModel.load_config(sdxl, subfolder="unet") | {"cross_attention_dim": 16 + 24}
+    folder, cache = tmp_path / "sdxl", ["--cache_dir", tmp_path / "cache"]
+    StableDiffusionXLPipeline.from_pretrained(
+        sdxl, text_encoder_2=CLIPTextModelWithProjection(wide), unet=UNet2DConditionModel.from_config(unet)
+    ).save_pretrained(folder)
+    path = as_one_file(folder, tmp_path / "model.safetensors")
+    run = Runner("train_text_to_image_lora_sdxl", str(folder), pictures)
+    run(tmp_path / "folder", "--max_train_steps", "2")
+    flags = ["--pretrained_model_name_or_path", path, "--single_file_config", folder]
+    run(tmp_path / "file", "--max_train_steps", "2", *flags, *cache)
+    assert result_bytes(tmp_path / "file") == result_bytes(tmp_path / "folder")
+
+
+def refused(path, tmp_path, config):
+    from diffusers import StableDiffusionPipeline
+
+    from training_utils.reporting import UserError
+
+    with pytest.raises(UserError) as caught:
+        single_file.folder_of(path, StableDiffusionPipeline, config, tmp_path / "cache")
+    assert not [folder for folder in (tmp_path / "cache").glob("*/*") if folder.is_dir()]
+    return str(caught.value)
+
+
+def test_files_that_cannot_be_converted(sd, sdxl, one_file, tmp_path):
+    """... leave nothing behind, and no part is taken from the folder of the settings."""
+    settings_are_fetched = refused(one_file, tmp_path, None)  # without a network
+    assert "--single_file_config can name a folder" in settings_are_fetched
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    assert "others are pickles, which could run code" in refused(tmp_path / "model.ckpt", tmp_path, sd)
+    (tmp_path / "bad.safetensors").write_bytes(b"x")
+    assert "bad.safetensors cannot be read" in refused(tmp_path / "bad.safetensors", tmp_path, sd)
+    without = {name: tensor for name, tensor in load_file(one_file).items() if "cond_stage" not in name}
+    save_file(without, tmp_path / "without.safetensors")
+    assert "without.safetensors cannot be converted" in refused(tmp_path / "without.safetensors", tmp_path, sd)
+
+
+def test_the_precision_of_the_file_is_kept(sd, one_file, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    half = {name: tensor.to(torch.float16) for name, tensor in load_file(one_file).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    folder = single_file.folder_of(tmp_path / "half.safetensors", StableDiffusionPipeline, sd, tmp_path / "cache")
+    stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
