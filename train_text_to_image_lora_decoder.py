@@ -305,8 +305,9 @@ def main(argv=None):
             args.reducing_gap,
             repr(image_processor),
         ]
-        see, blank = partial(encode_pictures, (movq, image_encoder)), prepare.blank() if args.caption_dropout else None
-        frozen.keep_pictures(*keeping, [movq, image_encoder], see, settings, args.cached_crops, blank)
+        blank, seen_by = prepare.blank() if args.caption_dropout else None, [movq, image_encoder]
+        frozen.keep_pictures(*keeping, seen_by, partial(encode_pictures, seen_by), settings, args.cached_crops, blank)
+        del seen_by  # else the networks would stay in memory
     movq = frozen.settle(movq, accelerator.device, args.cache_latents, prompts)
     image_encoder = frozen.settle(image_encoder, accelerator.device, args.cache_latents, wanted_again=False)
     frozen.give_back()

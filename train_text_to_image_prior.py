@@ -296,8 +296,8 @@ def main(argv=None):
     sets = [samples, held_out] if held_out_rows is not None else [samples]
     keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
     if args.cache_latents:
-        see = partial(encode_pictures, image_encoder)
-        frozen.keep_pictures(*keeping, [image_encoder], see, [repr(image_processor)])
+        settings = [repr(image_processor)]
+        frozen.keep_pictures(*keeping, [image_encoder], partial(encode_pictures, image_encoder), settings)
     if args.cache_text_embeddings:
         empty = bool(args.caption_dropout)
         frozen.keep_captions(*keeping, [text_encoder], partial(encode_captions, text_encoder), empty)

@@ -1,6 +1,7 @@
 """What frozen networks make is kept: a run trains on exactly the same, and what has changed is never served stale."""
 
 import gc
+import importlib
 import json
 import shutil
 
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import logged, relative_difference, result_bytes, two_processes
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny import picture, write_pictures
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 import train_text_to_image
 import train_text_to_image_sdxl
@@ -348,20 +349,26 @@ def test_a_machine_that_does_not_see_the_others_encodes_all(tmp_path):
 # --- memory and room -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [[], ["--validation_prompts", "zero"]])
-def test_networks_are_let_go_once_the_cache_stands(run, tmp_path, monkeypatch, flags):
-    """Unless pictures are to be drawn; what is still in use is where it was."""
-    alive, real = [], train_text_to_image.training_loss
+FROZEN = [AutoencoderKL, VQModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection]
+
+
+def test_networks_are_let_go_once_the_cache_stands(each, tmp_path, monkeypatch):
+    alive, script = [], importlib.import_module(each.script)
+    real = script.training_loss
 
     def spy(*arguments):
         gc.collect()
-        alive.append({kind for kind in map(type, gc.get_objects()) if kind in (AutoencoderKL, CLIPTextModel)})
+        alive.append({type(thing) for thing in gc.get_objects() if type(thing) in FROZEN})
         return real(*arguments)
 
     gc.collect()
-    monkeypatch.setattr(train_text_to_image, "training_loss", spy)
-    run(tmp_path / "out", "--max_train_steps", "1", *flags, *switches(run, tmp_path / "kept"))
-    assert alive == ([{AutoencoderKL, CLIPTextModel}] if flags else [set()])
+    monkeypatch.setattr(script, "training_loss", spy)
+    each(tmp_path / "out", "--max_train_steps", "1", *switches(each, tmp_path / "kept"))
+    assert alive == [set()]
+    if each.script == "train_text_to_image":  # unless pictures are to be drawn
+        flags = ["--validation_prompts", "zero"]
+        each(tmp_path / "out", "--max_train_steps", "1", *flags, *switches(each, tmp_path / "kept"))
+        assert alive[1] == {AutoencoderKL, CLIPTextModel}
 
 
 def test_networks_visit_the_device():
