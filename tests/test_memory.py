@@ -26,6 +26,7 @@ def test_fake_tensors_take_what_real_ones_do(setting):
     assert memory.account(*setting, size="tiny") == memory.account(*setting, size="tiny", fake=False)
 
 
+@pytest.mark.slow
 def test_the_ledger_agrees_with_the_allocator():
     """torch's profiler sees every allocation, those inside kernels too."""
     setting = ("sd", False, "--cache_latents", 4, 64, "tiny")

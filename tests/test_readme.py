@@ -26,7 +26,7 @@ def python_snippets(page):
 
 def with_the_config(words, out):
     """The words with the page's YAML for the file that --config names, and room beside it for the tests' own."""
-    (config,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    (config,) = (block for block in re.findall(r"```yaml\n(.*?)```", README, re.S) if "output_dir" in block)
     path = out.with_name("run.yaml")
     path.write_text(config)
     words[words.index("--config") + 1] = str(path)
