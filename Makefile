@@ -65,7 +65,7 @@ quickstart-flax: setup
 	$(BIN)/python quickstart/make_base.py --output_dir $(OUT)/base
 	$(BIN)/python train_text_to_image_flax.py \
 	  --pretrained_model_name_or_path $(OUT)/base --train_data_dir $(OUT)/digits --output_dir $(OUT)/flax-model \
-	  $(TRAIN) --validation_prompts "a handwritten three" "a handwritten seven" --dataloader_num_workers 1 \
+	  $(TRAIN) $(KEEP) --validation_prompts "a handwritten three" "a handwritten seven" --dataloader_num_workers 1 \
 	  --compilation_cache_dir $(OUT)/compiled
 	$(BIN)/python quickstart/score.py --model_dir $(OUT)/flax-model --grid $(OUT)/flax.png
 

@@ -55,7 +55,7 @@ def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
         words[at : at + 2] = ["--train_data_dir", pictures]
     words[words.index("--train_data_dir") + 1] = pictures
     words[words.index("--output_dir") + 1] = str(out)
-    if "--cache_latents" in words:
+    if "--cache_latents" in words and "--encoding_cache_dir" not in words:
         words += ["--encoding_cache_dir", str(out / "encodings")]
     if "--aspect_ratio_bucketing" in words:
         words += ["--bucket_reso_steps", "8"]
