@@ -1,5 +1,6 @@
 """train_text_to_image_flax.py: the numbers of the torch script, exact resume, devices and hosts, and what it saves."""
 
+import gc
 import json
 import os
 import re
@@ -392,6 +393,7 @@ def test_a_cache_is_found_again_and_its_networks_never_run(run_flax, kept, tmp_p
 
     monkeypatch.setattr(jax_engine, "draw_pictures", draw)
     flags = [*PROMPTS, "--validation_steps", "6", "--train_batch_size", "2"]
+    gc.collect()  # what other tests have left on the device
     run_flax(tmp_path / "drawn", *flags, *kept_in(caches))
     assert on_the_device == [False] and (tmp_path / "drawn" / "validation" / "step-000006.png").exists()
 
