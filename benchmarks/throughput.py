@@ -57,6 +57,8 @@ CACHES = {family: ["--cache_latents", "--cache_text_embeddings"] for family in F
 }
 # Has glibc give memory back at once, which is slower; else what is free but kept counts as memory of the process.
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+# By benchmarks/memory.py what fits an SDXL into the least.
+LEAST_MEMORY = "--gradient_checkpointing --full_bf16 --optimizer adamw8bit --fused_backward_pass --max_grad_norm 0"
 # Dense bfloat16 on tensor cores with float32 sums, in TFLOP/s, from the makers' data sheets.
 PEAKS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "A10": 125, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
 
@@ -106,7 +108,7 @@ def runs_of(family, device, compiled):
         kinds = {
             "": (1, ["--gradient_checkpointing"]) if family == "sdxl" else (8, []),
             "LoRA": (1, []),
-            "least memory": (1, ["--gradient_checkpointing", "--optimizer", "adafactor"]),
+            "least memory": (1, LEAST_MEMORY.split()),
         }
     if family == "flax":
         kinds = {"": kinds[""]}
@@ -116,13 +118,7 @@ def runs_of(family, device, compiled):
         made.append(Run(family, kind, batch, flags + CACHES[family], cached=True))
         if compiled and family != "flax":  # JAX always compiles
             made.append(Run(family, kind, batch, flags + CACHES[family], cached=True, compiled=True))
-    return [run for run in made if not run.cached or _offers(run.script, CACHES[family][0])]
-
-
-def _offers(script, flag):
-    """Whether a script has a flag; not all of them keep what frozen networks make yet."""
-    told = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True)
-    return flag in told.stdout
+    return made
 
 
 class Child:

@@ -372,8 +372,6 @@ def test_networks_are_let_go_once_the_cache_stands(each, tmp_path, monkeypatch):
 
 
 def test_networks_visit_the_device():
-    network = torch.nn.Linear(2, 2)
-    network.device = property(lambda self: self.weight.device)
     moves = []
 
     class Network(torch.nn.Linear):
