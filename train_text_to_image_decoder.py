@@ -90,7 +90,6 @@ prior = KandinskyV22PriorPipeline.from_pretrained("{prior}")
 decoder = KandinskyV22Pipeline.from_pretrained("{model}", use_safetensors=True)
 decoder(**prior("what to draw")).images[0].save("picture.png")
 """
-CONDITION = ("clip_pixels", "image")  # what CLIP sees, and what it makes of it
 
 
 class Prepare:
@@ -118,7 +117,7 @@ class Prepare:
         return {"pixels": data.to_array(pixels), "clip_pixels": clip_pixels}
 
     def blank(self):
-        """What is shown in the place of no picture; the pipeline conditions on what CLIP makes of it."""
+        """What a cache has instead of no picture, where CLIP sees zeros: the pipeline's condition for that."""
         grey = Image.new("RGB", (self.args.resolution, self.args.resolution))
         clip_pixels = self.image_processor(grey, return_tensors="np").pixel_values[0]
         return {"pixels": data.to_array(grey), "clip_pixels": np.zeros_like(clip_pixels)}
@@ -140,9 +139,10 @@ class Prepare:
             "timestep": np.int64(timestep),
             "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
         }
-        if dropped:
-            blank = self.pictures.read_blank() if self.pictures else self.blank()
-            sample |= {name: blank[name] for name in CONDITION if name in blank}
+        if dropped and self.pictures:
+            sample["image"] = self.pictures.read_blank()["image"]
+        elif dropped:
+            sample["clip_pixels"] = np.zeros_like(sample["clip_pixels"])
         if train and args.noise_offset:
             shape = (self.channels, 1, 1)
             sample["noise"] += args.noise_offset * draw("noise_offset").standard_normal(shape, dtype=np.float32)
@@ -318,7 +318,7 @@ def main(argv=None):
         del seen_by  # else the networks would stay in memory
     movq = frozen.settle(movq, accelerator.device, args.cache_latents, prompts)
     image_encoder = frozen.settle(image_encoder, accelerator.device, args.cache_latents, wanted_again=False)
-    frozen.give_back()
+    frozen.give_back([movq, image_encoder])
     unet.to(accelerator.device)
 
     def encode(batch):
