@@ -293,7 +293,7 @@ def main(argv=None):
     scaling_factor = vae.config.scaling_factor
     vae = frozen.settle(vae, accelerator.device, args.cache_latents, prompts)
     text_encoder = frozen.settle(text_encoder, accelerator.device, args.cache_text_embeddings, prompts)
-    frozen.give_back()
+    frozen.give_back([vae, text_encoder])
     unet.to(accelerator.device)
 
     def encode(batch):

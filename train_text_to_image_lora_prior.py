@@ -296,7 +296,7 @@ def main(argv=None):
         frozen.keep_captions(*keeping, [text_encoder], partial(encode_captions, text_encoder), empty)
     image_encoder = frozen.settle(image_encoder, accelerator.device, args.cache_latents, prompts)
     text_encoder = frozen.settle(text_encoder, accelerator.device, args.cache_text_embeddings, prompts)
-    frozen.give_back()
+    frozen.give_back([image_encoder, text_encoder])
     prior.to(accelerator.device)
     statistics = [statistic.to(accelerator.device) for statistic in statistics]
 

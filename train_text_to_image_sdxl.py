@@ -349,7 +349,7 @@ def main(argv=None):
     text_encoders = [
         frozen.settle(encoder, accelerator.device, args.cache_text_embeddings, prompts) for encoder in text_encoders
     ]
-    frozen.give_back()
+    frozen.give_back([vae, *text_encoders])
     unet.to(accelerator.device)
 
     def encode(batch):

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 import uuid
 import zlib
@@ -27,7 +26,7 @@ from safetensors.numpy import save
 from . import draws
 from .data import read_ahead
 from .problems import BadSample
-from .reporting import UserError, _first_process, reason_of, say, warn
+from .reporting import UserError, bar, reason_of, say, warn
 
 FORMAT = 1  # part of every store's identity; raise it when an entry's meaning changes
 ROUND = 500  # entries of a process between two meetings of all, which wait for each other only so long
@@ -54,6 +53,18 @@ def _unpack(array, kind):
     return array.astype(np.float32, copy=False)
 
 
+def digest(words, config, parameters):
+    """SHA-256 of a network: `words` that tell its kind, its configuration, a dict, and for each parameter (name, type,
+    shape, the array as bytes)."""
+    facts = {name: value for name, value in config.items() if not name.startswith("_")}
+    facts.pop("transformers_version", None)
+    result = hashlib.sha256(json.dumps([*words, facts], sort_keys=True, default=str).encode())
+    for name, kind, shape, content in sorted(parameters, key=lambda parameter: parameter[0]):
+        result.update(f"{name} {kind} {tuple(shape)}".encode())
+        result.update(content)
+    return result.hexdigest()
+
+
 class Store:
     """Entries by key in a folder. An entry is a dict of float32 arrays, each kept in the type it was computed in.
 
@@ -63,17 +74,13 @@ class Store:
     def __init__(self, root, kind, identity):
         words = json.dumps([FORMAT, identity], sort_keys=True)
         self.folder = Path(root) / f"{kind}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
-        self.forget()
+        self.places, self.shards, self._open = {}, {}, {}
 
     def __getstate__(self):
         return self.__dict__ | {"_open": {}}  # another process maps the files itself
 
     def __contains__(self, key):
         return key in self.places
-
-    def forget(self):
-        """Know of no shard any more, until the next look."""
-        self.places, self.shards, self._open = {}, {}, {}
 
     def make_folder(self):
         """Raises UserError where there can be none."""
@@ -91,15 +98,15 @@ class Store:
         )
 
     def look(self):
-        """Read what shards there are now."""
-        for path in sorted(self.folder.glob("*.safetensors")):
+        """See what shards there are now; a header is read once."""
+        paths = sorted(self.folder.glob("*.safetensors"))
+        for path in paths:
             if path not in self.shards:
-                about = _header(path)
-                if about is None:
+                self.shards[path] = _header(path)
+                if self.shards[path] is None:
                     self.drop(path)
-                    continue
-                self.shards[path] = about
-                self.places |= {key: (path, row) for row, key in enumerate(about["keys"])}
+        self.shards = {path: self.shards[path] for path in paths if self.shards[path] is not None}
+        self.places = {key: (path, row) for path in self.shards for row, key in enumerate(self.shards[path]["keys"])}
 
     def read(self, key):
         """The entry of a key, a dict of float32 arrays."""
@@ -195,13 +202,6 @@ class Team:
         return max(1, min(8, (os.cpu_count() or 1) // self.local_world))
 
 
-def _bar(items, what, total):
-    from tqdm import tqdm
-
-    pause = 0.1 if sys.stderr.isatty() else 10  # seconds; into a file, a line now and then is enough
-    return tqdm(items, what, total, dynamic_ncols=True, mininterval=pause, delay=1, disable=not _first_process())
-
-
 def open_store(store, wanted, team):
     """Look what a store holds, on all processes. Shards with an entry that is `wanted` are read through, each by one
     process, and taken away where they are damaged. Raises UserError."""
@@ -212,11 +212,10 @@ def open_store(store, wanted, team):
     paths = sorted({store.places[key][0] for key in wanted if key in store})
     mine = paths[team.rank :: team.world]
     checks = read_ahead(store.is_damaged, mine, team.threads)
-    for path, damaged in zip(mine, _bar(checks, f"checking {store.folder.name}", len(mine))):
+    for path, damaged in zip(mine, bar(checks, f"checking {store.folder.name}", len(mine))):
         if damaged:
             store.drop(path)
     team.gather([])  # until here some process may still be checking
-    store.forget()
     store.look()
 
 
@@ -237,10 +236,10 @@ def fill(store, wanted, make, encode, team, batch_size, what):
         mine = missing[rank::world]
         if mine and rank == 0:
             say(f"running the frozen networks once: {len(missing):,} {what}, kept in {store.folder}")
-        with _bar(None, what, len(mine)) as bar:
+        with bar(None, what, len(mine)) as shown:
             for at in range(0, max(team.gather([len(mine)])), ROUND):
                 some = mine[at : at + ROUND]
-                failed = _encode(store, some, len(missing), wanted, make, encode, batch_size, team.threads, bar)
+                failed = _encode(store, some, len(missing), wanted, make, encode, batch_size, team.threads, shown)
                 unusable |= dict(team.gather(list(failed.items())))
         store.look()
     unseen = sum(key not in store and key not in unusable for key in wanted)
@@ -249,14 +248,14 @@ def fill(store, wanted, make, encode, team, batch_size, what):
     return unusable
 
 
-def _encode(store, keys, total, wanted, make, encode, batch_size, threads, bar):
+def _encode(store, keys, total, wanted, make, encode, batch_size, threads, shown):
     """Make and write the entries of some keys, of the `total` that all processes write. Returns what could not be
     made, {key: sentence}."""
     failed, kept, began = {}, [], time.monotonic()
 
     def good():
         for key, sample in zip(keys, read_ahead(lambda key: make(wanted[key]), keys, threads)):
-            bar.update()
+            shown.update()
             if isinstance(sample, BadSample):
                 failed[key] = str(sample)
             elif isinstance(sample, Exception):
@@ -413,7 +412,7 @@ def _show(view):
 
 def _look_at(rows, indices, threads):
     """`Rows.content` of some pictures, in order."""
-    return list(_bar(read_ahead(rows.content, indices, threads), "reading pictures", len(indices)))
+    return list(bar(read_ahead(rows.content, indices, threads), "reading pictures", len(indices)))
 
 
 def keep_pictures(store, sets, encode, team=None, batch_size=None, crops=1, blank=None):

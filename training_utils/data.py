@@ -31,7 +31,7 @@ from .problems import (
     problem_of,
     shortened,
 )
-from .reporting import UserError, reason_of, say, warn
+from .reporting import UserError, bar, reason_of, say, warn
 
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$")
@@ -587,11 +587,8 @@ def picture_sizes(rows):
 
     Headers are read, in threads, and no pixels. A picture that cannot be opened gets zeros.
     """
-    from tqdm import tqdm
-
     threads = min(16, 4 * (os.cpu_count() or 1))  # they wait for the disk
-    sizes = read_ahead(_size_of, rows.cells(), threads)
-    sizes = tqdm(sizes, desc="sizes of pictures", total=len(rows), dynamic_ncols=True, delay=2)
+    sizes = bar(read_ahead(_size_of, rows.cells(), threads), "sizes of pictures", len(rows))
     return np.array(list(sizes), dtype=np.int64).reshape(-1, 2)
 
 

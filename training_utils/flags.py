@@ -309,13 +309,18 @@ NOT_IN_A_FILE = {
 HANDED_ON = "TRAINING_HUB_TOKEN"  # the environment variable in which `hide_secrets` hands the token on
 
 
+def suggestion(word, known, quote=""):
+    """What to add to the sentence that a word is not known: the nearest of those that are, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {quote}{close[0]}{quote}?" if close else ""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """One sentence and exit code 2, instead of a screen of usage."""
         if message.startswith("unrecognized arguments: --"):
             wrong = message.split(": ", 1)[1].split()[0].split("=")[0]
-            close = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
-            message = f"there is no flag {wrong}" + (f"; did you mean {close[0]}?" if close else "")
+            message = f"there is no flag {wrong}" + suggestion(wrong, self._option_string_actions)
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
@@ -614,9 +619,13 @@ def encoding_folder(args):
     """Where the caches of what frozen networks make are; None in a dry run, which keeps nothing."""
     if args.dry_run:
         return None
+    return args.encoding_cache_dir or os.path.join(downloads(args.cache_dir), "text-to-image-encodings")
+
+
+def downloads(cache_dir):
+    """The folder where downloads are kept, and what is made of them beside them: --cache_dir, or the hub client's."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    home = os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(caches, "huggingface"))
-    return args.encoding_cache_dir or os.path.join(args.cache_dir or home, "text-to-image-encodings")
+    return cache_dir or os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(caches, "huggingface"))
 
 
 def mathematics(args):

@@ -5,8 +5,6 @@ See cache.py for what is kept and how it is found again.
 
 import ctypes
 import gc
-import hashlib
-import json
 import socket
 import sys
 from contextlib import contextmanager, suppress
@@ -65,8 +63,10 @@ def settle(network, device, cached, wanted_again):
     return network.cpu() if wanted_again else None
 
 
-def give_back():
-    """Let other programs, and later allocations of other sizes, have the memory that networks have left."""
+def give_back(networks):
+    """Let other programs, and later allocations of other sizes, have the memory of those that were let go: None."""
+    if None not in networks:
+        return
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -78,13 +78,11 @@ def give_back():
 def digest(network):
     """SHA-256 of a network's weights and configuration."""
     config = network.config if isinstance(network.config, dict) else network.config.to_dict()
-    facts = {name: value for name, value in config.items() if not name.startswith("_")}
-    facts.pop("transformers_version", None)
-    result = hashlib.sha256(json.dumps([type(network).__name__, facts], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        result.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return result.hexdigest()
+    parameters = (
+        (name, tensor.dtype, tensor.shape, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for name, tensor in network.state_dict().items()
+    )
+    return cache.digest([type(network).__name__], config, parameters)
 
 
 def _team(accelerator):
@@ -101,13 +99,15 @@ def _identity(networks, device, settings=None):
     return {"networks": [digest(network) for network in networks], "settings": settings, "exactness": exactness}
 
 
-def _encoder(encode, device, beside=()):
-    """`encode` from and to arrays, as `cache.fill` takes it; what stands `beside` the networks' input goes with it."""
+def _encoder(networks, encode, device, beside=()):
+    """`encode` from and to arrays, as `cache.fill` takes it, for which the networks visit the device; what stands
+    `beside` their input goes with it."""
 
     @torch.no_grad()
     def encoded(batch):
         tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-        kept = encode(tensors) | {name: tensors[name] for name in beside if name in tensors}
+        with visiting(networks, device):
+            kept = encode(tensors) | {name: tensors[name] for name in beside if name in tensors}
         return {
             name: (str(tensor.dtype).removeprefix("torch."), tensor.float().cpu().numpy())
             for name, tensor in kept.items()
@@ -116,14 +116,8 @@ def _encoder(encode, device, beside=()):
     return encoded
 
 
-def _visit(networks, device, encoder):
-    """An encoder whose networks are on the device only while it runs."""
-
-    def encoded(batch):
-        with visiting(networks, device):
-            return encoder(batch)
-
-    return encoded
+def _store(root, kind, networks, device, settings=None):
+    return None if root is None else cache.Store(root, kind, _identity(networks, device, settings))
 
 
 def keep_pictures(accelerator, root, sets, batch_size, networks, encode, settings, crops=None, blank=None):
@@ -134,12 +128,9 @@ def keep_pictures(accelerator, root, sets, batch_size, networks, encode, setting
     is how many are kept of each that is cropped at random, None where none is; `blank` is a sample that stands for no
     picture. Where `root` is None nothing is kept, and the networks run when they are asked. Raises UserError.
     """
-    encoder = _encoder(encode, accelerator.device, BESIDE)
-    if root is None:
-        cache.keep_pictures(None, sets, _visit(networks, accelerator.device, encoder), blank=blank)
-        return
-    store = cache.Store(root, "pictures", _identity(networks, accelerator.device, settings))
-    with visiting(networks, accelerator.device):
+    device = accelerator.device
+    store, encoder = _store(root, "pictures", networks, device, settings), _encoder(networks, encode, device, BESIDE)
+    with visiting(networks, device):
         cache.keep_pictures(store, sets, encoder, _team(accelerator), batch_size, crops or 1, blank)
 
 
@@ -147,10 +138,7 @@ def keep_captions(accelerator, root, sets, batch_size, networks, encode, empty):
     """Run the text encoders once for every caption of some data.Samples, and for the empty one where it is `empty`
     that is trained as well; `prepare.captions` of each has the outputs then. A collective call. Where `root` is None
     nothing is kept, and the networks run when they are asked. Raises UserError."""
-    encoder = _encoder(encode, accelerator.device)
-    if root is None:
-        cache.keep_captions(None, sets, _visit(networks, accelerator.device, encoder))
-        return
-    store = cache.Store(root, "captions", _identity(networks, accelerator.device))
-    with visiting(networks, accelerator.device):
+    device = accelerator.device
+    store, encoder = _store(root, "captions", networks, device), _encoder(networks, encode, device)
+    with visiting(networks, device):
         cache.keep_captions(store, sets, encoder, _team(accelerator), batch_size, empty)

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import buckets, data
 from .problems import KINDS, open_picture, problem_of, shortened
-from .reporting import _first_process
+from .reporting import _first_process, bar
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 means upright
 SIDES = [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096]
@@ -81,8 +81,6 @@ def look_at_pictures(rows):
 
     Of a folder each file is decoded once, however many rows show it, and those too whose caption cannot be used.
     """
-    from tqdm import tqdm
-
     pictures, shown_by, cells = rows.cells(), {}, {}
     if rows.root is not None:
         for index, (name, cell) in enumerate(pictures):
@@ -95,10 +93,9 @@ def look_at_pictures(rows):
         pictures = cells.items()
     threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a whole picture
     results = data.read_ahead(_look, pictures, threads)
-    pause = 0.1 if sys.stderr.isatty() else 10  # seconds; into a file, a line now and then is enough
     total = len(shown_by) or len(rows)
     looks, problems, bad = [], [], set()
-    for at, result in enumerate(tqdm(results, desc="pictures", total=total, dynamic_ncols=True, mininterval=pause)):
+    for at, result in enumerate(bar(results, "pictures", total, delay=0)):
         if isinstance(result, Look):
             looks.append(result)
         else:

@@ -4,7 +4,6 @@ Imports no torch. The mesh has one axis, "batch", over the devices of this host;
 them or split along its first axis. `jax.pmap` joins the hosts.
 """
 
-import hashlib
 import io
 import itertools
 import json
@@ -314,7 +313,7 @@ def save_pipeline(folder, pipeline, params):
 
 def _read_ahead(read, items, workers):
     """`read(item)` of each item, in order; with `workers` threads that stay two items each in front."""
-    return cache.read_ahead(read, items, workers) if workers else map(read, items)
+    return data.read_ahead(read, items, workers) if workers else map(read, items)
 
 
 def _narrow(batch):
@@ -427,14 +426,10 @@ class Encoder:
 
     def digest(self, params):
         """SHA-256 of the network's configuration, type and parameters, numpy arrays."""
-        facts = {name: value for name, value in self.network.config.items() if not name.startswith("_")}
-        facts.pop("transformers_version", None)
-        words = [type(self.network).__name__, str(jnp.dtype(self.network.dtype)), facts]
-        result = hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode())
-        for name, array in sorted(_named(params).items()):
-            result.update(f"{name} {array.dtype} {array.shape}".encode())
-            result.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        return result.hexdigest()
+        words = [type(self.network).__name__, str(jnp.dtype(self.network.dtype))]
+        arrays = ((name, np.ascontiguousarray(array)) for name, array in _named(params).items())
+        parameters = ((name, array.dtype, array.shape, array.reshape(-1).view(np.uint8)) for name, array in arrays)
+        return cache.digest(words, self.network.config, parameters)
 
     def over_arrays(self, params, size, mesh):
         """The same from and to host memory for at most `size` samples a device, as `cache.fill` takes it."""
@@ -463,6 +458,12 @@ def _team():
     return cache.Team(rank, jax.process_count(), machines[:rank].count(machine), machines.count(machine), gather)
 
 
+def _store(root, kind, encoder, params, settings=None):
+    if root is None:  # a dry run
+        return None
+    return cache.Store(root, kind, {"networks": ["jax", encoder.digest(params)], "settings": settings})
+
+
 def keep_pictures(root, sets, batch_size, mesh, encoder, params, settings, crops=None):
     """Run a network that sees pictures once for every picture of some data.Samples; `prepare.pictures` of each has the
     outputs then. A collective call.
@@ -471,24 +472,16 @@ def keep_pictures(root, sets, batch_size, mesh, encoder, params, settings, crops
     pictures are shown to it; `crops` is how many are kept of each that is cropped at random, None where none is.
     Raises UserError.
     """
-    if root is None:  # a dry run
-        cache.keep_pictures(None, sets, encoder.over_arrays(params, 1, mesh))
-        return
-    identity = {"networks": ["jax", encoder.digest(params)], "settings": settings}
-    store, size = cache.Store(root, "pictures", identity), _together(batch_size)
-    encode = encoder.over_arrays(params, size, mesh)
+    size = _together(batch_size)
+    store, encode = _store(root, "pictures", encoder, params, settings), encoder.over_arrays(params, size, mesh)
     cache.keep_pictures(store, sets, encode, _team(), size * mesh.size, crops or 1)
 
 
 def keep_captions(root, sets, batch_size, mesh, encoder, params, empty):
     """Run the text encoder once for every caption of some data.Samples, and for the empty one where it is `empty` that
     is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
-    if root is None:  # a dry run
-        cache.keep_captions(None, sets, encoder.over_arrays(params, 1, mesh))
-        return
-    identity = {"networks": ["jax", encoder.digest(params)]}
-    store, size = cache.Store(root, "captions", identity), _together(batch_size)
-    encode = encoder.over_arrays(params, size, mesh)
+    size = _together(batch_size)
+    store, encode = _store(root, "captions", encoder, params), encoder.over_arrays(params, size, mesh)
     cache.keep_captions(store, sets, encode, _team(), size * mesh.size, empty)
 
 

@@ -48,6 +48,15 @@ def warn(message, everywhere=False):
     say(f"warning: {message}", everywhere)
 
 
+def bar(items, what, total, delay=1):
+    """A progress bar over `items`, or with None one that is moved by hand; the first process alone shows it, and only
+    for what takes longer than `delay` seconds. Into a file it writes a line now and then."""
+    from tqdm import tqdm
+
+    pause = 0.1 if sys.stderr.isatty() else 10  # seconds
+    return tqdm(items, what, total, dynamic_ncols=True, mininterval=pause, delay=delay, disable=not _first_process())
+
+
 def reason_of(error):
     """An exception as one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,8 +4,9 @@ A value is the text that one would write on the command line, and goes through t
 and `no` a word, whatever YAML makes of them, and nothing that a file holds can run.
 """
 
-import difflib
 from pathlib import Path
+
+from .flags import suggestion
 
 WIDTH = 44  # of a flag and its value, before the comment
 
@@ -41,9 +42,7 @@ def read(path, known, refused, convert):
             raise ValueError(f"{file}, line {line}: {name} stands in line {lines[name]} already")
         lines[name] = line
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            what = f"there is no flag {name}" + (f"; did you mean {close[0]}?" if close else "")
-            raise ValueError(f"{file}, line {line}: {what}")
+            raise ValueError(f"{file}, line {line}: there is no flag {name}{suggestion(name, known)}")
         if name in refused:
             raise ValueError(f"{file}, line {line}: {name} {refused[name]}")
         try:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from .flags import downloads
 from .reporting import UserError, reason_of, say
 
 FORMAT = 1  # part of a folder's name; raise it when the conversion changes
@@ -25,8 +26,7 @@ def folder_of(path, pipeline_class, config=None, cache_dir=None):
             f"base model {path} is a file, but no .safetensors; others are pickles, which could run code: where you "
             "trust it, load it with diffusers' from_single_file and save it as a folder"
         )
-    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
-    root = Path(cache_dir or home) / "text-to-image-models"
+    root = Path(downloads(cache_dir)) / "text-to-image-models"
     folder = root / f"{pipeline_class.__name__}-{_digest(path, config)}"
     try:
         root.mkdir(parents=True, exist_ok=True)

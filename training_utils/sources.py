@@ -11,7 +11,6 @@ Instead of repeats all sources can have a `weight`: an epoch then has as many sa
 each source has a share proportional to it.
 """
 
-import difflib
 import math
 import os
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from . import data
+from .flags import suggestion
 from .problems import Findings
 from .reporting import UserError, reason_of
 
@@ -81,8 +81,7 @@ def _problem(entry, folder):
         return f"{entry!r:.60} is no dict of keys and values like `path: FOLDER`"
     for key, value in entry.items():
         if key not in KEYS:
-            close = difflib.get_close_matches(str(key), KEYS, n=1)
-            return f"there is no key '{key}'" + (f"; did you mean '{close[0]}'?" if close else "")
+            return f"there is no key '{key}'" + suggestion(str(key), KEYS, quote="'")
         if key in TEXTS and (not isinstance(value, str) or not value):
             return f"{key} is {value!r:.60}, not text"
     if ("path" in entry) == ("dataset_name" in entry):
