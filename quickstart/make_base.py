@@ -12,19 +12,26 @@ side by side, and a UNet that is also told the pooled text, the picture's first 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-import torch
-from diffusers import (
+sys.path.append(str(Path(__file__).parent.parent))
+
+from training_utils import libraries
+
+libraries.prepare()
+
+import torch  # noqa: E402
+from diffusers import (  # noqa: E402
     AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from make_data import WORDS, caption
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from make_data import WORDS, caption  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
 MAX_TOKENS = 16
 WORD_END = "</w>"

@@ -9,16 +9,23 @@ digit accuracy: 0.NN`.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-from diffusers import DiffusionPipeline
-from make_data import WORDS, caption, read_ink
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from sklearn.svm import SVC
+sys.path.append(str(Path(__file__).parent.parent))
+
+from training_utils import libraries
+
+libraries.prepare()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from diffusers import DiffusionPipeline  # noqa: E402
+from make_data import WORDS, caption, read_ink  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
+from sklearn.model_selection import train_test_split  # noqa: E402
+from sklearn.svm import SVC  # noqa: E402
 
 PER_DIGIT = 10
 PAPER, INK, FAINT, WRONG = "#ffffff", "#1a1a1a", "#e4e4e4", "#c8102e"
