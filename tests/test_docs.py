@@ -443,8 +443,11 @@ def test_options(groups):
     wanted = {title: [row(*fact, defaults) for fact, defaults in facts.items()] for title, facts in rows.items()}
     sections = re.split(r"^## ", (ROOT / "docs/options.md").read_text(), flags=re.M)[1:]
     have = {section.split("\n")[0]: re.findall(r"^\| `--.*$", section, re.M) for section in sections}
-    for title in [*wanted, *have]:
-        assert sorted(have.get(title, [])) == sorted(wanted.get(title, [])), title
+    assert set(have) == set(wanted)
+    for title, lines in wanted.items():
+        lacking, wrong = set(lines) - set(have[title]), set(have[title]) - set(lines)
+        assert not lacking and not wrong, "\n".join([f"{title} should have", *lacking, "and not", *wrong])
+        assert len(have[title]) == len(lines), title
 
 
 def test_tests_that_are_named_exist():
