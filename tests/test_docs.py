@@ -84,14 +84,18 @@ def launched():
 
 @pytest.mark.parametrize("words", launched(), ids=lambda words: words[-1])
 def test_the_launcher_takes_its_flags(words):
+    from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     args = launch_command_parser().parse_args(words[2:])
     assert args.training_script in SCRIPTS
+    if args.config_file:
+        assert load_config_from_file(ROOT / args.config_file)
 
 
 # --- other commands --------------------------------------------------------------------------------------------------
 
+PROGRAMS = ("make", "pip", "hf", "tensorboard", "pytest")  # that the pages also name within a sentence
 TARGETS = set(re.search(r"\.PHONY: (.*)", (ROOT / "Makefile").read_text())[1].split())
 
 
@@ -128,8 +132,8 @@ def talks_to_the_hub(*words):
         name, command, rest = command.resolve_command(context, rest)
 
 
-def is_parsed(monkeypatch, program, *words):
-    """A program of ours takes these words; it is stopped when it has parsed them."""
+def is_parsed(monkeypatch, *words):
+    """A program of ours (a file, or -m and a module) takes its words; it is stopped when it has parsed them."""
     import argparse
 
     class Parsed(Exception):
@@ -140,9 +144,13 @@ def is_parsed(monkeypatch, program, *words):
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    monkeypatch.syspath_prepend(str((ROOT / program).parent))
+    if words[0] == "-m":
+        name, *words = words[1:]
+    else:
+        monkeypatch.syspath_prepend(str((ROOT / words[0]).parent))
+        name, words = Path(words[0]).stem, words[1:]
     with pytest.raises(Parsed):
-        importlib.import_module(Path(program).stem).main(list(words))
+        importlib.import_module(name).main(list(words))
 
 
 def inline(start):
@@ -153,7 +161,7 @@ def inline(start):
 
 @pytest.mark.parametrize(
     "words",
-    sorted({command.words for command in COMMANDS if not command.script} | set(inline("make")) | set(inline("pip"))),
+    sorted({command.words for command in COMMANDS if not command.script}.union(*map(inline, PROGRAMS))),
     ids=" ".join,
 )
 def test_other_command(words, monkeypatch):
@@ -164,7 +172,13 @@ def test_other_command(words, monkeypatch):
         installs(*rest)
     elif program == "hf":
         talks_to_the_hub(*rest)
-    elif program == "python" and (ROOT / rest[0]).is_file():
+    elif program == "tensorboard":
+        from tensorboard.program import TensorBoard
+
+        TensorBoard().configure(("", *rest))
+    elif program == "pytest":
+        assert all((ROOT / word).exists() for word in rest if "/" in word)
+    elif program == "python" and (rest[0] == "-m" or (ROOT / rest[0]).is_file()):
         is_parsed(monkeypatch, *rest)
     else:
         pytest.fail(f"no test knows how to run {' '.join(words)}")
@@ -191,7 +205,7 @@ def results(run, run_lora, run_sdxl, run_lora_sdxl, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     runs = {"my_model": run, "my_lora": run_lora, "my_sdxl": run_sdxl, "my_sdxl_lora": run_lora_sdxl}
     for name, each in runs.items():
-        each(folder / name, "--max_train_steps", "1")
+        each(folder / name, "--max_train_steps", "1", "--validation_split", "0.1")
     return folder
 
 
@@ -206,7 +220,7 @@ def test_python_snippet(snippet, results, sd, sdxl, monkeypatch):
 
         monkeypatch.setattr(cls, "__call__", call)
     exec(snippet.replace(SD, sd).replace(SDXL, sdxl), {})
-    assert Path("bicycle.png").stat().st_size > 100
+    assert "bicycle.png" not in snippet or Path("bicycle.png").stat().st_size > 100
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +301,10 @@ def listing(text):
     return folder.rstrip("/"), paths
 
 
-@pytest.mark.parametrize("text", [block.text for block in blocks("text")])
+LISTINGS = [block.text for block in blocks("text") if block.text.splitlines()[0].endswith("/")]
+
+
+@pytest.mark.parametrize("text", LISTINGS)
 def test_listing_of_a_folder(text, run, tmp_path):
     folder, paths = listing(text)
     if folder == "my_model":
@@ -391,8 +408,9 @@ def test_flags_that_a_page_names_exist(page, groups):
     ours = {flag.name for script in scripts for _, some in groups[script][0] for flag in some}
     known = {f"--{no}{name}" for name in ours for no in ("", "no_")} | {"--help", "--logdir"}
     known |= set(launch_command_parser()._option_string_actions)
-    for program in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("quickstart/*.py")]:
-        known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', program.read_text()))
+    for folder in ("benchmarks", "quickstart", "training_utils"):
+        for program in (ROOT / folder).glob("*.py"):
+            known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', program.read_text()))
     text = re.sub(r"\| kohya's flag.*", lambda table: re.sub(r"(?m)^\|[^|]*", "", table[0]), prose(page), flags=re.S)
     text = re.sub(r"(?m)^>.*", "", text)  # the sentences of troubleshooting are held against the source
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]*", text)) - {"--no_"} <= known
@@ -475,19 +493,34 @@ def sentences():
     return [parts for parts in said if len("".join(filter(None, parts))) > 12]
 
 
+def unsaid(quote, known):
+    """A quote with blanks for what the `known` sentences have word for word."""
+    rest = list(quote)
+    for parts in known:
+        if all(part in quote for part in parts if part):
+            sentence = "".join("(.*?)" if part is None else re.escape(part) for part in parts)
+            for found in re.finditer(sentence + ("$" if parts[-1] is None else ""), quote):
+                free = {at for group in range(1, found.re.groups + 1) for at in range(*found.span(group))}
+                for at in set(range(*found.span())) - free:
+                    rest[at] = " "
+    return "".join(rest)
+
+
 def test_sentences_of_troubleshooting_are_in_the_source():
     """Word for word; capitals stand for what differs, and so does what is said in a string's values."""
     quotes = re.findall(r"^> (.*)$", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
     assert len(quotes) > 30
     known = sentences()
     for quote in quotes:
-        rest = list(quote)
-        for parts in known:
-            if all(part in quote for part in parts if part):
-                sentence = "".join("(.*?)" if part is None else re.escape(part) for part in parts)
-                for found in re.finditer(sentence + ("$" if parts[-1] is None else ""), quote):
-                    free = {at for group in range(1, found.re.groups + 1) for at in range(*found.span(group))}
-                    for at in set(range(*found.span())) - free:
-                        rest[at] = " "
-        left = "".join(rest)
+        left = unsaid(quote, known)
         assert not re.search(r"[a-z]", left), f"{quote}\nis not said in the source: {left.strip()}"
+
+
+def test_what_a_program_is_shown_to_print_is_in_the_source():
+    """Of most lines a half, that is: there are paths, numbers and progress bars between."""
+    known = sentences()
+    for block in blocks("text"):
+        lines = [line for line in block.text.splitlines() if line.strip()]
+        if block.text not in LISTINGS:
+            said = sum(len(unsaid(line, known).replace(" ", "")) < len(line.replace(" ", "")) / 2 for line in lines)
+            assert said > len(lines) / 2, block
