@@ -25,7 +25,7 @@ from PIL import Image
 from . import charts, checkpoints, flags
 from .charts import Line, number
 from .metrics import NAME, Log
-from .reporting import UserError, duration, reason_of, run, warn
+from .reporting import UserError, duration, millions, reason_of, run, warn
 
 FACTS = frozenset(
     """
@@ -206,8 +206,8 @@ MEMORY = (
 
 
 def smoothing(points):
-    """Over how many points a loss is smoothed: a twentieth of them."""
-    return max(1, min(round(len(points) / 20), 500))
+    """Over how many points a loss is smoothed: a twentieth of them, within bounds."""
+    return max(5, min(round(len(points) / 20), 500))
 
 
 def about(a_run):
@@ -220,7 +220,7 @@ def about(a_run):
     return [
         ("script", facts["script"]),
         ("base model", facts["base"]),
-        ("trained", f"{number(facts['parameters'] / 1e6, 3)} M parameters, {facts['precision']}"),
+        ("trained", f"{millions(facts['parameters'])} parameters, {facts['precision']}"),
         ("device", facts["device"] + (f", {facts['processes']} of them" if facts["processes"] > 1 else "")),
         ("pictures", f"{facts['pictures']:,}{held_out}"),
         ("planned", f"{epochs}, {number(facts['epochs'], 3)} epochs"),
@@ -241,6 +241,12 @@ def table(rows, head=(), kind=""):
     return f'<div class="wide"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
 
 
+def pairs(items):
+    """[(name, value)] in as many columns as there is room for."""
+    rows = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in items)
+    return f'<dl class="pairs">{rows}</dl>' if rows else ""
+
+
 def overview(runs, now):
     """Where each run stands and its first numbers: tiles for one, a table for several."""
     if len(runs) == 1:
@@ -248,8 +254,7 @@ def overview(runs, now):
             f"<div><dt>{text(label)}</dt><dd>{text(value)}</dd><small>{text(remark)}</small></div>"
             for label, value, remark in summary(runs[0])
         )
-        rows = [(text(label), text(value)) for label, value in about(runs[0])]
-        facts = table(rows, kind="facts") if rows else ""
+        facts = pairs(about(runs[0]))
         return f'<p class="state">{text(state_of(runs[0], now))}</p><dl class="tiles">{tiles}</dl>{facts}'
     rows = [["state", *(text(state_of(a_run, now)) for a_run in runs)]]
     for source in (summary, about):
@@ -326,9 +331,12 @@ def in_words(lines, remarks):
 def curve_section(runs):
     """(HTML of all charts, what their readouts need: a list for JSON)."""
     figures, data = [], []
+    steps = [step for a_run in runs if a_run.log for curve in a_run.log.curves.values() for step in curve]
+    first, last = min(steps, default=0), max(steps, default=1)
+    span = (0 if first < last / 10 else first, last)  # the same of every chart
     for title, lines, options, remarks in curves(runs):
         name = f"chart{len(data)}"
-        svg = charts.draw(lines, title, **options).replace("<svg ", f'<svg id="{name}" tabindex="0" ', 1)
+        svg = charts.draw(lines, title, span=span, **options).replace("<svg ", f'<svg id="{name}" tabindex="0" ', 1)
         figures.append(
             f'<figure class="curve"><figcaption><b>{text(title)}</b><span class="read" id="{name}-read">'
             f"{in_words(lines, remarks)}</span></figcaption>{svg}</figure>"
@@ -414,10 +422,7 @@ def settings_section(runs):
         ]
         parts.append(table(rows, heads(runs), "compared") if rows else "<p>They agree in every setting.</p>")
     elif runs[0].given():
-        rows = "".join(
-            f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in runs[0].given().items()
-        )
-        parts.append(f'<dl class="flags">{rows}</dl>')
+        parts.append(pairs(runs[0].given().items()))
     for a_run in runs:
         if a_run.run_file:
             where = f"{a_run.name}/{checkpoints.RUN_FILE}"
@@ -488,7 +493,7 @@ p{margin:6px 0 12px}
 small,.state,footer,figcaption{color:var(--quiet)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0}
 .tiles div{background:var(--panel);border-radius:8px;padding:12px 14px}
-.tiles dt,.flags dt{color:var(--quiet);font-size:13px}
+.tiles dt,.pairs dt{color:var(--quiet);font-size:13px}
 .tiles dd{margin:2px 0;font-size:23px;font-weight:600;font-variant-numeric:tabular-nums;line-height:1.3}
 .tiles small,.compared small{display:block;font-size:12.5px;line-height:1.35}
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:16px}
@@ -514,9 +519,9 @@ tbody th{color:var(--quiet);white-space:nowrap}
 thead th{font-weight:600}
 .facts td{overflow-wrap:anywhere}
 .compared td,.compared thead th{min-width:150px;overflow-wrap:anywhere}
-.flags{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:8px 18px;margin:0 0 16px;
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:8px 18px;margin:0 0 16px;
   font-size:14px}
-.flags dd{margin:0;overflow-wrap:anywhere}
+.pairs dd{margin:0;overflow-wrap:anywhere}
 pre{background:var(--panel);border-radius:8px;padding:12px 14px;overflow-x:auto;font-size:13px;line-height:1.45;
   margin:0 0 12px}
 details{margin:0 0 10px}
@@ -525,8 +530,8 @@ details pre{margin-top:8px}
 footer{margin-top:44px;font-size:13px;overflow-wrap:anywhere}
 .cursor{stroke:var(--quiet);stroke-width:1;stroke-dasharray:3 3}
 .point{fill:currentColor;stroke:var(--panel);stroke-width:1.5}
-@media (max-width:520px){body{padding:16px 14px 32px}.tiles{grid-template-columns:1fr 1fr}.curve{padding:10px 6px 6px}
-  .tiles dd{font-size:20px}}
+@media (max-width:520px){body{padding:16px 14px 32px}.tiles,.pairs{grid-template-columns:1fr 1fr}
+  .curve{padding:10px 6px 6px}.tiles dd{font-size:20px}}
 @media print{.curve,.grid,.tiles div{break-inside:avoid}}
 """
 

@@ -200,7 +200,7 @@ def announce(about, base, device, output_dir, parameters, updates, held_out_rows
     held_out = f", and {facts['held_out']:,} held out" if held_out_rows else ""
     rows = {
         "base model": facts["base"],
-        "trained": f"{facts['parameters'] / 1e6:,.3g} M parameters, {facts['precision']}, on {device}",
+        "trained": f"{millions(facts['parameters'])} parameters, {facts['precision']}, on {device}",
         "pictures": f"{updates.size:,}{held_out}",
         "an update": f"{many}: {' x '.join(shares)}" if len(shares) > 1 else many,
         "updates": f"{total:,} in {facts['epochs']:,.1f} epochs{made}",
@@ -236,7 +236,7 @@ def conclude(output_dir, progress, usage):
     say("\n".join(["", _strong(heading), *_table(rows)]))
     say("\n".join(["", _strong(f"{folder} holds"), *_table(_contents(folder))]))
     say("\n".join(["", _strong("look at it"), f"    python -m training_utils.report {shlex.quote(str(folder))}"]))
-    say("\n".join(["", _strong("use it"), *(f"    {line}" for line in usage.strip().splitlines())]))
+    say("\n".join(["", _strong("use it"), textwrap.indent(usage.strip(), "    ")]))
 
 
 def _contents(folder):
@@ -260,6 +260,13 @@ def _contents(folder):
         "README.md": "the model card",
     }
     return rows | {name: what for name, what in known.items() if (folder / name).exists()}
+
+
+def millions(count):
+    """A number of parameters in words, with three digits or more."""
+    if count < 1e5:
+        return f"{count:,}"
+    return f"{count / 1e6:,.{max(0, 2 - math.floor(math.log10(count / 1e6)))}f} M"
 
 
 def duration(seconds):
