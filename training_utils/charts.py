@@ -71,7 +71,9 @@ def ticks(low, high, count=5):
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = power * next(
+        factor for factor, most in ((1, 2), (2, 10), (5, 50), (10, 100)) if (rough / power) ** 2 <= most
+    )
     first = math.ceil(low / step - 1e-9)
     return [at * step for at in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -95,12 +97,12 @@ def _tick_labels(values, log=False):
 
 
 def smoothed(points, window):
-    """The exponential mean of [(x, y)] over about `window` points, without the bias to where it starts."""
-    decay, total, weight, smooth = 1 - 1 / max(window, 1), 0.0, 0.0, []
+    """The exponential mean of [(x, y)] over about `window` points, fewer of the first ones, where curves are steep."""
+    mean, smooth = 0.0, []
     for x, y in points:
         if y is not None:
-            total, weight = decay * total + y, decay * weight + 1
-            smooth.append((x, total / weight))
+            mean += (y - mean) / min(window, 1 + len(smooth) / 5)
+            smooth.append((x, mean))
     return smooth
 
 

@@ -341,6 +341,7 @@ class Progress:
             total=total,
             initial=step,
             desc="updates",
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",  # fits 80 columns
             dynamic_ncols=True,
             smoothing=0.05,
             mininterval=0.1 if self.live else 10,
