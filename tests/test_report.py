@@ -340,11 +340,11 @@ def test_in_a_browser(finished, tmp_path):
 
 def test_ticks_and_numbers():
     assert charts.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert charts.ticks(0.13, 0.42) == pytest.approx([0.2, 0.3, 0.4])
+    assert charts.ticks(0.13, 0.42) == pytest.approx([0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
     rng = np.random.default_rng(0)
     for low, width in zip(rng.normal(size=200) * 10.0 ** rng.integers(-8, 8, 200), 10.0 ** rng.uniform(-6, 6, 200)):
         found = charts.ticks(low, low + width)
-        assert 2 <= len(found) <= 7 and all(low - 1e-6 * width <= tick <= low + 1.000001 * width for tick in found)
+        assert 3 <= len(found) <= 9 and all(low - 1e-6 * width <= tick <= low + 1.000001 * width for tick in found)
     numbers = {0: "0", 0.0123456: "0.01235", 1234.5: "1,234", 1e-5: "1e-5", 2.5e-4: "2.5e-4", 0.5: "0.5", 2e7: "2e7"}
     assert {value: charts.number(value) for value in numbers} == numbers
     assert charts.number(None) == "not finite"

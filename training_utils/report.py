@@ -496,7 +496,7 @@ CSS = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1360px;padding:24px 24px 48px;background:var(--paper);color:var(--ink);
   font:15px/1.5 FONT}
-h1{font-size:26px;line-height:1.25;margin:0;overflow-wrap:anywhere}
+h1{font-size:26px;line-height:1.25;margin:0 0 8px;overflow-wrap:anywhere}
 h2{font-size:19px;margin:40px 0 12px}
 h3{font-size:15px;margin:20px 0 6px}
 p{margin:6px 0 12px}
@@ -514,6 +514,7 @@ figure{margin:0;min-width:0}
 .curve figcaption{display:flex;flex-direction:column;margin:0 2px 8px;font-size:13px}
 .curve b{color:var(--ink);font-size:15px}
 .read{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.read span{display:inline-block}
 .swatch{display:inline-block;width:11px;height:11px;border-radius:3px;background:currentColor;margin-right:6px}
 .grids{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:16px;margin:0 0 16px}
 .broad{grid-template-columns:repeat(auto-fill,minmax(min(100%,560px),1fr))}
