@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, reset_accelerate
 from PIL import Image
-from test_readme import bash_commands, on_tiny_models, python_snippets
+from test_readme import SMALLER, bash_commands, on_tiny_models, python_snippets
 
 import train_text_to_image
 from training_utils import report
@@ -32,6 +32,14 @@ def watched(sd, pictures, tmp_path_factory):
             reset_accelerate()
             assert train_text_to_image.main([*map(str, line)]) == 0
     return folder
+
+
+def test_the_quickstarts_digits(sd, pictures, tmp_path):
+    (command,) = bash_commands(PAGE, "python train")
+    words = on_tiny_models(command, sd, None, None, pictures, tmp_path / "out")
+    words[words.index("--encoding_cache_dir") + 1] = str(tmp_path / "encodings")
+    reset_accelerate()
+    assert train_text_to_image.main([*words, *SMALLER, "--validation_split", "0.2"]) == 0
 
 
 @pytest.mark.parametrize("command", bash_commands(PAGE, "python -m"), ids=lambda command: command[-1])

@@ -516,7 +516,7 @@ figure{margin:0;min-width:0}
 .read{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .read span{display:inline-block}
 .swatch{display:inline-block;width:11px;height:11px;border-radius:3px;background:currentColor;margin-right:6px}
-.grids{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:16px;margin:0 0 16px}
+.grids{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px;margin:0 0 16px}
 .broad{grid-template-columns:repeat(auto-fill,minmax(min(100%,560px),1fr))}
 .grid img{display:block;width:100%;height:auto;border-radius:6px;cursor:zoom-in}
 .grid input{position:absolute;opacity:0;pointer-events:none}
