@@ -110,6 +110,8 @@ def test_the_file_holds_what_the_trackers_get(finished):
 def test_it_is_written_without_trackers_and_not_in_a_dry_run(run, tmp_path):
     run(tmp_path / "out", "--max_train_steps", "2")
     assert list(Log(tmp_path / "out").curves["train_loss"]) == [1, 2]
+    page = report.page([report.read(tmp_path / "out")])
+    assert page.count("<svg") == 5 and "There is no held-out loss" in page and "<h2>Pictures" not in page
     assert run(tmp_path / "dry", "--dry_run") == 0 and not (tmp_path / "dry").exists()
 
 

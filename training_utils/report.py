@@ -341,8 +341,7 @@ def curve_section(runs):
     """(HTML of all charts, what their readouts need: a list for JSON)."""
     figures, data = [], []
     steps = [step for a_run in runs if a_run.log for curve in a_run.log.curves.values() for step in curve]
-    first, last = min(steps, default=0), max(steps, default=1)
-    span = (0 if first < last / 10 else first, last)  # the same of every chart
+    span = (min(steps, default=0), max(steps, default=1))  # the same of every chart
     for title, lines, options, remarks in curves(runs):
         name = f"chart{len(data)}"
         svg = charts.draw(lines, title, span=span, **options).replace("<svg ", f'<svg id="{name}" tabindex="0" ', 1)
@@ -357,7 +356,10 @@ def curve_section(runs):
         data.append({"id": name, "lines": shown})
     if not figures:
         return "", []
-    return f'<section><h2>Curves</h2><div class="curves">{"".join(figures)}</div></section>', data
+    missing = ""
+    if not any(a_run.facts.get("held_out", 1) for a_run in runs):
+        missing = '<p class="state">There is no held-out loss: --validation_split was not given.</p>'
+    return f'<section><h2>Curves</h2><div class="curves">{"".join(figures)}</div>{missing}</section>', data
 
 
 def picture(path):
