@@ -62,7 +62,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from flax_diffusion import FlaxDDPMScheduler  # noqa: E402
-from training_utils import checkpoints, data, dry_run, hub, inspection, losses, reporting  # noqa: E402
+from training_utils import checkpoints, data, dry_run, hub, inspection, losses, metrics, reporting  # noqa: E402
 from training_utils import jax_engine as engine  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
@@ -367,8 +367,13 @@ def main(argv=None):
         reporting.tracker_config(flags.public(args)),
     )
 
+    named = (about, args.pretrained_model_name_or_path, engine.device_name(), args.output_dir)
+    facts = reporting.announce(
+        *named, jax.tree.leaves(trained["params"]), updates, held_out_rows, args.max_train_steps, state
+    )
     if engine.is_main() and not args.dry_run:
         checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
+        trackers.append(metrics.Metrics(args.output_dir, state.step, facts))
 
     def save(state):
         """Write a checkpoint of a RunState. Returns its folder, or None where it could not be written."""
@@ -392,7 +397,6 @@ def main(argv=None):
         names = updates.names(rows, before.position)
         reporting.not_finite(step, loss, names, args.on_nan == "stop", keep)
 
-    reporting.announce(jax.tree.leaves(trained["params"]), updates, args.max_train_steps, state)
     progress = reporting.Progress(
         state,
         args.max_train_steps,
@@ -401,6 +405,7 @@ def main(argv=None):
         lambda scalars: [float(scalar) for scalar in jax.device_get(scalars)],
         lambda values, step: engine.log(trackers, values, step),
         not_finite,
+        engine.memory,
     )
 
     prompts = args.validation_prompts or []

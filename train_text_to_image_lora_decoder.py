@@ -76,6 +76,7 @@ from training_utils import (  # noqa: E402
     kandinsky,
     lora,
     losses,
+    metrics,
     reporting,
     validation,
 )
@@ -368,9 +369,11 @@ def main(argv=None):
         engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
+    named = (about, args.pretrained_decoder_model_name_or_path, engine.device_name(accelerator), args.output_dir)
+    facts = reporting.announce(*named, parameters, updates, held_out_rows, args.max_train_steps, state)
     if accelerator.is_main_process and not args.dry_run:
         checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
-    reporting.announce(parameters, updates, args.max_train_steps, state)
+        accelerator.trackers.append(metrics.Metrics(args.output_dir, state.step, facts))
     guard = engine.FiniteGuard(
         accelerator,
         optimizer,
@@ -388,6 +391,7 @@ def main(argv=None):
         lambda scalars: engine.fetch_mean(accelerator, scalars),
         lambda values, step: engine.log(accelerator, values, step),
         guard.report,
+        partial(engine.memory, accelerator),
     )
 
     grids = []  # the last one that this run drew

@@ -28,7 +28,8 @@ from tiny import UNET
 
 import train_text_to_image_flax as script
 from flax_diffusion import FlaxStableDiffusionPipeline
-from training_utils import checkpoints, jax_engine, reporting
+from training_utils import charts, checkpoints, jax_engine, report, reporting
+from training_utils.metrics import Log
 
 TRACKED = ["--report_to", "tensorboard"]
 EVERY_DRAW = [
@@ -83,6 +84,15 @@ def test_losses_are_those_of_the_torch_script(request, run, tmp_path, name, flag
         assert logged(ours, curve) == pytest.approx(theirs, rel=1e-4), curve
         assert len(theirs) == (6 if curve != "val_loss" else 3 if flags else 0)
     assert relative_difference(ours, tmp_path) < 1e-5
+
+
+def test_metrics_and_the_page_of_a_run(every_draw):
+    log = Log(every_draw)
+    for name in ("train_loss", "lr", "grad_norm", "samples_per_second", "memory_resident_gib", "val_loss"):
+        assert log.curves[name] == pytest.approx(logged(every_draw, name), rel=1e-6), name
+    page = report.page([report.read(every_draw)])
+    assert "finished: 6 of 6 updates" in page and "train_text_to_image_flax.py --config" in page
+    assert page.count("<svg") == 6 and charts.number(log.lowest("val_loss")[1]) in page
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])

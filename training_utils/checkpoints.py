@@ -7,7 +7,6 @@ settings that shape the result, library versions, and the size and SHA-256 of ev
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .data import Position
-from .reporting import UserError, reason_of, say, warn
+from .reporting import UserError, reason_of, say, versions, warn
 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.yaml"
@@ -152,7 +151,7 @@ def _seal(folder, state, about):
         "written": time.time(),
         "state": asdict(state),
         **about,
-        "libraries": _versions(),
+        "libraries": versions(),
         "files": dict(zip((path.relative_to(folder).as_posix() for path in files), _digests(files), strict=True)),
     }
     manifest["sha256"] = _digest_of(manifest)
@@ -182,12 +181,6 @@ def _digests(paths):
 
     with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
         return list(pool.map(digest, paths))
-
-
-def _versions():
-    names = ["torch", "diffusers", "transformers", "accelerate", "peft", "jax", "flax", "optax", "numpy"]
-    found = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
-    return {name: found[name] for name in names if name in found}
 
 
 def _prune(root, limit):

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
 
-from . import checkpoints, data, dry_run, hub, optimizers, single_file
+from . import checkpoints, data, dry_run, hub, metrics, optimizers, single_file
 from .data import collate
 from .interruption import SIGNALS
 from .reporting import UserError, not_finite, reason_of, tell_trackers, warn
@@ -80,6 +80,22 @@ def make_accelerator(
     if allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def device_name(accelerator):
+    """What a person calls the device of this process."""
+    device = accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def memory(accelerator):
+    """The memory that this process has in use, as values to log: of a GPU the peak of what tensors took since the
+    start, and what is reserved for them now; else the host's. In GiB. Does not wait for the device."""
+    if accelerator.device.type != "cuda":
+        return metrics.resident()
+    stats = torch.cuda.memory_stats(accelerator.device)
+    peak, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.current"]
+    return {"memory_peak_gib": peak / 2**30, "memory_reserved_gib": reserved / 2**30}
 
 
 def frozen_type(accelerator):

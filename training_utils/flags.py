@@ -403,6 +403,16 @@ def parse(argv, description, groups, defaults=None):
     return args
 
 
+def parse_report(argv=None):
+    """The command line of training_utils.report: a Namespace of `folders`, a list, and `output`, or None."""
+    parser = _Parser(
+        prog="python -m training_utils.report", description="Write one page about a run, or about several."
+    )
+    parser.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="output folder of a run")
+    parser.add_argument("--output", metavar="FILE", help="the page; left out, report.html in the first folder")
+    return parser.parse_args(argv)
+
+
 def _from_file(parser, path, known, values):
     """The flags that a file gives, {name: value}; exits as the parser does. `values` is one that raises errors."""
     from . import run_file

@@ -35,7 +35,7 @@ from safetensors.numpy import load_file, save_file
 from flax_diffusion import FlaxStableDiffusionPipeline, ModelError, schedulers, weights
 from flax_diffusion.pipeline import LATENTS, fetch
 
-from . import cache, data, dry_run, hub
+from . import cache, data, dry_run, hub, metrics
 from .reporting import UserError, reason_of, tell_trackers, warn
 
 AXIS = "batch"
@@ -93,6 +93,22 @@ def check_precision(name):
     """Raise UserError where the devices do not compute in the `--mixed_precision` of this name."""
     if name == "fp16" and jax.default_backend() == "cpu":
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
+
+
+def memory():
+    """The memory in use, as values to log, in GiB: of the first device the peak since the start; on a CPU what this
+    process has. Does not wait for the device."""
+    seen = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+    if "peak_bytes_in_use" not in seen:
+        return metrics.resident()
+    return {"memory_peak_gib": seen["peak_bytes_in_use"] / 2**30}
+
+
+def device_name():
+    """What a person calls this host's devices."""
+    devices = jax.local_devices()
+    name = devices[0].device_kind.upper() if devices[0].platform == "cpu" else devices[0].device_kind
+    return name if len(devices) == 1 else f"{len(devices)} x {name}"
 
 
 def over_devices(function, in_axes, donate=(), alone=False):

@@ -1,13 +1,16 @@
 """What a person sees of a run: messages, the progress bar, the curves, the picture grids."""
 
+import importlib.metadata
 import math
 import os
 import shlex
 import sys
+import textwrap
 import threading
 import time
 import traceback
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,25 +165,143 @@ def _launcher():
     return ["accelerate", "launch", *several, "--mixed_precision", precision, *compiled]
 
 
-def announce(parameters, updates, total, state):
-    """The lines before the progress bar: what is about to be trained, in `total` updates of data.Updates."""
-    size = sum(math.prod(parameter.shape) for parameter in parameters)
-    say(f"training {size / 1e6:,.3g} M parameters on {updates.size:,} pictures")
-    many, epochs = f"{updates.window} pictures", total / updates.per_epoch
+def announce(about, base, device, output_dir, parameters, updates, held_out_rows, total, state):
+    """The lines before the progress bar: what is about to be trained. Returns the same as a dict that JSON can hold.
+
+    Args: about, what a checkpoint's manifest takes; what the base model, the device and the output folder are called;
+    the parameters that are trained; data.Updates; the data.Rows held out, or None; the number of updates in `total`;
+    the RunState.
+    """
+    flags, processes = about["flags"], about["world_size"]
+    facts = {
+        "script": about["script"],
+        "base": str(base),
+        "device": device,
+        "processes": processes,
+        "precision": "bf16 throughout" if flags.get("full_bf16") else PRECISIONS.get(flags["mixed_precision"]),
+        "parameters": sum(math.prod(parameter.shape) for parameter in parameters),
+        "pictures": updates.size,
+        "held_out": len(held_out_rows or []),
+        "pictures_per_update": updates.samples,
+        "updates": total,
+        "epochs": total / updates.per_epoch,
+        "seed": state.seed,
+        "launcher": _launcher(),
+        "flags": flags,
+        "libraries": versions(),
+    }
+    many = f"{updates.window:,} pictures"
     if updates.samples < updates.window:
-        many = f"up to {many}, {updates.samples:.3g} on average,"
-    say(f"{total:,} updates of {many} are {epochs:,.1f} epochs; update {state.step:,}, seed {state.seed}")
+        many = f"up to {many}, {updates.samples:.3g} on average"
+    shares = [f"batch {updates.batch_size}"]
+    shares += [f"{updates.accumulation} accumulated"] if updates.accumulation > 1 else []
+    shares += [f"{processes} devices"] if processes > 1 else []
+    made = f", of which {state.step:,} are made" if state.step else ""
+    held_out = f", and {facts['held_out']:,} held out" if held_out_rows else ""
+    rows = {
+        "base model": facts["base"],
+        "trained": f"{millions(facts['parameters'])} parameters, {facts['precision']}, on {device}",
+        "pictures": f"{updates.size:,}{held_out}",
+        "an update": f"{many}: {' x '.join(shares)}" if len(shares) > 1 else many,
+        "updates": f"{total:,} in {facts['epochs']:,.1f} epochs{made}",
+        "seed": str(state.seed),
+        "output": str(output_dir),
+    }
+    say("\n".join([_strong(facts["script"]), *_table(rows)]))
+    return facts
+
+
+PRECISIONS = {"no": "float32", None: "float32", "bf16": "bf16 mixed with float32", "fp16": "fp16 mixed with float32"}
 
 
 def conclude(output_dir, progress, usage):
-    """The lines after it: how long it took, where everything lies, the lines that use it."""
-    minutes, seconds = divmod(int(time.perf_counter() - progress.began), 60)
+    """The lines after it: how long it took, how well it went, what the output folder holds, the lines that use it."""
+    from .metrics import Log  # which has its warnings from here
+
+    folder, rows = Path(output_dir), {}
     if progress.step == progress.first:
-        say(f"update {progress.step:,} was the last one already: nothing was trained; the result is in {output_dir}")
+        heading = f"update {progress.step:,} was the last one already: nothing was trained"
     else:
-        took = f"{minutes} min {seconds} s, last loss {progress.last_loss:.4f}"
-        say(f"trained to update {progress.step:,} in {took}; the result is in {output_dir}")
-    say("use it:\n" + "\n".join(f"    {line}" for line in usage.strip().splitlines()))
+        took = duration(time.perf_counter() - progress.began)
+        heading = f"trained to update {progress.step:,} in {took}, at {progress.speed():.3g} pictures/s"
+        rows["loss"] = f"{progress.last_loss:.4f} in the last update"
+    with suppress(OSError):
+        log = Log(folder)
+        best, looks = log.lowest("val_loss"), log.finite("val_loss")
+        if best and best[0] == max(looks):
+            rows["held-out loss"] = f"{best[1]:.4f} after update {best[0]:,}: the last one is the lowest"
+        elif best:
+            last = f"{looks[max(looks)]:.4f} after update {max(looks):,} the last"
+            rows["held-out loss"] = f"{best[1]:.4f} after update {best[0]:,} is the lowest, {last}"
+    say("\n".join(["", _strong(heading), *_table(rows)]))
+    say("\n".join(["", _strong(f"{folder} holds"), *_table(_contents(folder))]))
+    say("\n".join(["", _strong("look at it"), f"    python -m training_utils.report {shlex.quote(str(folder))}"]))
+    say("\n".join(["", _strong("use it"), textwrap.indent(usage.strip(), "    ")]))
+
+
+def _contents(folder):
+    """What a finished run's output folder holds, {name: what it is}."""
+    checkpoints = [path.name for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    checkpoints.sort(key=lambda name: int(name.rpartition("-")[2]))
+    grids = len(list(folder.glob("validation/step-*.png")))
+    rows = {path.name: "the adapters" for path in sorted(folder.glob("pytorch_lora_weights*.safetensors"))}
+    if (folder / "model_index.json").exists() and not rows:
+        rows["model_index.json"] = "and the folders beside it: the pipeline"
+    if checkpoints:
+        name = checkpoints[0] if len(checkpoints) == 1 else f"{checkpoints[0]} … {checkpoints[-1].rpartition('-')[2]}"
+        count = f"{len(checkpoints)} checkpoints" if len(checkpoints) > 1 else "a checkpoint"
+        rows[name] = f"{count}, to continue from with --resume_from_checkpoint"
+    if grids:
+        rows["validation"] = f"{grids} grids of pictures" if grids > 1 else "a grid of pictures"
+    known = {
+        "metrics.jsonl": "the curves, a line for each update",
+        "logs": "what the trackers keep",
+        "run.yaml": "every setting; --config with this file repeats the run",
+        "README.md": "the model card",
+    }
+    return rows | {name: what for name, what in known.items() if (folder / name).exists()}
+
+
+def millions(count):
+    """A number of parameters in words, with three digits or more."""
+    if count < 1e5:
+        return f"{count:,}"
+    return f"{count / 1e6:,.{max(0, 2 - math.floor(math.log10(count / 1e6)))}f} M"
+
+
+def duration(seconds):
+    """Seconds in words."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _table(rows):
+    """Lines for {label: text}, the texts below each other and wrapped to the terminal's width."""
+    margin = 6 + max(map(len, rows), default=0)
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):  # a file
+        columns = 119
+    width = max(min(columns, 119), margin + 30)
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    wrapper.subsequent_indent = " " * margin
+    for label, text in rows.items():
+        wrapper.initial_indent = f"  {label}".ljust(margin)
+        yield wrapper.fill(text)
+
+
+def _strong(text):
+    """A heading, bold on a terminal."""
+    plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\033[1m{text}\033[0m"
+
+
+def versions():
+    """The libraries that shape a result, {name: version}."""
+    names = ["torch", "diffusers", "transformers", "accelerate", "peft", "jax", "flax", "optax", "numpy"]
+    found = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+    return {name: found[name] for name in names if name in found}
 
 
 def tracker_config(settings):
@@ -196,10 +317,11 @@ class Progress:
     wait for the device. `fetch(stack)` turns the list of scalars into numbers averaged over the processes; it is a
     collective call, so every process must flush at the same updates. `log(values, step)` hands one update's values to
     the trackers. `not_finite(step, loss, before)` is called for an update whose loss or gradient turns out not to be
-    finite; `before` is the RunState before it. (A loss that is not finite has a gradient that is not.)
+    finite; `before` is the RunState before it. (A loss that is not finite has a gradient that is not.) `memory()` says
+    what memory is in use, {name: number}, which is logged with them.
     """
 
-    def __init__(self, state, total, logging_steps, samples_per_update, fetch, log, not_finite):
+    def __init__(self, state, total, logging_steps, samples_per_update, fetch, log, not_finite, memory=dict):
         from tqdm import tqdm
 
         step = state.step
@@ -209,15 +331,17 @@ class Progress:
             logging_steps,
             samples_per_update,
         )
-        self.fetch, self.log, self.not_finite = fetch, log, not_finite
+        self.fetch, self.log, self.not_finite, self.memory = fetch, log, not_finite, memory
         self.waiting, self.clock, self.last_loss = [], time.perf_counter(), None
         self.began, self.first, self.skipped = self.clock, step, 0
+        self.busy = 0.0  # seconds, without validation and checkpoints
         self.seconds = deque(maxlen=8)  # that an update took, at each of the last looks
         self.live = sys.stderr.isatty()  # into a file, a line now and then is enough
         self.bar = tqdm(
             total=total,
             initial=step,
             desc="updates",
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",  # fits 80 columns
             dynamic_ncols=True,
             smoothing=0.05,
             mininterval=0.1 if self.live else 10,
@@ -260,18 +384,24 @@ class Progress:
         waiting, self.waiting = self.waiting, []
         losses = self.fetch([loss for _, loss, _, _ in waiting])
         norms = self.fetch([norm for _, _, norm, _ in waiting])
-        self.seconds.append((time.perf_counter() - self.clock) / len(waiting))
+        took, memory = time.perf_counter() - self.clock, self.memory()
+        self.busy += took
+        self.seconds.append(took / len(waiting))
         speed = self.samples / self.seconds[-1]
         self.last_loss = losses[-1]
         words = f"loss {losses[-1]:.4f}, lr {waiting[-1][3]:.2e}, {speed:.3g} pictures/s"
         self.bar.set_postfix_str(words, refresh=self.live)
         for (state, _, _, rate), loss, norm in zip(waiting, losses, norms, strict=True):
             values = {"train_loss": loss, "lr": rate, "samples_per_second": speed, "grad_norm": norm}
-            self.log(values, state.step)
+            self.log(values | memory, state.step)
             if not math.isfinite(norm):
                 self.not_finite(state.step, loss, self.before)
             self.before = state
         self.clock = time.perf_counter()
+
+    def speed(self):
+        """Pictures a second over the whole run, validation and checkpoints aside."""
+        return self.samples * (self.step - self.first) / self.busy
 
     def close(self):
         self.flush()
