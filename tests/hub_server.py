@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote
 import yaml
 
 TOKENS = {"hf_mine": ("me", "write"), "hf_mine_to_read": ("me", "read"), "hf_of_another": ("another", "write")}
-LARGE = (".safetensors", ".bin", ".png", ".parquet", ".pt")
+LARGE = (".safetensors", ".bin", ".png", ".parquet", ".pt", ".tar")
 
 
 class Refusal(Exception):
@@ -85,10 +85,11 @@ def identity(file):
 
 class Hub:
     """The server, as a context: `url` is its address, `repositories` maps (kind, id) to Repository, `requests` lists
-    (method, path, token) of every request."""
+    (method, path, token) of every request, `sent` has (path, bytes of the answer's body) of each."""
 
     def __init__(self, root):
         self.root, self.repositories, self.large, self.faults, self.requests = Path(root), {}, {}, [], []
+        self.sent = []
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
@@ -233,6 +234,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.hub.sent.append((self.path, len(body)))
             self.wfile.write(body[: len(body) // 2] if self.cut else body)
         self.close_connection |= self.cut
 
