@@ -116,7 +116,7 @@ class Hub:
 
     def fails(self, method, pattern, how, times=1):
         """Let the next requests whose path matches fail: `how` is a status, "reset" (the connection, after half of
-        what was sent has been read) or "cut" (it, after half of the answer)."""
+        what was sent has been read), "cut" (it, after half of the answer) or a function that is called then."""
         self.faults.append([method, re.compile(pattern), how, times])
 
     def fault(self, method, path):
@@ -200,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.body, self.query = self._read_body(), {key: value[0] for key, value in parse_qs(query).items()}
-        self.cut = how == "cut"
+        self.cut = how if callable(how) else how == "cut"
         try:
             if isinstance(how, int):
                 raise Refusal(how, "Internal Error - We're working hard to fix this as soon as possible!")
@@ -236,7 +236,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.hub.sent.append((self.path, len(body)))
             self.wfile.write(body[: len(body) // 2] if self.cut else body)
-        self.close_connection |= self.cut
+        if callable(self.cut):
+            self.wfile.flush()
+            self.cut()
+        self.close_connection |= bool(self.cut)
 
     def _who(self):
         if self.token and self.token not in TOKENS:

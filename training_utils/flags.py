@@ -117,8 +117,8 @@ DATA = ("Data", [
          "each, of WebDataset's .tar shards, or of .parquet tables; with --dataset_name it is passed on as data_dir"),
     Flag("streaming", bool, False, "read .tar shards or .parquet tables where they lie, on the hub or in "
          "--train_data_dir, a few chunks at a time; for data sets that do not fit the disk"),
-    Flag("shuffle_buffer", whole(1), 10_000, "with --streaming: samples that are shuffled together; more are mixed better "
-         "and take more room on the disk"),
+    Flag("shuffle_buffer", whole(1), 10_000, "with --streaming: samples that are shuffled together; more are better "
+         "mixed and take more room on the disk"),
     Flag("train_data_config", help="YAML file that names several data sets, repeated or weighted"),
     Flag("repeats_from_folders", bool, False, "show the pictures in folders named like `10_sks dog` so many times an "
          "epoch (kohya's layout); pictures without a caption there get these words"),

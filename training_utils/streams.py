@@ -39,7 +39,7 @@ from .reporting import UserError, bar, reason_of, say
 
 CHUNK = 2**26  # bytes: what is smaller is fetched together; only a row group or one sample may be larger
 LANES = 16  # places in the data set that an epoch reads at the same time; part of the order of every old run
-WINDOW = 2**18  # bytes that a walk along the headers of a shard reads at once
+WINDOW = 2**18  # bytes: what lies nearer together than that is read at once, since a request takes its time too
 WAITS = (1, 2, 4, 8, 16)  # seconds between attempts to read, beside those of the hub's client
 AHEAD = 4  # chunks that a process fetches ahead at the same time, each of which lies in its memory meanwhile
 LATE = 64  # updates for which a chunk stays when it is not needed any more: data workers may lag behind
@@ -394,10 +394,11 @@ class Source:
                 unfinished.unlink(missing_ok=True)
             raise _not_kept(self.spool.folder, error) from None
 
-    def expect(self, coming, rank=0, world=1, late=LATE):
-        """Have the chunks of rows that come next fetched, and remove those that were needed `late` turns ago at last;
-        see Rows."""
+    def expect(self, coming, rank=0, world=1, late=None):
+        """Have the chunks of rows that come next fetched, and remove those that were last needed more than `late`
+        turns ago, else LATE; see Rows."""
         self.turn += 1
+        late = LATE if late is None else late
         self.needed |= dict.fromkeys(np.unique(self.of(np.concatenate(coming))).tolist(), self.turn)
         mine, first = np.unique(self.of(np.concatenate([part[rank::world] for part in coming])), return_index=True)
         for at in mine[np.argsort(first)].tolist():
@@ -618,7 +619,7 @@ def _fetch_of_table(image_column, caption_column, file, chunk):
     metadata, groups = _footer(file), list(range(chunk.begin, chunk.end))
     columns, ranges = [name for name in (image_column, caption_column) if name], []
     for begin, end in sorted(pair for at in groups for pair in _ranges(metadata.row_group(at), columns)):
-        if ranges and begin == ranges[-1][1]:
+        if ranges and begin - ranges[-1][1] <= WINDOW:
             begin = ranges.pop()[0]
         ranges.append((begin, end))
     parts = [(begin, _bytes(file, begin, end)) for begin, end in ranges]
@@ -685,8 +686,8 @@ def load_rows(dataset_name, config_name, folder, cache_dir, image_column, captio
         )
     rows = Rows(source, caption_column, findings)
     say(
-        f"streaming {len(rows):,} pictures in chunks, {source.told()}; about {_told(source.most())} at most lie in {root} "
-        "at a time; captions and pictures are looked at when their turn comes"
+        f"streaming {len(rows):,} pictures in chunks, {source.told()}; about {_told(source.most())} at most are "
+        f"in {root} at a time; captions and pictures are looked at when their turn comes"
     )
     return rows
 
@@ -710,7 +711,7 @@ def _urls(title, dataset_name, config_name, folder, cache_dir):
     except Exception as error:  # as of datasets.load_dataset
         raise UserError(f"{title} cannot be loaded: {reason_of(error)}") from None
     if "train" not in splits:
-        raise UserError(f"{title} has no split 'train', only {', '.join(splits) or 'none at all'}")
+        raise UserError(f"{title} has no split 'train', only {', '.join(map(str, splits)) or 'none'}")
     urls = [str(url) for url in splits["train"]]
     endings = {os.path.splitext(url)[1].lower() for url in urls}
     if endings not in ({".parquet"}, {".tar"}):
