@@ -231,6 +231,17 @@ def test_what_is_known_of_a_file_is_looked_up_once(shards, parquet, tmp_path, mo
     assert looked_at[4:] == ["a table"] * 6
 
 
+@pytest.mark.parametrize(("size", "count"), [(2_000_000, 8), (40_000, 100)])
+def test_large_pictures_are_passed_over_and_small_ones_read_in_few_requests(tmp_path, monkeypatch, size, count):
+    members = [(f"{i}.{ending}", bytes(n)) for i in range(count) for ending, n in (("png", size), ("txt", 9))]
+    path, asked = write_tar(tmp_path / "shards" / "a.tar", members), []
+    real = streams._bytes
+    monkeypatch.setattr(streams, "_bytes", lambda file, *ends: asked.append(ends[1] - ends[0]) or real(file, *ends))
+    assert len(rows_of(tmp_path / "shards", tmp_path)) == count
+    assert len(asked) <= count + 1 and sum(asked) < 1.01 * path.stat().st_size
+    assert len(asked) < 6 if size < 10**6 else sum(asked) < path.stat().st_size / 5
+
+
 def test_subsets_lie_in_few_chunks(tmp_path):
     rows = rows_of(tables(tmp_path / "tables", 12, 5), tmp_path)
     few = data.take(rows, 11, 3)
@@ -440,7 +451,7 @@ LARGER = (200, 160)  # pixels, of which a PNG takes 96 kB: what is read beside p
 def hub(tmp_path_factory):
     with Hub(tmp_path_factory.mktemp("hub")) as hub:
         folder = tmp_path_factory.mktemp("published")
-        hub.add("some/tables", tables(folder / "tables", 24, 4, LARGER), kind="datasets")
+        hub.add("me/tables", tables(folder / "tables", 24, 4, LARGER), kind="datasets", private=True)
         hub.add("some/shards", tars(folder / "shards", 24, 4), kind="datasets")
         yield hub
         assert all(token is None for _, path, token in hub.requests if path.startswith("/lfs/")), "a token went astray"
@@ -491,32 +502,34 @@ def stored(folder):
 def test_a_run_downloads_what_it_trains_on(run, hub, machine, tmp_path):
     """And a little ahead of it; the disk never holds the data set."""
     hub.faults.clear(), hub.sent.clear()
-    whole = sum(map(len, hub.repositories["datasets", "some/tables"].files().values()))
+    whole = sum(map(len, hub.repositories["datasets", "me/tables"].files().values()))
     few = ["--max_train_samples", "12", "--max_train_steps", "5"]
-    said = machine.runs(*command(run, tmp_path, "some/tables", "out", *few), token="hf_mine")
+    said = machine.runs(*command(run, tmp_path, "me/tables", "out", *few), token="hf_mine")
     assert "streaming 96 pictures in chunks, 24 of 0.38" in said
     fetched = sum(size for path, size in hub.sent if path.startswith("/lfs/"))
     assert 0.98 * 3 / 24 < (fetched - 24 * 2**16) / whole < 3 / 24  # of all a footer, and two columns of three tables
     assert stored(machine.folder / "home") + stored(tmp_path / "cache") < whole / 50
     assert spools(tmp_path / "cache") == []
     hub.sent.clear()
-    machine.runs(*command(run, tmp_path, "some/tables", "again", *few))
+    machine.runs(*command(run, tmp_path, "me/tables", "again", *few), token="hf_mine")
+    sentence = machine.fails(*command(run, tmp_path, "me/tables", "again", *few), code=2)
+    assert sentence.startswith("--dataset_name me/tables cannot be loaded: ")
     assert sum(size for path, size in hub.sent if path.startswith("/lfs/")) == fetched - 20 * 2**16
 
 
-@pytest.mark.parametrize("name", ["some/tables", "some/shards"])
+@pytest.mark.parametrize("name", ["me/tables", "some/shards"])
 def test_a_run_that_is_killed_while_it_fetches(run, hub, machine, tmp_path, name):
     """... leaves nothing that is taken for a whole chunk, and goes on to the same weights to the bit, over a line that
     breaks now and then."""
     hub.faults.clear()
     words = ["--max_train_steps", "20"]
-    machine.runs(*command(run, tmp_path, name, "whole", *words))
+    machine.runs(*command(run, tmp_path, name, "whole", *words), token="hf_mine")
 
     def kill():
         os.kill(int((tmp_path / "process").read_text()), signal.SIGKILL)
 
     once_there_is(tmp_path / "cut" / "checkpoint-4", lambda: hub.fails("GET", "/lfs/", kill))
-    code, said = machine(*command(run, tmp_path, name, "cut", *words, "--checkpointing_steps", "2"))
+    code, said = machine(*command(run, tmp_path, name, "cut", *words, "--checkpointing_steps", "2"), token="hf_mine")
     assert code == -signal.SIGKILL, said
     assert not (tmp_path / "cut" / "model_index.json").exists() and not (tmp_path / "cut" / "checkpoint-20").exists()
     (spool,) = spools(tmp_path / "cache")
@@ -526,7 +539,8 @@ def test_a_run_that_is_killed_while_it_fetches(run, hub, machine, tmp_path, name
 
     hub.fails("GET", "/lfs/", "cut", times=2)
     hub.fails("GET", "/resolve/", 503, times=2)
-    said = machine.runs(*command(run, tmp_path, name, "cut", *words, "--resume_from_checkpoint", "latest"))
+    words += ["--resume_from_checkpoint", "latest"]
+    said = machine.runs(*command(run, tmp_path, name, "cut", *words), token="hf_mine")
     assert "warning" not in said and not any(times for *_, times in hub.faults)
     assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
     assert spools(tmp_path / "cache") == []

@@ -40,6 +40,7 @@ from .reporting import UserError, bar, reason_of, say
 CHUNK = 2**26  # bytes: what is smaller is fetched together; only a row group or one sample may be larger
 LANES = 16  # places in the data set that an epoch reads at the same time; part of the order of every old run
 WINDOW = 2**18  # bytes: what lies nearer together than that is read at once, since a request takes its time too
+WIDEST = 2**23  # bytes that are read at once of a shard whose pictures are so small that none is worth a request
 WAITS = (1, 2, 4, 8, 16)  # seconds between attempts to read, beside those of the hub's client
 AHEAD = 4  # chunks that a process fetches ahead at the same time, each of which lies in its memory meanwhile
 LATE = 64  # updates for which a chunk stays when it is not needed any more: data workers may lag behind
@@ -57,7 +58,12 @@ class File(NamedTuple):
     @property
     def shown(self):
         """What to call it in a message."""
-        return re.sub(r"^hf://datasets/([^@]+)@[^/]+/", r"\1/", self.url)
+        return _shown(self.url)
+
+
+def _shown(url):
+    """An address as it is told: without the commit of a repository of the hub."""
+    return re.sub(r"^hf://datasets/([^@]+)@[^/]+/", r"\1/", url)
 
 
 class Chunk(NamedTuple):
@@ -459,7 +465,7 @@ def _file(url):
         version = about.get("blob_id") or about.get("ETag") or about.get("mtime")
         return File(url, about["size"], str(version))
 
-    return _patiently(url, look)
+    return _patiently(_shown(url), look)
 
 
 def _bytes(file, begin, end):
@@ -477,11 +483,11 @@ def _bytes(file, begin, end):
 
 
 class _Remote(io.RawIOBase):
-    """A File, opened for reading. `parts` are what is here already of it, (begin, bytes); what is not is fetched, at
-    least `window` bytes at once."""
+    """A File, opened for reading. `parts` are what is here already of it, (begin, bytes); what is not is fetched. For
+    one that is `walked` along, at least WINDOW bytes are fetched at once, and more while little is passed over."""
 
-    def __init__(self, file, parts=(), window=0):
-        self.file, self.parts, self.window, self.at = file, parts, window, 0
+    def __init__(self, file, parts=(), walked=False):
+        self.file, self.parts, self.window, self.at = file, parts, WINDOW if walked else 0, 0
 
     def readable(self):
         return True
@@ -506,6 +512,9 @@ class _Remote(io.RawIOBase):
         for start, content in self.parts:
             if start <= begin and end <= start + len(content):
                 return memoryview(content)[begin - start : end - start]
+        if self.parts and self.window:
+            passed_over = begin - self.parts[0][0] - len(self.parts[0][1])
+            self.window = min(2 * self.window, WIDEST) if 0 <= passed_over < self.window else WINDOW
         content = _bytes(self.file, begin, min(max(end, begin + self.window), self.file.size))
         if self.window:
             self.parts = [(begin, content)]
@@ -530,7 +539,7 @@ def _look_through_shard(captioned, file):
         pictures.clear()
         texts.clear()
 
-    for member, _ in shards.members(file.shown, malformed, False, _Remote(file, window=WINDOW)):
+    for member, _ in shards.members(file.shown, malformed, False, _Remote(file, walked=True)):
         stem, ending = os.path.splitext(member.name)
         if stem != sample and member.offset - begin >= CHUNK:
             close()
