@@ -1,17 +1,21 @@
-"""Every command of the README and of docs/speed.md runs, with a tiny model in place of a real one and few updates."""
+"""Every command of the README and of two pages in docs runs, with a tiny model in place of a real one and few updates."""
 
 import importlib
+import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, reset_accelerate
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline, StableDiffusionPipeline
 from PIL import Image
+from test_formats import write_tar
 
 from training_utils.reporting import UserError
 
 README = (ROOT / "README.md").read_text()
+DOCS = "".join((ROOT / "docs" / name).read_text() for name in ("speed.md", "streaming.md"))
 
 
 def bash_commands(page, start):
@@ -34,10 +38,23 @@ def with_the_config(words, out):
     return words + [word for name in ours if name not in words for word in (name, "")]
 
 
+def as_shards(pictures, folder):
+    """A folder of tar shards, one for each of the tests' pictures."""
+    lines = [json.loads(line) for line in (Path(pictures) / "metadata.jsonl").read_text().splitlines()]
+    for at, line in enumerate(lines):
+        name = Path(line["file_name"])
+        pair = [(name.name, (Path(pictures) / name).read_bytes()), (f"{name.stem}.txt", line["text"].encode())]
+        write_tar(folder / f"{at}.tar", pair)
+    return str(folder)
+
+
 def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
     """The words after the script's name, with the tests' models, pictures and output folder in place of the page's."""
     script = next(at for at, word in enumerate(command) if word.endswith(".py"))
     words = command[script + 1 :]
+    if "--streaming" in words:
+        pictures = as_shards(pictures, out.with_name("shards"))
+        words += ["--cache_dir", str(out.with_name("cache"))]
     if "--check_data" in words:
         words[words.index("--train_data_dir") + 1] = pictures
         return words
@@ -66,7 +83,7 @@ def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
 
 COMMANDS = [
     command
-    for command in bash_commands(README + (ROOT / "docs/speed.md").read_text(), ("accelerate launch", "python train"))
+    for command in bash_commands(README + DOCS, ("accelerate launch", "python train"))
     if not any("flax" in word for word in command)  # tests/test_flax_docs.py runs that
 ]
 SMALLER = ["--max_train_steps", "2", "--resolution", "16", "--report_to", "none", "--checkpointing_steps", "2"]

@@ -35,7 +35,7 @@ import pyarrow.ipc
 from . import data, draws, hub, reporting, shards
 from .flags import downloads
 from .problems import BadSample, Findings, Problem, caption_fault
-from .reporting import UserError, bar, reason_of, say
+from .reporting import UserError, bar, reason_of, say, warn
 
 CHUNK = 2**26  # bytes: what is smaller is fetched together; only a row group or one sample may be larger
 LANES = 16  # places in the data set that an epoch reads at the same time; part of the order of every old run
@@ -88,8 +88,9 @@ def order(seed, epoch, sizes, buffer):
     from chunk to chunk.
 
     The chunks, in a drawn order, are dealt onto lanes, each onto the shortest one. The rows of a lane are cut into
-    blocks of buffer / lanes rows, which are shuffled. Lanes then take turns, row by row, until they end. So `buffer`
-    rows in a row come from few chunks, and every lanes-th row from the same ones, which processes share out.
+    blocks of buffer / lanes rows, which are shuffled. The lanes then take turns, row by row, each until it ends. So
+    `buffer` rows that follow each other lie in few chunks; and where the number of processes divides that of lanes,
+    processes that take turns too have lanes of their own, but for the last rows of an epoch.
     """
     starts, lanes = np.cumsum(sizes) - sizes, min(LANES, len(sizes))
     block, dealt = max(1, buffer // lanes), [[] for _ in range(lanes)]
@@ -251,7 +252,9 @@ def _remove_unused(folder):
     """Remove a spool that no process uses any more: a lock ends with the process that holds it, however that ends."""
     with contextlib.suppress(OSError), open(folder / "in-use", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        aside = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}")
+        folder.rename(aside)  # a thread that still fetches ahead finds no folder then
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Spool:
@@ -452,6 +455,7 @@ def _patiently(shown, read):
             final = isinstance(error, (FileNotFoundError, PermissionError)) or status in (401, 403, 404, 410, 416)
             if final or wait is None:
                 raise UserError(f"{shown} cannot be read: {hub.reason(error)}", exit_code=1) from None
+            warn(f"{shown} cannot be read ({hub.reason(error)}); trying again in {wait} s")
         time.sleep(wait)
 
 
@@ -670,11 +674,11 @@ def load_rows(dataset_name, config_name, folder, cache_dir, image_column, captio
     root = Path(downloads(cache_dir)) / "text-to-image-streams"
     try:
         (root / "files").mkdir(parents=True, exist_ok=True)
+        with _locked(root / "files.lock"):  # else each process of a machine would look through all of them
+            known = data.read_ahead(partial(_known, root / "files", [kind, wanted], look), files, 16)
+            known = list(bar(known, kind, len(files)))
     except OSError as error:
         raise _not_kept(root, error, exit_code=2) from None
-    with _locked(root / "files.lock"):  # else each process of a machine would look through all of them
-        known = data.read_ahead(partial(_known, root / "files", [kind, wanted], look), files, 16)
-        known = list(bar(known, kind, len(files)))
     findings, chunks = Findings(), []
     for at, facts in enumerate(known):
         first = 0
@@ -753,9 +757,6 @@ def _known(folder, purpose, look, file):
         return json.loads(path.read_text())
     facts = look(file)
     unfinished = path.with_suffix(f".{uuid.uuid4().hex}.unfinished")
-    try:
-        unfinished.write_text(json.dumps(facts))
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise _not_kept(folder, error) from None
+    unfinished.write_text(json.dumps(facts))
+    os.replace(unfinished, path)
     return facts
