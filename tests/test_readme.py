@@ -1,4 +1,4 @@
-"""Every command of the README and of two pages in docs runs, with a tiny model in place of a real one and few updates."""
+"""Every command of the README and of two pages in docs runs, with a tiny model for a real one and few updates."""
 
 import importlib
 import json
