@@ -1,10 +1,13 @@
 """The README and the pages in docs/: their blocks, and their commands with the tests' tiny models put in."""
 
+import json
 import re
 import shlex
+from pathlib import Path
 from typing import NamedTuple
 
 from conftest import ROOT
+from test_formats import write_tar
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [path.name for path in sorted(ROOT.glob("train_text_to_image*.py"))]
@@ -77,6 +80,16 @@ def run_files():
     return {text.splitlines()[0].removeprefix("# "): text for text in texts}
 
 
+def as_shards(pictures, folder):
+    """A folder of tar shards, one for each of the tests' pictures."""
+    for at, line in enumerate((Path(pictures) / "metadata.jsonl").read_text().splitlines()):
+        entry = json.loads(line)
+        name = Path(entry["file_name"])
+        pair = [(name.name, (Path(pictures) / name).read_bytes()), (f"{name.stem}.txt", entry["text"].encode())]
+        write_tar(folder / f"{at}.tar", pair)
+    return str(folder)
+
+
 def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
     """The words after the script's name, with the tests' models, pictures and output folder in place of the page's."""
     words = list(command.flags)
@@ -89,6 +102,9 @@ def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
 
     if "--dataset_name" in words:
         words[words.index("--dataset_name")] = "--train_data_dir"
+    if "--streaming" in words:
+        put("--cache_dir", str(out.with_name("cache")))
+        pictures = as_shards(pictures, out.with_name("shards"))
     put("--train_data_dir", pictures)
     if "--check_data" in words:
         return words
@@ -105,7 +121,7 @@ def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
     if "--pretrained_vae_model_name_or_path" in words:
         put("--pretrained_vae_model_name_or_path", f"{sdxl}/vae")
     put("--output_dir", str(out))
-    if "--cache_latents" in words and "--encoding_cache_dir" not in words:
+    if "--cache_latents" in words:
         put("--encoding_cache_dir", str(out / "encodings"))
     if "--aspect_ratio_bucketing" in words:
         put("--bucket_reso_steps", "8")

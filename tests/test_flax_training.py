@@ -264,6 +264,17 @@ def test_shards_of_a_weighted_source_are_read_too(run_flax, plain, tmp_path):
     assert result_bytes(tmp_path / "out") == result_bytes(plain)
 
 
+def test_a_stream_is_resumed_and_is_that_of_the_torch_script(run_flax, run, tmp_path):
+    for at in range(0, 10, 2):
+        shard(tmp_path / "set" / f"{at}.tar", [(i, CAPTIONS[i].encode()) for i in (at, at + 1)])
+    stream = ["--streaming", "--shuffle_buffer", "4", "--train_data_dir", tmp_path / "set", "--cache_dir", tmp_path]
+    run_flax(tmp_path / "whole", *stream, "--dataloader_num_workers", "2", "--checkpointing_steps", "1")
+    cut_and_continue(run_flax, tmp_path / "whole", 4, tmp_path / "cut", *stream)
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    run(tmp_path / "torch", *stream)
+    assert relative_difference(tmp_path / "torch", tmp_path / "whole") < 1e-5
+
+
 def test_sigkill_then_resume(run_flax, tmp_path):
     """A process that is killed, and another, this one, that continues: equal to a run that was left alone."""
     flags = ["--checkpointing_steps", "5", "--max_train_steps", "300", "--checkpoints_total_limit", "2"]

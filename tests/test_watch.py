@@ -1,12 +1,13 @@
-"""Every line of docs/watch.md runs, with a tiny model and few updates in place of a real one and many."""
+"""What docs/watch.md says of reports, trackers and metrics.jsonl, over its own runs with a tiny model; that all of its
+commands run is for tests/test_docs.py."""
 
 import re
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, reset_accelerate
+from pages import blocks, commands, on_tiny_models
 from PIL import Image
-from test_readme import SMALLER, bash_commands, on_tiny_models, python_snippets
 
 import train_text_to_image
 from training_utils import report
@@ -18,35 +19,33 @@ FEW = (
 )
 
 
+def lines(*start):
+    """The page's commands that begin with these words."""
+    return [one for one in commands() if one.page == "docs/watch.md" and one.words[: len(start)] == start]
+
+
 @pytest.fixture(scope="module")
 def watched(sd, pictures, tmp_path_factory):
     """A folder in which the page's commands that train have run."""
     folder = tmp_path_factory.mktemp("watch")
-    first, second = bash_commands(PAGE, "accelerate launch")
+    first, second = lines("accelerate", "launch")
     words = on_tiny_models(first, sd, None, None, pictures, folder / "my_model")
-    again = second[second.index("--config") :]
-    places = {"my_model/run.yaml": folder / "my_model" / "run.yaml", "my_second": folder / "my_second"}
+    again = [
+        {"my_model/run.yaml": folder / "my_model/run.yaml", "my_second": folder / "my_second"}.get(word, word)
+        for word in second.flags
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for line in ([*words, *FEW.split(), "--validation_split", "0.2"], [places.get(word, word) for word in again]):
+        for line in ([*words, *FEW.split(), "--validation_split", "0.2"], again):
             reset_accelerate()
             assert train_text_to_image.main([*map(str, line)]) == 0
     return folder
 
 
-def test_the_quickstarts_digits(sd, pictures, tmp_path):
-    (command,) = bash_commands(PAGE, "python train")
-    words = on_tiny_models(command, sd, None, None, pictures, tmp_path / "out")
-    words[words.index("--encoding_cache_dir") + 1] = str(tmp_path / "encodings")
-    reset_accelerate()
-    assert train_text_to_image.main([*words, *SMALLER, "--validation_split", "0.2"]) == 0
-
-
-@pytest.mark.parametrize("command", bash_commands(PAGE, "python -m"), ids=lambda command: command[-1])
+@pytest.mark.parametrize("command", lines("python", "-m", "training_utils.report"), ids=lambda one: one.words[-1])
 def test_report(command, watched, monkeypatch, capsys):
-    assert command[:3] == ["python", "-m", "training_utils.report"]
     monkeypatch.chdir(watched)
-    assert report.main(command[3:]) == 0
+    assert report.main(list(command.words[3:])) == 0
     page = Path(capsys.readouterr().out.strip()).read_text()
     assert page.count("<svg") == 6 and page.count("<img") == 2 * page.count("<h2>The folder")
 
@@ -54,15 +53,15 @@ def test_report(command, watched, monkeypatch, capsys):
 def test_tensorboard(watched, monkeypatch):
     from tensorboard import default, program
 
-    (command,) = bash_commands(PAGE, "tensorboard")
+    (command,) = lines("tensorboard")
     monkeypatch.chdir(watched)
     server = program.TensorBoard(plugins=default.get_plugins())
-    server.configure(argv=command)
+    server.configure(argv=list(command.words))
     assert list(Path(server.flags.logdir).rglob("events*"))
 
 
-@pytest.mark.parametrize("snippet", python_snippets(PAGE))
-def test_snippet(snippet, watched, monkeypatch, capsys):
+def test_snippet(watched, monkeypatch, capsys):
+    (snippet,) = (block.text for block in blocks("python") if block.page == "docs/watch.md")
     monkeypatch.chdir(watched)
     exec(snippet, {})
     assert int(capsys.readouterr().out) == Log(watched / "my_model").lowest("val_loss")[0]
