@@ -127,11 +127,11 @@ def thinned(points, most=MOST):
 def draw(lines, title, x_name="update", size=(460, 240), span=None, zero=False, mark=None, alone=False):
     """A chart of Lines as the text of an <svg> element, `size` wide and high.
 
-    `span` is the (first, last) x of the axis, left out that of the points, or from 0 where it is near; `zero` begins the vertical axis at 0; it is
-    logarithmic where the highest value is far above most. `mark` is a point (x, y) to draw a ring around, in the
-    colour of the last line. With `alone` the title and a legend are drawn too, and the text is a whole file. What a
-    script needs to read values off it is in the element's data-frame (left, top, right, bottom in pixels), data-range
-    (x0, x1, y0, y1) and data-log.
+    `span` is the (first, last) x of the axis, left out that of the points, or from 0 where it is near; `zero` begins
+    the vertical axis at 0; it is logarithmic where the highest value is far above most. `mark` is a point (x, y) to
+    draw a ring around, in the colour of the last line. With `alone` the title and a legend are drawn too, and the text
+    is a whole file. What a script needs to read values off it is in the element's data-frame (left, top, right, bottom
+    in pixels), data-range (x0, x1, y0, y1) and data-log.
     """
     points = [(x, y) for line in lines for x, y in line.points if y is not None] or [(0, 0)]
     x0, x1 = _span(span or [x for x, _ in points])
