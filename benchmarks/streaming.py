@@ -86,11 +86,11 @@ def read(updates, rows, look=None):
     return first, time.perf_counter() - began, count
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", action="store_true", help="tar shards instead of parquet tables")
     parser.add_argument("--buffer", type=int, default=200, help="--shuffle_buffer")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write(folder / "set", args.shards)
