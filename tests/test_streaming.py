@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -271,7 +272,7 @@ def test_a_spool_holds_what_is_needed_and_goes_with_the_last_who_uses_it(tmp_pat
         most = max(most, len(rows.source.spool.chunks()))
     assert 16 < most <= 2 * 16 + 2 * 4
     for index in range(0, 40, 4):
-        twin.captions(index)
+        assert pickle.loads(pickle.dumps(twin)).captions(index) == [caption(index)]  # in a data worker that is no fork
     del rows, updates, batches
     assert spools(tmp_path) == [spool]
     del twin
