@@ -13,7 +13,7 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from conftest import ROOT, logged, relative_difference, result_bytes
 
-from training_utils import checkpoints, engine, reporting
+from training_utils import checkpoints, reporting
 from training_utils.reporting import UserError
 
 FSDP = ["--use_fsdp", "--fsdp_version", "2"]
@@ -92,7 +92,7 @@ def alone(run, tmp_path_factory):
 
 
 def test_shared_weights_equal_whole_ones_and_their_checkpoint_is_the_same(run, alone, tmp_path):
-    """Two processes have unequal shares of three held-out pictures and of three prompts, and neither waits for ever."""
+    """Two processes share three held-out pictures and three prompts unequally, and neither waits for ever."""
     shared = tmp_path / "shared"
     flags = [*LOOKS, "--train_batch_size", "2", "--checkpointing_steps", "3"]
     prompts = [*PICTURES, "--validation_prompts", "one", "two", "three"]
@@ -170,6 +170,7 @@ REFUSED = {
     "adapters": "too few weights",
     "FSDP_VERSION": "--fsdp_version 2",
     "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
+    "FSDP_RESHARD_AFTER_FORWARD": "fsdp_reshard_after_forward",
     "FSDP_ACTIVATION_CHECKPOINTING": "--gradient_checkpointing",
     "ACCELERATE_DYNAMO_BACKEND": "without --dynamo_backend",
     "ACCELERATE_MIXED_PRECISION": "not in fp16",
@@ -179,7 +180,12 @@ REFUSED = {
     "--full_bf16": "--full_bf16 updates weights one by one",
     "--fused_backward_pass --max_grad_norm 0": "--fused_backward_pass updates weights one by one",
 }
-VALUES = {"FSDP_VERSION": "1", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_MIXED_PRECISION": "fp16"}
+VALUES = {
+    "FSDP_VERSION": "1",
+    "FSDP_RESHARD_AFTER_FORWARD": "false",
+    "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+    "ACCELERATE_MIXED_PRECISION": "fp16",
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -261,7 +267,7 @@ def test_machines_that_share_no_disk(run, alone, tmp_path):
     assert os.listdir(folders[1] / "out") == ["checkpoint-3"]
 
 
-def test_machines_without_the_checkpoint_are_named(alone, tmp_path, monkeypatch):
+def test_machines_without_the_checkpoint_are_named(alone, tmp_path):
     other = tmp_path / "checkpoint-3"
     shutil.copytree(alone / "checkpoint-6", other)
     one = (True, checkpoints.read_manifest(alone / "checkpoint-3")["sha256"])
@@ -272,15 +278,12 @@ def test_machines_without_the_checkpoint_are_named(alone, tmp_path, monkeypatch)
         "four": (True, checkpoints.read_manifest(other)["sha256"]),
     }
 
-    class Several:
-        num_processes = 4
-
-    monkeypatch.setattr(engine, "gather_object", lambda mine: [(host, *what) for host, what in found.items()])
     with pytest.raises(UserError, match="is missing, or another one, on four, three;") as caught:
-        engine.require_everywhere(Several, alone / "checkpoint-3")
+        checkpoints.require_everywhere(
+            alone / "checkpoint-3", lambda _: [(host, *what) for host, what in found.items()]
+        )
     assert caught.value.everywhere and caught.value.exit_code == 2
-    found = dict.fromkeys(found, one)
-    engine.require_everywhere(Several, alone / "checkpoint-3")
+    checkpoints.require_everywhere(alone / "checkpoint-3", lambda mine: 2 * mine)
 
 
 def wait_for(processes, path):
@@ -409,8 +412,8 @@ esac
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["two machines", "shared weights", "one process", "jax"])
 def test_a_slurm_job_that_is_preempted_goes_on(request, tmp_path, what):
-    """On two machines with two processes each, with stand-ins for Slurm's programs; continued as the queue does, by the
-    same script once more."""
+    """On two machines with two processes each, with stand-ins for Slurm's programs; continued as the queue does, by
+    the same script once more."""
     run = request.getfixturevalue("run")
     if what == "jax":
         from flax_runs import FlaxRunner
@@ -457,7 +460,12 @@ def test_a_slurm_job_that_is_preempted_goes_on(request, tmp_path, what):
     assert 20 <= stopped_after < 60 and checkpoints.damage(out / f"checkpoint-{stopped_after}") is None
     (said,) = ended([job(out)])
     assert f"resuming from {out}/checkpoint-{stopped_after}" in said
-    assert result_bytes(out) == result_bytes(tmp_path / "whole")
+    if (
+        what == "two machines"
+    ):  # gloo adds four gradients up in an order that depends on the buckets DDP has made so far
+        assert relative_difference(out, tmp_path / "whole") < 1e-5
+    else:
+        assert result_bytes(out) == result_bytes(tmp_path / "whole")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

@@ -4,7 +4,6 @@ import datetime
 import inspect
 import os
 import signal
-import socket
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -499,22 +498,6 @@ def load_model(folder, name, model, ema=None):
 FOUND = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
 
 
-def require_everywhere(accelerator, folder):
-    """Raise UserError, on all processes, that names the machines where a checkpoint is not the one that the main
-    process has, or is not at all. A collective call."""
-    if accelerator.num_processes == 1:
-        return
-    manifest = checkpoints.read_manifest(folder)
-    found = gather_object([(socket.gethostname(), manifest and manifest.get("sha256"), Path(folder).is_dir())])
-    lacking = sorted({host for host, *what in found if what != list(found[0][1:])})
-    if lacking:
-        raise UserError(
-            f"{folder} is missing, or another one, on {', '.join(lacking)}; every machine reads the checkpoint that "
-            "the run resumes from: put --output_dir on a disk that all of them share, or copy it there",
-            everywhere=True,
-        )
-
-
 class TrainingState:
     """Writes and reads a checkpoint's weights, optimizer, schedule and loss scale: the same files, however many
     processes there are and whether they share weights out.
@@ -547,7 +530,7 @@ class TrainingState:
     def read(self, folder, step):
         """Read what `write`, or an original script, wrote; learning rate and Adam's settings stay this run's."""
         folder, scaler = Path(folder), self.accelerator.scaler
-        require_everywhere(self.accelerator, folder)
+        checkpoints.require_everywhere(folder, gather_object)
         if scaler is not None and not (folder / "scaler.pt").exists():
             raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
         try:

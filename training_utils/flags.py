@@ -562,6 +562,10 @@ def _sharing_problem(args):
     for name, instead in (("offload_params", "more GPUs"), ("activation_checkpointing", "--gradient_checkpointing")):
         if told(f"FSDP_{name.upper()}", "false").lower() == "true":
             return f"fsdp_{name} in accelerate's configuration is not supported; use {instead} instead"
+    if told("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
+        return (
+            "weights that were left whole after a forward would hide an average; leave fsdp_reshard_after_forward out"
+        )
     if told("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         return "a network whose weights FSDP shares out is not compiled; launch without --dynamo_backend"
     if (args.mixed_precision or told("ACCELERATE_MIXED_PRECISION")) == "fp16":
