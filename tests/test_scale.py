@@ -168,6 +168,7 @@ def test_each_process_holds_its_share_alone(run, tmp_path):
 
 REFUSED = {
     "adapters": "too few weights",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported",
     "FSDP_VERSION": "--fsdp_version 2",
     "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
     "FSDP_RESHARD_AFTER_FORWARD": "fsdp_reshard_after_forward",
@@ -460,9 +461,8 @@ def test_a_slurm_job_that_is_preempted_goes_on(request, tmp_path, what):
     assert 20 <= stopped_after < 60 and checkpoints.damage(out / f"checkpoint-{stopped_after}") is None
     (said,) = ended([job(out)])
     assert f"resuming from {out}/checkpoint-{stopped_after}" in said
-    if (
-        what == "two machines"
-    ):  # gloo adds four gradients up in an order that depends on the buckets DDP has made so far
+    if what == "two machines":
+        # After its first update DDP sorts gradients into other buckets, in which four are added in another order.
         assert relative_difference(out, tmp_path / "whole") < 1e-5
     else:
         assert result_bytes(out) == result_bytes(tmp_path / "whole")

@@ -2,6 +2,6 @@
 
 `flags`, `data`, `problems`, `inspection`, `draws`, `losses`, `checkpoints`, `interruption`, `reporting` and `hub`
 import no torch when they are imported, so that `--help` answers at once and the JAX script can use them without it.
-`engine`, `ema`, `lora`, `kandinsky`, `validation` and `libraries` are for the eight torch scripts,
+`engine`, `sharding`, `ema`, `lora`, `kandinsky`, `validation` and `libraries` are for the eight torch scripts,
 `jax_engine` is for the JAX script.
 """

@@ -59,11 +59,8 @@ def make_accelerator(
         if "mixed precision" in str(error):
             raise UserError(f"--mixed_precision {mixed_precision} does not run on this device: {error}") from None
         raise
-    if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM"):
-        raise UserError(
-            f"{accelerator.distributed_type} is not supported; `accelerate launch` with --multi_gpu or, where the "
-            "weights do not fit one GPU, with --use_fsdp --fsdp_version 2 uses several GPUs"
-        )
+    if accelerator.distributed_type == "MEGATRON_LM":
+        raise UserError("Megatron-LM is not supported; launch with --multi_gpu")
     sharding.begin(accelerator, PRECISIONS.get(accelerator.mixed_precision))
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")

@@ -462,7 +462,7 @@ def _missing(package):
 def _contradiction(args):
     """The first thing that is wrong with flags which are each right by themselves, as a sentence, or None."""
     get = vars(args).get
-    problem = _data_problem(args) or _bucket_problem(args) or _sharing_problem(args)
+    problem = _data_problem(args) or _bucket_problem(args) or _launch_problem(args)
     if problem:
         return problem
     if get("single_file_config") is not None:
@@ -550,9 +550,14 @@ def _data_problem(args):
     return None
 
 
-def _sharing_problem(args):
-    """What keeps a run that was launched with FSDP from sharing its weights out, as a sentence, or None."""
+def _launch_problem(args):
+    """The first thing that is wrong with how accelerate has launched this run, beside its flags, or None."""
     get, told = vars(args).get, os.environ.get
+    if told("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return (
+            "DeepSpeed is not supported; launch with --multi_gpu or, where training every weight does not fit one "
+            "GPU, with --use_fsdp --fsdp_version 2"
+        )
     if told("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     if "rank" in vars(args):
