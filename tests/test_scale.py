@@ -227,6 +227,27 @@ def test_a_full_disk_leaves_no_process_waiting(run, tmp_path):
     assert checkpoints.listed(tmp_path / "out") == []
 
 
+@pytest.mark.slow
+def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path):
+    """One process' loss is poisoned; the run stops in the state before, or leaves this update out, as without FSDP."""
+    from test_faults import POISONED
+
+    wrapper = tmp_path / "poisoned.py"
+    wrapper.write_text(POISONED.format(root=str(ROOT)))
+    flags = ["--train_batch_size", "2", "--use_ema"]
+    (said,) = ended([run.start(tmp_path / "stopped", *flags, launcher=[*launcher(2, *FSDP), str(wrapper)])], code=1)
+    assert said.count("update 4 is not finite") == 1, said
+    assert [folder.name for folder in checkpoints.listed(tmp_path / "stopped")] == ["checkpoint-3"]
+    for name, kind in {"shared": FSDP, "whole": ["--multi_gpu"]}.items():
+        launch = [*launcher(2, *kind), str(wrapper)]
+        (said,) = ended([run.start(tmp_path / name, *flags, "--on_nan", "skip", launcher=launch)])
+        assert "update 4 is not finite" in said and "left out" in said
+    assert relative_difference(tmp_path / "shared", tmp_path / "whole") < 1e-6
+    run(tmp_path / "stopped", "--use_ema", "--resume_from_checkpoint", "latest")
+    run(tmp_path / "healthy", "--use_ema")
+    assert relative_difference(tmp_path / "stopped", tmp_path / "healthy") < 1e-6
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several machines
 # ---------------------------------------------------------------------------------------------------------------------
