@@ -335,8 +335,9 @@ def main(argv=None):
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
+    # The loop calls `network`; `unet` stays the bare model.
+    network, optimizer, parameters = engine.prepare(accelerator, unet, optimizer)
     ema = EMAWeights([unet], args.ema_decay, args.offload_ema) if args.use_ema else None
-    network, optimizer = accelerator.prepare(unet, optimizer)  # what the loop calls; `unet` stays the bare model
 
     # --- resume ------------------------------------------------------------------------------------------------------
     saved = engine.TrainingState(
@@ -488,6 +489,7 @@ def main(argv=None):
     engine.say_skipped(accelerator, rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
+    unet, ema = engine.whole(unet, ema)
     if accelerator.is_main_process:
         with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):

@@ -359,6 +359,7 @@ def main(argv=None):
     }
     if resume_from:
         engine.from_main(lambda: checkpoints.warn_of_differences(resume_from, about))
+        checkpoints.require_everywhere(resume_from, engine.gather)
         trained = engine.load_state(resume_from, trained, unet)
     trained = engine.on_every_device(trained, mesh)
     trackers = engine.make_trackers(

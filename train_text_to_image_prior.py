@@ -345,8 +345,9 @@ def main(argv=None):
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
+    # The loop calls `network`; `prior` stays the bare model.
+    network, optimizer, parameters = engine.prepare(accelerator, prior, optimizer)
     ema = EMAWeights([prior], args.ema_decay, args.offload_ema) if args.use_ema else None
-    network, optimizer = accelerator.prepare(prior, optimizer)  # what the loop calls; `prior` stays the bare model
 
     # --- resume ------------------------------------------------------------------------------------------------------
     saved = engine.TrainingState(
@@ -501,6 +502,7 @@ def main(argv=None):
     engine.say_skipped(accelerator, rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
+    prior, ema = engine.whole(prior, ema)
     if accelerator.is_main_process:
         with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):

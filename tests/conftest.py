@@ -95,8 +95,7 @@ class Runner:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            cwd=ROOT,
-            **options,
+            **({"cwd": ROOT} | options),
         )
 
 

@@ -41,7 +41,7 @@ from training_utils.reporting import UserError
 
 COMMANDS = commands()
 TORCH = [command for command in different(COMMANDS) if command.script and "flax" not in command.script]
-WRITTEN_ELSEWHERE = {"docs/scale.md", "docs/settings.md"}  # to go at the merge
+WRITTEN_ELSEWHERE = {"docs/settings.md"}  # to go at the merge
 
 
 # --- commands of the scripts -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import logged, relative_difference, result_bytes, result_weights
+from conftest import ROOT, logged, relative_difference, result_bytes, result_weights
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from flax_runs import FlaxRunner, compiled_once
@@ -500,13 +500,16 @@ def test_four_devices_equal_one_and_no_torch_is_needed(run_flax, plain, tmp_path
     assert "PyTorch" not in said, "nothing about what is not needed"
 
 
-def start_two(run_flax, out, *flags):
-    """Two processes on this machine, joined through jax.distributed: [Popen, Popen]."""
+def start_two(run_flax, out, *flags, folders=(None, None)):
+    """Two processes, joined through jax.distributed, that start in these folders: [Popen, Popen]."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [run_flax.start(out, *flags, env=environment | {"JAX_PROCESS_ID": str(rank)}) for rank in range(2)]
+    return [
+        run_flax.start(out, *flags, env=environment | {"JAX_PROCESS_ID": str(rank)}, cwd=folder or ROOT)
+        for rank, folder in enumerate(folders)
+    ]
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_in_order(run_flax, tmp_path):
@@ -538,6 +541,35 @@ def test_two_processes_equal_one(run_flax, tmp_path):
     shutil.copytree(tmp_path / "two" / "checkpoint-4", tmp_path / "continued" / "checkpoint-4")
     run_flax(tmp_path / "continued", *cached, "--checkpointing_steps", "4", "--resume_from_checkpoint", "latest")
     assert relative_difference(tmp_path / "continued", plain) < 1e-6
+
+
+@pytest.mark.slow
+def test_two_machines_continue_what_one_process_wrote(run_flax, tmp_path):
+    """On both of which the checkpoint must lie; the first one writes."""
+    run_flax(tmp_path / "plain", "--checkpointing_steps", "4", "--use_ema")
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    shutil.copytree(tmp_path / "plain" / "checkpoint-4", folders[0] / "out" / "checkpoint-4")
+    flags = [
+        "--train_batch_size",
+        "2",
+        "--use_ema",
+        "--checkpointing_steps",
+        "6",
+        "--resume_from_checkpoint",
+        "latest",
+    ]
+    processes = start_two(run_flax, "out", *flags, folders=folders)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "".join(said).count("out/checkpoint-4 is missing, or another one, on") == 1, said
+    shutil.copytree(folders[0] / "out", folders[1] / "out")
+    processes = start_two(run_flax, "out", *flags, folders=folders)
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert relative_difference(folders[0] / "out", tmp_path / "plain") < 1e-6
+    assert os.listdir(folders[1] / "out") == ["checkpoint-4"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 import zipfile
@@ -397,6 +398,20 @@ def refuse_another_result(root, pipeline=None, adapted=()):
     if have:
         raise UserError(
             f"--output_dir {root} holds the result of another run, {have}; give this one a folder of its own"
+        )
+
+
+def require_everywhere(folder, gather):
+    """Raise UserError, in every process, that names the machines where a checkpoint is not the one that the first
+    process has, or is not at all. `gather(items)` returns the lists of all processes, one after the other."""
+    manifest = read_manifest(folder)
+    found = gather([(socket.gethostname(), Path(folder).is_dir(), manifest and manifest.get("sha256"))])
+    lacking = sorted({host for host, *what in found if what != list(found[0][1:])})
+    if lacking:
+        raise UserError(
+            f"{folder} is missing, or another one, on {', '.join(lacking)}; every machine reads the checkpoint that "
+            "the run resumes from: put --output_dir on a disk that all of them share, or copy it there",
+            everywhere=True,
         )
 
 

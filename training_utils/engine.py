@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
 
-from . import checkpoints, data, dry_run, hub, metrics, optimizers, single_file
+from . import checkpoints, data, dry_run, hub, metrics, optimizers, sharding, single_file
 from .data import collate
 from .interruption import SIGNALS
 from .reporting import UserError, not_finite, reason_of, tell_trackers, warn
@@ -59,10 +59,9 @@ def make_accelerator(
         if "mixed precision" in str(error):
             raise UserError(f"--mixed_precision {mixed_precision} does not run on this device: {error}") from None
         raise
-    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise UserError(
-            f"{accelerator.distributed_type} is not supported yet; `accelerate launch --multi_gpu` uses several GPUs"
-        )
+    if accelerator.distributed_type == "MEGATRON_LM":
+        raise UserError("Megatron-LM is not supported; launch with --multi_gpu")
+    sharding.begin(accelerator, PRECISIONS.get(accelerator.mixed_precision))
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
     if fused_backward and accelerator.num_processes > 1:
@@ -345,6 +344,13 @@ def make_optimizer(
         return cls(parameters, **options)
 
 
+def prepare(accelerator, model, optimizer):
+    """What the loop calls of a model whose weights are all trained, its optimizer, and the parameters that this one
+    updates from now on, which are others where the processes share them out."""
+    network, optimizer = sharding.prepare(accelerator, model, optimizer)
+    return network, optimizer, optimizer.param_groups[0]["params"]
+
+
 def restart_schedule(optimizer, lr_scheduler, step):
     """Put a LambdaLR at `step` updates: the rate is a function of the step and of this run's flags alone."""
     lr_scheduler.last_epoch, lr_scheduler._step_count = step, step + 1
@@ -357,9 +363,11 @@ def restart_schedule(optimizer, lr_scheduler, step):
 def clip(accelerator, parameters, max_norm):
     """The norm of the gradient, a scalar tensor, which is then clipped to `max_norm`; 0 means no clipping."""
     if max_norm:
-        return accelerator.clip_grad_norm_(parameters, max_norm)
-    accelerator.unscale_gradients()
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    else:
+        accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return sharding.full(norm)
 
 
 class FiniteGuard:
@@ -469,15 +477,29 @@ def gather_in_order(accelerator, mine):
 
 
 def save_model(folder, name, model, ema=None):
-    """Write a model as the diffusers folder `name`, and its average, where there is one, beside it as <name>_ema."""
-    model.save_pretrained(folder / name)
+    """Write a model as the diffusers folder `name`, and its average, where there is one, beside it as <name>_ema.
+
+    Where the processes share its weights out, every one must call it; the first one writes.
+    """
+    model, ema = whole(model, ema)
+    if model is not None:
+        model.save_pretrained(folder / name)
     if ema is not None:
         ema.save(folder / f"{name}_ema", model)
 
 
+def whole(model, ema=None):
+    """A model and its average with whole weights: both as they are or, where the processes share them out, plain ones
+    in the first process' host memory and (None, None) in the others. A collective call."""
+    if not sharding.is_shared(model):
+        return model, ema
+    plain = sharding.whole_model(model)
+    return plain, None if ema is None else ema.whole(plain)
+
+
 def load_model(folder, name, model, ema=None):
     """Read what `save_model`, or an original script, wrote. Without an average it begins at the model's weights."""
-    model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
+    sharding.load_model(model, sharding.class_of(model).from_pretrained(folder, subfolder=name).state_dict())
     if ema is not None and (folder / f"{name}_ema").is_dir():
         ema.load(folder / f"{name}_ema", model)
     elif ema is not None:
@@ -490,9 +512,11 @@ FOUND = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
 
 
 class TrainingState:
-    """Writes and reads a checkpoint's weights, optimizer, schedule and loss scale through accelerate's engines.
+    """Writes and reads a checkpoint's weights, optimizer, schedule and loss scale: the same files, however many
+    processes there are and whether they share weights out.
 
-    `save_weights(folder)`, called in the main process, and `load_weights(folder)`, in every one, see to the models.
+    `save_weights(folder)` and `load_weights(folder)` see to the models. The first is called in the main process alone
+    or, where weights are shared out, in every one; the second in every one.
     """
 
     def __init__(self, accelerator, optimizer, lr_scheduler, save_weights, load_weights):
@@ -501,33 +525,33 @@ class TrainingState:
         self.options = [
             {k: v for k, v in group.items() if k not in ("params", "lr", *FOUND)} for group in optimizer.param_groups
         ]
-        accelerator.register_save_state_pre_hook(self._save_models)
-        accelerator.register_load_state_pre_hook(self._load_models)
-
-    def _save_models(self, _, weights, folder):
-        weights.clear()  # else accelerate would write them once more in its own layout
-        if self.accelerator.is_main_process:
-            self.save_weights(Path(folder))
-
-    def _load_models(self, models, folder):
-        models.clear()
-        self.load_weights(Path(folder))
 
     def write(self, folder):
         """Write into `folder`; every process must call it."""
-        self.accelerator.save_state(str(folder))
-        for path in Path(folder).glob(f"random_states_{self.accelerator.process_index}.pkl"):
-            path.unlink()  # nothing that is drawn depends on a random state
-        if self.accelerator.is_main_process:
-            torch.save(self.lr_scheduler.state_dict(), Path(folder) / "scheduler.bin")
+        folder, main = Path(folder), self.accelerator.is_main_process
+        try:
+            if main or self.accelerator.is_fsdp2:
+                self.save_weights(folder)
+        finally:  # the other processes are waiting in it, whatever has kept this one from writing
+            state = sharding.whole_state(self.optimizer)
+        if main:
+            torch.save(state, folder / "optimizer.bin")
+            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.bin")
+            if self.accelerator.scaler is not None:
+                torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
 
     def read(self, folder, step):
         """Read what `write`, or an original script, wrote; learning rate and Adam's settings stay this run's."""
-        scaler = self.accelerator.scaler
-        if scaler is not None and not (Path(folder) / "scaler.pt").exists():
+        folder, scaler = Path(folder), self.accelerator.scaler
+        checkpoints.require_everywhere(folder, gather_object)
+        if scaler is not None and not (folder / "scaler.pt").exists():
             raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
         try:
-            self.accelerator.load_state(str(folder))
+            self.load_weights(folder)
+            options = {"map_location": "cpu", "weights_only": True, "mmap": self.accelerator.is_fsdp2}
+            sharding.load_state(self.optimizer, torch.load(folder / "optimizer.bin", **options))
+            if scaler is not None:
+                scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
         except UserError:
             raise
         except Exception as error:  # another model's shapes, or files that are not what they should be
@@ -606,6 +630,7 @@ def report_dry_run(accelerator, plan, networks, others, optimizer, ema, fused=No
 
 
 def _bytes(tensor):
+    tensor = sharding.local(tensor)
     return tensor.numel() * tensor.element_size()
 
 

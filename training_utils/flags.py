@@ -485,7 +485,7 @@ def _missing(package):
 def _contradiction(args):
     """The first thing that is wrong with flags which are each right by themselves, as a sentence, or None."""
     get = vars(args).get
-    problem = _data_problem(args) or _bucket_problem(args)
+    problem = _data_problem(args) or _bucket_problem(args) or _launch_problem(args)
     if problem:
         return problem
     if get("single_file_config") is not None:
@@ -576,6 +576,39 @@ def _data_problem(args):
         return "--keep_tokens says nothing without --shuffle_tags; give both or neither"
     if get("shuffle_tags") and get("cache_text_embeddings"):
         return "--cache_text_embeddings keeps what the text encoders make of a caption, which --shuffle_tags changes"
+    return None
+
+
+def _launch_problem(args):
+    """The first thing that is wrong with how accelerate has launched this run, beside its flags, or None."""
+    get, told = vars(args).get, os.environ.get
+    if told("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return (
+            "DeepSpeed is not supported; launch with --multi_gpu or, where training every weight does not fit one "
+            "GPU, with --use_fsdp --fsdp_version 2"
+        )
+    if told("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    if "rank" in vars(args):
+        return "adapters are too few weights to share out with FSDP; launch with --multi_gpu"
+    if told("FSDP_VERSION", "1") != "2":
+        return "of FSDP's two versions only the second is supported; launch with --fsdp_version 2"
+    for name, instead in (("offload_params", "more GPUs"), ("activation_checkpointing", "--gradient_checkpointing")):
+        if told(f"FSDP_{name.upper()}", "false").lower() == "true":
+            return f"fsdp_{name} in accelerate's configuration is not supported; use {instead} instead"
+    if told("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
+        return (
+            "weights that were left whole after a forward would hide an average; leave fsdp_reshard_after_forward out"
+        )
+    if told("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        return "a network whose weights FSDP shares out is not compiled; launch without --dynamo_backend"
+    if (args.mixed_precision or told("ACCELERATE_MIXED_PRECISION")) == "fp16":
+        return "weights that FSDP shares out are trained in bf16 or without --mixed_precision, not in fp16"
+    if get("optimizer") != "adamw" or get("use_8bit_adam"):
+        return "weights that FSDP shares out are updated by --optimizer adamw alone"
+    for name in ("full_bf16", "fused_backward_pass"):
+        if get(name):
+            return f"--{name} updates weights one by one, and FSDP shares each of them out; leave one of them out"
     return None
 
 

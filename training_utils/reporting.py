@@ -164,7 +164,15 @@ def _launcher():
     processes, precision = os.environ.get("WORLD_SIZE", "1"), os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None:
         return ["torchrun", "--nproc_per_node", processes] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
-    several = ["--multi_gpu", "--num_processes", processes] if processes != "1" else []
+    kind = ["--multi_gpu"]
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        kind = ["--use_fsdp", "--fsdp_version", os.environ.get("FSDP_VERSION", "1")]
+    several = [*kind, "--num_processes", processes] if processes != "1" else []
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    if machines != "1":  # as on the first one, which prints it
+        names = {"machine_rank": "GROUP_RANK", "main_process_ip": "MASTER_ADDR", "main_process_port": "MASTER_PORT"}
+        several += ["--num_machines", machines]
+        several += [word for flag, name in names.items() for word in (f"--{flag}", os.environ.get(name, "0"))]
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower()
     compiled = ["--dynamo_backend", backend] if backend != "no" else []
     return ["accelerate", "launch", *several, "--mixed_precision", precision, *compiled]

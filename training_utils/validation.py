@@ -10,13 +10,15 @@ def draw_pictures(accelerator, draw, count, seed):
     """`count` PIL pictures, shared out over the processes; every process gets all of them, in order.
 
     `draw(at, noise)` makes number `at` from a torch.Generator. The noise depends on the seed and on `at` alone and is
-    drawn on the CPU, so that pictures of two updates, or of two machines, differ by the weights alone.
+    drawn on the CPU, so that pictures of two updates, or of two machines, differ by the weights alone. All processes
+    draw equally many, since where they share the weights out each forward needs all of them; what is too many is
+    dropped.
     """
-    mine = [
-        draw(at, torch.Generator("cpu").manual_seed(seed + at))
-        for at in range(accelerator.process_index, count, accelerator.num_processes)
-    ]
-    return engine.gather_in_order(accelerator, mine)
+    mine = []
+    for first in range(0, count, accelerator.num_processes):
+        at = min(first + accelerator.process_index, count - 1)
+        mine.append(draw(at, torch.Generator("cpu").manual_seed(seed + at)))
+    return engine.gather_in_order(accelerator, mine)[:count]
 
 
 def stable_diffusion_picture(pipeline, prompt, noise, **options):
@@ -33,12 +35,18 @@ def stable_diffusion_picture(pipeline, prompt, noise, **options):
 
 @torch.no_grad()
 def held_out_loss(accelerator, samples, batch_size, loss_of):
-    """Mean of `loss_of(batch)`, losses of shape (B,), over all held-out samples of all processes."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    total = torch.zeros((), device=accelerator.device)
-    mine = data.held_out_samples(len(samples), batch_size, rank, world, samples.rows.sizes)
-    for batch in engine.batches(samples, mine, accelerator.device):
-        total += loss_of(batch).sum()
+    """Mean of `loss_of(batch)`, losses of shape (B,), over all held-out samples of all processes.
+
+    All of them compute equally many batches, for the reason in `draw_pictures`; what is too many counts nothing.
+    """
+    world, total = accelerator.num_processes, torch.zeros((), device=accelerator.device)
+    shares = [
+        data.held_out_samples(len(samples), batch_size, rank, world, samples.rows.sizes) for rank in range(world)
+    ]
+    longest, mine = max(shares, key=len), shares[accelerator.process_index]
+    counted = len(mine)
+    for number, batch in enumerate(engine.batches(samples, mine + longest[counted:], accelerator.device)):
+        total += loss_of(batch).sum() * (number < counted)
     return accelerator.reduce(total, "sum").item() / len(samples)
 
 
