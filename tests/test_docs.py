@@ -90,7 +90,7 @@ def test_the_launcher_takes_its_flags(words):
     args = launch_command_parser().parse_args(words[2:])
     assert args.training_script in SCRIPTS
     if args.config_file:
-        assert load_config_from_file(ROOT / args.config_file)
+        assert load_config_from_file(str(ROOT / args.config_file))
 
 
 # --- other commands --------------------------------------------------------------------------------------------------
