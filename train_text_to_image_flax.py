@@ -333,6 +333,7 @@ def main(argv=None):
         args.gradient_accumulation_steps,
         devices,
         partly=rows.partly,
+        stream=rows.stream,
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch

@@ -374,6 +374,7 @@ def main(argv=None):
         accelerator.num_processes,
         rows.sizes,
         rows.partly,
+        rows.stream,
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch

@@ -322,6 +322,7 @@ def main(argv=None):
         args.gradient_accumulation_steps,
         accelerator.num_processes,
         partly=rows.partly,
+        stream=rows.stream,
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch

@@ -15,6 +15,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def peak():
     elif sys.modules["torch"].cuda.is_available():
         return sys.modules["torch"].cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - mapped_entries()  # ru_maxrss is in kilobytes
+
+
+def forget_peak():
+    """Count the largest memory anew, where the system can: what a network takes while it is loaded passes through host
+    memory, and a GPU's never holds it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def synchronise(value=None):
@@ -84,7 +92,11 @@ class Updates:
     def watch(self):
         from training_utils.reporting import Progress
 
-        original = Progress.update
+        original, begin = Progress.update, Progress.__init__
+
+        def begun(progress, *rest):
+            begin(progress, *rest)
+            forget_peak()
 
         def update(progress, state, loss, *rest):
             original(progress, state, loss, *rest)
@@ -94,7 +106,7 @@ class Updates:
                 self.dialogue.answer(seconds=time.perf_counter() - self.began if self.began else None)
                 self.obey()
 
-        Progress.update = update
+        Progress.update, Progress.__init__ = update, begun
 
     def watch_network(self):
         """Keep what the trained network is called with first, and its optimizer."""

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote
 import yaml
 
 TOKENS = {"hf_mine": ("me", "write"), "hf_mine_to_read": ("me", "read"), "hf_of_another": ("another", "write")}
-LARGE = (".safetensors", ".bin", ".png", ".parquet", ".pt")
+LARGE = (".safetensors", ".bin", ".png", ".parquet", ".pt", ".tar")
 
 
 class Refusal(Exception):
@@ -85,10 +85,11 @@ def identity(file):
 
 class Hub:
     """The server, as a context: `url` is its address, `repositories` maps (kind, id) to Repository, `requests` lists
-    (method, path, token) of every request."""
+    (method, path, token) of every request, `sent` has (path, bytes of the answer's body) of each."""
 
     def __init__(self, root):
         self.root, self.repositories, self.large, self.faults, self.requests = Path(root), {}, {}, [], []
+        self.sent = []
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
@@ -115,7 +116,7 @@ class Hub:
 
     def fails(self, method, pattern, how, times=1):
         """Let the next requests whose path matches fail: `how` is a status, "reset" (the connection, after half of
-        what was sent has been read) or "cut" (it, after half of the answer)."""
+        what was sent has been read), "cut" (it, after half of the answer) or a function that is called then."""
         self.faults.append([method, re.compile(pattern), how, times])
 
     def fault(self, method, path):
@@ -199,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.body, self.query = self._read_body(), {key: value[0] for key, value in parse_qs(query).items()}
-        self.cut = how == "cut"
+        self.cut = how if callable(how) else how == "cut"
         try:
             if isinstance(how, int):
                 raise Refusal(how, "Internal Error - We're working hard to fix this as soon as possible!")
@@ -233,8 +234,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.hub.sent.append((self.path, len(body)))
             self.wfile.write(body[: len(body) // 2] if self.cut else body)
-        self.close_connection |= self.cut
+        if callable(self.cut):
+            self.wfile.flush()
+            self.cut()
+        self.close_connection |= bool(self.cut)
 
     def _who(self):
         if self.token and self.token not in TOKENS:

@@ -43,6 +43,8 @@ OURS = {
     "repeats_from_folders": (bool, False),
     "shuffle_tags": (bool, False),
     "keep_tokens": (int, 0),
+    "streaming": (bool, False),
+    "shuffle_buffer": (int, 10_000),
 }
 OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not for JAX, which compiles one shape
     "aspect_ratio_bucketing": (bool, False),
@@ -201,7 +203,7 @@ def test_help_and_a_wrong_flag_answer_within_a_second(script, words):
 
 
 def test_shared_modules_import_no_torch():
-    names = "flags data shards sources buckets cache problems inspection draws losses checkpoints interruption"
+    names = "flags data shards sources streams buckets cache problems inspection draws losses checkpoints interruption"
     modules = ", ".join(f"training_utils.{name}" for name in [*names.split(), "reporting", "hub"])
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
@@ -263,6 +265,12 @@ REFUSED = {
     "--single_file_config x": "--single_file_config is for a model in one .safetensors file",
     "--train_data_config x.yaml": "--train_data_config names all data sets, and --train_data_dir another one",
     "--dataset_name x --repeats_from_folders": "--repeats_from_folders is for --train_data_dir alone",
+    "--shuffle_buffer 100": "--shuffle_buffer says nothing without --streaming",
+    "--streaming --repeats_from_folders": "of which a stream has none; leave it or --streaming out",
+    "--streaming --aspect_ratio_bucketing": "which is to read them all; leave it or --streaming out",
+    "--streaming --cache_latents": "--cache_latents keeps on the disk what is made of every picture",
+    "--streaming --cache_text_embeddings": "--cache_text_embeddings keeps on the disk what is made of every caption",
+    "--streaming --shuffle_buffer 0": "at least 1",
     "--keep_tokens 1": "--keep_tokens says nothing without --shuffle_tags",
     "--shuffle_tags --cache_text_embeddings": "which --shuffle_tags changes",
     f"--output_dir {ROOT / 'README.md'}": "is a file",

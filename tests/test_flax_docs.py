@@ -1,4 +1,4 @@
-"""Every line of docs/jax.md runs, with a tiny model and few updates in place of a real one and many."""
+"""What the pages have of JAX runs, with a tiny model and few updates in place of a real one and many."""
 
 import importlib.metadata
 import re
@@ -7,19 +7,20 @@ import pytest
 from conftest import ROOT
 from flax_runs import COMPILED, compiled_once
 from packaging.requirements import Requirement
-from test_readme import README, SMALLER, bash_commands, on_tiny_models, python_snippets
+from pages import SMALLER, blocks, commands, different, on_tiny_models
 
 import train_text_to_image_flax
 from flax_diffusion import FlaxStableDiffusionPipeline
 
-PAGE = (ROOT / "docs" / "jax.md").read_text()
-COMMANDS = bash_commands(PAGE, "python ")
+IN_JAX = [command for command in different(commands()) if command.script and "flax" in command.script]
+COMMANDS = [command for command in IN_JAX if command.page == "docs/jax.md"]
+INSTALL = [c.words for c in commands() if c.page == "docs/jax.md" and c.words[0] == "pip"]
 
 
-@pytest.mark.parametrize("line", bash_commands(PAGE, "pip install"))
+@pytest.mark.parametrize("line", INSTALL)
 def test_install(line):
     """The files and extras that are named exist, and no torch is among what they ask for."""
-    assert line[:4] == ["pip", "install", "-r", "requirements_flax.txt"]
+    assert line[:4] == ("pip", "install", "-r", "requirements_flax.txt")
     for wanted in map(Requirement, line[4:]):
         assert wanted.extras <= set(importlib.metadata.metadata(wanted.name).get_all("Provides-Extra"))
         assert importlib.metadata.version(wanted.name) in wanted.specifier
@@ -27,7 +28,7 @@ def test_install(line):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) == 3 and len(bash_commands(PAGE, "pip install")) == 3
+    assert len(COMMANDS) == 3 and len(INSTALL) == 3
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +60,14 @@ def test_continue(my_model, sd, pictures):
         assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
 
 
-def test_the_command_of_the_readme(sd, pictures, tmp_path):
-    (command,) = bash_commands(README, "python train_text_to_image_flax.py")
+@pytest.mark.parametrize("command", [command for command in IN_JAX if command not in COMMANDS], ids=lambda c: c.page)
+def test_the_commands_of_other_pages(command, sd, pictures, tmp_path):
     words = on_tiny_models(command, sd, None, None, pictures, tmp_path / "out")
     with compiled_once():
         assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
 
 
-@pytest.mark.parametrize("snippet", python_snippets(PAGE))
+@pytest.mark.parametrize("snippet", [block.text for block in blocks("python") if "flax_diffusion" in block.text])
 def test_draw(snippet, my_model, monkeypatch):
     monkeypatch.chdir(my_model)
     real = FlaxStableDiffusionPipeline.__call__
@@ -78,11 +79,3 @@ def test_draw(snippet, my_model, monkeypatch):
     exec(snippet, {})
     name = "bicycle-0.png" if "replicate" in snippet else "bicycle.png"
     assert (my_model / name).stat().st_size > 100
-
-
-def test_flags_that_the_page_names_exist(capsys):
-    with pytest.raises(SystemExit):
-        train_text_to_image_flax.parse_args(["--help"])
-    known = capsys.readouterr().out
-    assert all(flag in known for flag in re.findall(r"--[a-z_]+", PAGE))
-    assert "quickstart-flax:" in (ROOT / "Makefile").read_text()

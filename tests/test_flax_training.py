@@ -28,7 +28,8 @@ from tiny import UNET
 
 import train_text_to_image_flax as script
 from flax_diffusion import FlaxStableDiffusionPipeline
-from training_utils import checkpoints, jax_engine, reporting
+from training_utils import charts, checkpoints, jax_engine, report, reporting
+from training_utils.metrics import Log
 
 TRACKED = ["--report_to", "tensorboard"]
 EVERY_DRAW = [
@@ -83,6 +84,15 @@ def test_losses_are_those_of_the_torch_script(request, run, tmp_path, name, flag
         assert logged(ours, curve) == pytest.approx(theirs, rel=1e-4), curve
         assert len(theirs) == (6 if curve != "val_loss" else 3 if flags else 0)
     assert relative_difference(ours, tmp_path) < 1e-5
+
+
+def test_metrics_and_the_page_of_a_run(every_draw):
+    log = Log(every_draw)
+    for name in ("train_loss", "lr", "grad_norm", "samples_per_second", "memory_resident_gib", "val_loss"):
+        assert log.curves[name] == pytest.approx(logged(every_draw, name), rel=1e-6), name
+    page = report.page([report.read(every_draw)])
+    assert "finished: 6 of 6 updates" in page and "train_text_to_image_flax.py --config" in page
+    assert page.count("<svg") == 6 and charts.number(log.lowest("val_loss")[1]) in page
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
@@ -252,6 +262,17 @@ def test_shards_of_a_weighted_source_are_read_too(run_flax, plain, tmp_path):
     path = config(tmp_path, {"path": "set", "weight": 0.5})
     run_flax(tmp_path / "out", "--train_data_config", path, "--shuffle_tags")
     assert result_bytes(tmp_path / "out") == result_bytes(plain)
+
+
+def test_a_stream_is_resumed_and_is_that_of_the_torch_script(run_flax, run, tmp_path):
+    for at in range(0, 10, 2):
+        shard(tmp_path / "set" / f"{at}.tar", [(i, CAPTIONS[i].encode()) for i in (at, at + 1)])
+    stream = ["--streaming", "--shuffle_buffer", "4", "--train_data_dir", tmp_path / "set", "--cache_dir", tmp_path]
+    run_flax(tmp_path / "whole", *stream, "--dataloader_num_workers", "2", "--checkpointing_steps", "1")
+    cut_and_continue(run_flax, tmp_path / "whole", 4, tmp_path / "cut", *stream)
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    run(tmp_path / "torch", *stream)
+    assert relative_difference(tmp_path / "torch", tmp_path / "whole") < 1e-5
 
 
 def test_sigkill_then_resume(run_flax, tmp_path):

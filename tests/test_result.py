@@ -105,7 +105,7 @@ def test_held_out_loss_is_the_same_for_the_same_weights(run, tmp_path):
 
 def test_every_update_is_logged(run, tmp_path):
     run(tmp_path, "--report_to", "tensorboard", "--max_train_steps", "23", "--logging_steps", "10")
-    for name in ("train_loss", "lr", "grad_norm", "samples_per_second"):
+    for name in ("train_loss", "lr", "grad_norm", "samples_per_second", "memory_resident_gib"):
         assert list(logged(tmp_path, name)) == list(range(1, 24)), name
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from training_utils import report
+
 SECRET = "hf_do_not_leak_me"
 PARTS = {
     "run": ["unet", "vae", "text_encoder"],
@@ -89,6 +91,8 @@ def test_nothing_that_is_written_holds_the_token(each, tmp_path, monkeypatch, ca
     for form in (["--hub_token", SECRET], [f"--hub_token={SECRET}"]):
         out = tmp_path / str(len(form))
         each(out, *form, "--push_to_hub", "--report_to", "tensorboard", "--checkpointing_steps", "3")
+        page = report.page([report.read(out)])
+        assert "finished: 6 of 6 updates" in page and page.count("<svg") == 5 and SECRET not in page
         files = [path for path in out.rglob("*") if path.is_file()]
         assert len(files) > 5 and not [path for path in files if SECRET.encode() in path.read_bytes()]
     printed = "".join(capfd.readouterr())

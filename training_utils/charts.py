@@ -71,7 +71,9 @@ def ticks(low, high, count=5):
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = power * next(
+        factor for factor, most in ((1, 2), (2, 10), (5, 50), (10, 100)) if (rough / power) ** 2 <= most
+    )
     first = math.ceil(low / step - 1e-9)
     return [at * step for at in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -95,12 +97,12 @@ def _tick_labels(values, log=False):
 
 
 def smoothed(points, window):
-    """The exponential mean of [(x, y)] over about `window` points, without the bias to where it starts."""
-    decay, total, weight, smooth = 1 - 1 / max(window, 1), 0.0, 0.0, []
+    """The exponential mean of [(x, y)] over about `window` points, fewer of the first ones, where curves are steep."""
+    mean, smooth = 0.0, []
     for x, y in points:
         if y is not None:
-            total, weight = decay * total + y, decay * weight + 1
-            smooth.append((x, total / weight))
+            mean += (y - mean) / min(window, 1 + len(smooth) / 5)
+            smooth.append((x, mean))
     return smooth
 
 
@@ -125,11 +127,11 @@ def thinned(points, most=MOST):
 def draw(lines, title, x_name="update", size=(460, 240), span=None, zero=False, mark=None, alone=False):
     """A chart of Lines as the text of an <svg> element, `size` wide and high.
 
-    `span` is the (first, last) x of the axis, left out that of the points; `zero` begins the vertical axis at 0; it is
-    logarithmic where the highest value is far above most. `mark` is a point (x, y) to draw a ring around, in the
-    colour of the last line. With `alone` the title and a legend are drawn too, and the text is a whole file. What a
-    script needs to read values off it is in the element's data-frame (left, top, right, bottom in pixels), data-range
-    (x0, x1, y0, y1) and data-log.
+    `span` is the (first, last) x of the axis, left out that of the points, or from 0 where it is near; `zero` begins
+    the vertical axis at 0; it is logarithmic where the highest value is far above most. `mark` is a point (x, y) to
+    draw a ring around, in the colour of the last line. With `alone` the title and a legend are drawn too, and the text
+    is a whole file. What a script needs to read values off it is in the element's data-frame (left, top, right, bottom
+    in pixels), data-range (x0, x1, y0, y1) and data-log.
     """
     points = [(x, y) for line in lines for x, y in line.points if y is not None] or [(0, 0)]
     x0, x1 = _span(span or [x for x, _ in points])
@@ -176,6 +178,8 @@ def draw(lines, title, x_name="update", size=(460, 240), span=None, zero=False, 
 
 def _span(values):
     low, high = min(values), max(values)
+    if 0 < low < high / 10:
+        return 0, high
     return (low, high) if high > low else (low - 1, high + 1)
 
 

@@ -68,8 +68,11 @@ class Rows:
     the rows that are selected from these; `numbers` are the rows' places in the whole data set, whose pictures are
     `stored`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels at which each row is
     trained; None where that is no matter of the data. `sources` are a list of Source, None where there is one, and
-    `origins` the index of each row's. `partly` is what Updates takes.
+    `origins` the index of each row's. `partly` is what Updates takes, and so is `stream`: the rows themselves where
+    they are those of streams.py.
     """
+
+    stream = None
 
     def __init__(
         self,
@@ -112,7 +115,10 @@ class Rows:
 
     def name(self, index):
         """What to call a row in a message: its file where it has one."""
-        return self._name(index, self._pictures[index])
+        return self._name(index, self._cell(index))
+
+    def _cell(self, index):
+        return self._pictures[index]
 
     def _name(self, index, cell):
         path = cell.get("path") if isinstance(cell, dict) else None
@@ -123,6 +129,14 @@ class Rows:
             return f"row {number}"
         source = self.sources[self.origins[index]]
         return f"row {number - source.start} of {source.title}"
+
+    def values(self):
+        """What stands in the caption column of every row; nothing where captions are not read."""
+        return [] if self.caption_column is None else self.dataset[self.caption_column]
+
+    def drawn(self, count, generator):
+        """The indices of `count` rows that a generator draws."""
+        return generator.permutation(len(self))[:count]
 
     def cells(self):
         """(name, cell) of every row: what `open_picture` opens."""
@@ -147,7 +161,7 @@ class Rows:
 
     def picture(self, index):
         """The picture of a row, upright, in RGB. Raises BadSample, or UserError where the file cannot be reached."""
-        cell = self._pictures[index]
+        cell = self._cell(index)
         try:
             with open_picture(cell) as picture:
                 return upright_rgb(picture)
@@ -230,6 +244,7 @@ def load_rows(
     caption_column="text",
     repeats_from_folders=False,
     config=None,
+    shuffle_buffer=None,
 ):
     """Open a data set. Returns Rows.
 
@@ -237,8 +252,9 @@ def load_rows(
     the datasets library, `folder` passed on as data_dir); or else `folder`, a folder of pictures, of tar shards or of
     parquet tables. `repeats_from_folders` makes the folders in it that are named like `10_sks dog` sources that are
     repeated so often, and these words the caption of a picture there that has no other. With `caption_column` None no
-    captions are read, and none are needed. A column of the default name that is missing is taken to be the first
-    (picture) or second (caption) one, with a notice. Raises UserError for a data set that cannot be opened. What is
+    captions are read, and none are needed. With a `shuffle_buffer`, a number of samples, shards and tables are read
+    where they lie, as `streams` says. A column of the default name that is missing is taken to be the first (picture)
+    or second (caption) one, with a notice. Raises UserError for a data set that cannot be opened. What is
     wrong with its samples is for `check` to say, which must follow: of a folder the samples whose caption or file is
     missing are left out already, and noted in the findings.
     """
@@ -249,6 +265,12 @@ def load_rows(
         from . import sources  # which needs this module
 
         return sources.load_rows(config, cache_dir, image_column, caption_column)
+    if shuffle_buffer is not None:
+        from . import streams  # as above
+
+        return streams.load_rows(
+            dataset_name, config_name, folder, cache_dir, image_column, caption_column, shuffle_buffer
+        )
     findings, kind, parts, origins = Findings(), "tables", None, None
     if dataset_name is None:
         files, kind = _files_of(Path(folder))
@@ -557,7 +579,7 @@ def caption_problems(rows):
     """The captions of a data set that cannot be used, {index: Problem}, and the indices of the rows with an empty one,
     a list. Both are empty where captions are not read."""
     problems, empty = {}, []
-    for index, value in enumerate([] if rows.caption_column is None else rows.dataset[rows.caption_column]):
+    for index, value in enumerate(rows.values()):
         fault = caption_fault(value)
         if fault:
             problems[index] = Problem("no usable caption", rows.name(index), fault)
@@ -639,7 +661,7 @@ def check(rows, on_bad_sample="error"):
     if problems:
         warn(f"{len(problems)} of {len(findings.problems) + len(rows)} samples are left out: {listing(problems)}")
     if findings.unnamed:
-        where = f"{len(findings.unnamed)} of {findings.pictures} pictures in {rows.root}"
+        where = f"{len(findings.unnamed)} of {findings.pictures} pictures in {rows.root or 'the shards'}"
         lack = "are not in the metadata" if rows.caption_column is None else "have no caption"
         warn(f"{where} {lack} and are left out")
     if findings.repeats:
@@ -650,7 +672,10 @@ def check(rows, on_bad_sample="error"):
 
 
 def warn_of_long_captions(rows, tokenizer, most=100_000):
-    """Say how many captions are longer than the tokenizer's limit, whose rest the text encoder never sees."""
+    """Say how many captions are longer than the tokenizer's limit, whose rest the text encoder never sees; of a stream
+    that would be to read it all."""
+    if rows.stream is not None:
+        return
     count = min(len(rows), most)
     values = rows.dataset.select(range(count))[rows.caption_column]
     texts = [text for value in values for text in texts_of(value)]
@@ -673,8 +698,8 @@ def hold_out(rows, fraction, seed):
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
         raise UserError(f"--validation_split {fraction} of {len(rows)} pictures leaves none to train on")
-    order = draws.generator(seed, "holdout").permutation(len(rows))
-    return repeated(rows.select(np.sort(order[count:]))), rows.select(np.sort(order[:count]))
+    held_out = np.sort(rows.drawn(count, draws.generator(seed, "holdout")))
+    return repeated(rows.without(held_out)), rows.select(held_out)
 
 
 def shown_of(rows):
@@ -715,7 +740,7 @@ def take(rows, most, seed):
         if most is not None and most > len(rows):
             warn(f"--max_train_samples {most} is more than the {len(rows)} pictures there are; all of them are used")
         return rows
-    return rows.select(np.sort(draws.generator(seed, "subset").permutation(len(rows))[:most]))
+    return rows.select(np.sort(rows.drawn(most, draws.generator(seed, "subset"))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -814,10 +839,13 @@ class Updates:
 
     `partly` is a list of (indices, count): of these samples an epoch visits only so many, drawn anew each time. With
     shapes too, epochs differ a little in the number of their updates, and `per_epoch` is that of the first.
+
+    `stream` is the streams.Rows that the samples are of, or None. An epoch then has that stream's order, a process
+    takes every world_size-th sample of it, and the stream is told which samples are coming.
     """
 
-    def __init__(self, size, seed, batch_size, accumulation=1, world_size=1, shapes=None, partly=()):
-        self.partly, self.all = partly, size
+    def __init__(self, size, seed, batch_size, accumulation=1, world_size=1, shapes=None, partly=(), stream=None):
+        self.partly, self.all, self.stream = partly, size, stream
         size -= sum(len(indices) - count for indices, count in partly)
         self.size, self.seed, self.batch_size = size, seed, batch_size
         self.accumulation, self.world_size = accumulation, world_size
@@ -829,11 +857,13 @@ class Updates:
             batches = len(self._order(0)[1]) if partly else int((-(-counts // batch_size)).sum())
             self.per_epoch = -(-batches // (accumulation * world_size))
             self.samples = size / self.per_epoch
-        self._order = functools.lru_cache(maxsize=2)(self._order)  # batches are read ahead of the loop's position
+        self._order = functools.lru_cache(maxsize=3)(self._order)  # batches are read ahead of the loop's position
 
     def _order(self, epoch):
         """The samples in the order in which an epoch visits them, and where in it each micro-batch ends; None without
         shapes."""
+        if self.stream is not None:
+            return self.stream.order(self.seed, epoch), None
         order = draws.order(self.seed, epoch, self.all)
         for at, (indices, count) in enumerate(self.partly):
             left_out = draws.generator(self.seed, "partly", epoch, at).permutation(indices)[count:]
@@ -852,11 +882,21 @@ class Updates:
         position, parts = position.within(self.size), self.accumulation * self.world_size
         order, ends = self._order(position.epoch)
         order = order[position.sample :]
+        if self.stream is not None:
+            return [order[: self.window][part::parts] for part in range(parts)]
         if ends is None:
             return np.array_split(order[: self.window], parts)
         ends = ends[ends > position.sample][:parts] - position.sample
         shares = np.split(order[: ends[-1]], ends[:-1])
         return shares + [order[:0]] * (parts - len(shares))
+
+    def _coming(self, position):
+        """The samples that a stream is told of: the next in the order of this epoch, and of the one after it."""
+        many = max(self.stream.ahead, 4 * self.window)
+        coming = [self._order(position.epoch)[0][position.sample :][:many]]
+        if len(coming[0]) < many:
+            coming.append(self._order(position.epoch + 1)[0][: many - len(coming[0])])
+        return coming
 
     def after(self, position):
         """The position after the update at a position."""
@@ -875,6 +915,8 @@ class Updates:
         """
         position = position.within(self.size)
         while True:
+            if self.stream is not None:
+                self.stream.expect(self._coming(position), rank, self.world_size)
             shares, epoch = self.shares(position), position.epoch
             weight = len(shares) / sum(map(len, shares))
             for share in shares[rank :: self.world_size]:

@@ -12,7 +12,7 @@ import numpy as np
 # One stream a purpose, so that a new draw changes none of the others. Append only: a number is part of every old run.
 PURPOSES = (
     *("order", "subset", "holdout", "caption", "caption_dropout", "crop", "flip", "latent", "noise", "noise_offset"),
-    *("input_perturbation", "timestep", "cached_crop", "batches", "tags", "partly"),
+    *("input_perturbation", "timestep", "cached_crop", "batches", "tags", "partly", "chunks", "blocks"),
 )
 HELD_OUT = 2**32  # stands for the epoch in the draws of held-out samples, which are the same at every evaluation
 

@@ -45,6 +45,8 @@ def report(rows, held_out_rows, updates, total, progress, networks, device, memo
 
 def _data(rows, held_out_rows, updates, total, done):
     lines = [f"pictures    {len(rows):,} to train on, {len(held_out_rows or []):,} held out"]
+    if getattr(rows, "stream", None) is not None:
+        lines.append(f"chunks      {rows.source.told()}")
     if rows.sizes is not None:
         sizes, counts = np.unique(rows.sizes, axis=0, return_counts=True)
         lines += [f"  {f'{width} x {height}':<12}{count:>14,}" for (width, height), count in zip(sizes, counts)]

@@ -115,6 +115,10 @@ DATA = ("Data", [
     Flag("dataset_config_name", help="configuration of that data set, where it has several"),
     Flag("train_data_dir", help="folder of pictures with metadata.jsonl, .csv or .parquet or a .txt caption beside "
          "each, of WebDataset's .tar shards, or of .parquet tables; with --dataset_name it is passed on as data_dir"),
+    Flag("streaming", bool, False, "read .tar shards or .parquet tables where they lie, on the hub or in "
+         "--train_data_dir, a few chunks at a time; for data sets that do not fit the disk"),
+    Flag("shuffle_buffer", whole(1), 10_000, "with --streaming: samples that are shuffled together; more are better "
+         "mixed and take more room on the disk"),
     Flag("train_data_config", help="YAML file that names several data sets, repeated or weighted"),
     Flag("repeats_from_folders", bool, False, "show the pictures in folders named like `10_sks dog` so many times an "
          "epoch (kohya's layout); pictures without a caption there get these words"),
@@ -297,9 +301,16 @@ MATHEMATICS = frozenset(
     timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion
     pretrained_prior_model_name_or_path pretrained_decoder_model_name_or_path prior_revision decoder_revision
     random_crop reducing_gap cached_crops aspect_ratio_bucketing min_bucket_reso max_bucket_reso bucket_reso_steps
-    full_bf16 repeats_from_folders shuffle_tags keep_tokens
+    full_bf16 repeats_from_folders shuffle_tags keep_tokens streaming shuffle_buffer
     """.split()
 )
+NOT_STREAMED = {
+    "train_data_config": "names several data sets, and --streaming reads one",
+    "repeats_from_folders": "shows the pictures of some folders again, of which a stream has none",
+    "aspect_ratio_bucketing": "needs the size of every picture before the first update, which is to read them all",
+    "cache_latents": "keeps on the disk what is made of every picture, and --streaming is for sets too large for it",
+    "cache_text_embeddings": "keeps on the disk what is made of every caption, after reading them all",
+}
 SECRETS = frozenset(["hub_token"])
 ONCE = frozenset("config check_data dry_run resume_from_checkpoint local_rank".split())  # not in run.yaml
 NOT_IN_A_FILE = {
@@ -400,6 +411,8 @@ def parse(argv, description, groups, defaults=None):
             args.dataloader_num_workers = 0  # the frozen networks run where the samples are made
     if not (vars(args).get("cache_latents") and _crops_at_random(args)):
         args.cached_crops = None
+    if not args.streaming:
+        args.shuffle_buffer = None
     return args
 
 
@@ -553,6 +566,12 @@ def _data_problem(args):
         return (
             "--repeats_from_folders is for --train_data_dir alone; in --train_data_config each source has its repeats"
         )
+    if "shuffle_buffer" in args.given and not args.streaming:
+        return "--shuffle_buffer says nothing without --streaming; give both or neither"
+    if args.streaming:
+        for name, why in NOT_STREAMED.items():
+            if get(name):
+                return f"--{name} {why}; leave it or --streaming out"
     if get("keep_tokens") and not args.shuffle_tags:
         return "--keep_tokens says nothing without --shuffle_tags; give both or neither"
     if get("shuffle_tags") and get("cache_text_embeddings"):
@@ -610,6 +629,7 @@ def data_source(args):
         "caption_column": getattr(args, "caption_column", None),
         "repeats_from_folders": args.repeats_from_folders,
         "config": args.train_data_config,
+        "shuffle_buffer": args.shuffle_buffer,
     }
 
 

@@ -148,8 +148,7 @@ def _summary(title, samples, unusable, rows, captions, looks):
     usable = "all of which can be used" if not unusable else f"{unusable:,} of which cannot be used"
     lines = [f"data set   {title}", f"samples    {samples:,}, {usable}"]
     if rows.caption_column is not None:
-        values = rows.dataset[rows.caption_column]
-        count = sum(len(data.texts_of(value)) for index, value in enumerate(values) if index not in captions)
+        count = sum(len(data.texts_of(value)) for index, value in enumerate(rows.values()) if index not in captions)
         lines.append(f"captions   {count:,}")
     lines.append(f"pictures   {len(looks):,} decoded")
     if looks:

@@ -133,8 +133,12 @@ def _when(seconds):
     return time.strftime("%d %b %Y, %H:%M", time.localtime(seconds))
 
 
+def _roughly(seconds):
+    return duration(seconds) if seconds < 60 else duration(seconds // 60 * 60).removesuffix(" 0 s")
+
+
 def _ago(seconds):
-    return "just now" if seconds < 60 else f"{duration(seconds // 60 * 60).removesuffix(' 0 s')} ago"
+    return "just now" if seconds < 60 else f"{_roughly(seconds)} ago"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +183,11 @@ def summary(a_run):
     best, looks = log.lowest("val_loss"), log.finite("val_loss")
     if best:
         last = max(looks)
-        remark = "the last one" if last == best[0] else f"update {best[0]:,}; the last one {number(looks[last])}"
+        remark = (
+            f"update {last:,}, the last one"
+            if last == best[0]
+            else f"update {best[0]:,}; the last one {number(looks[last])}"
+        )
         cells.append(("lowest held-out loss", number(best[1]), remark))
     paces = [pace for pace in log.finite("samples_per_second").values() if pace > 0]
     if paces:
@@ -188,11 +196,12 @@ def summary(a_run):
         seconds = facts.get("pictures_per_update", 0) / pace
         remark = f"{number(seconds, 3)} s an update"
         if left > 0 and seconds:
-            remark += f"; about {duration(seconds * left)} left"
+            remark += f"; about {_roughly(seconds * left)} left"
         cells.append(("pictures a second", number(pace, 3), remark))
-    for name, label, remark in MEMORY:
+    for name, label in MEMORY:
         values = log.finite(name).values()
         if values:
+            remark = "of the first process" if facts.get("processes", 1) > 1 else ""
             cells.append((label, f"{number(max(values), 3)} GiB", remark))
             break
     cells.append(("time", duration(log.seconds), "with validation and checkpoints"))
@@ -200,8 +209,8 @@ def summary(a_run):
 
 
 MEMORY = (
-    ("memory_peak_gib", "device memory, peak", "of the first process"),
-    ("memory_resident_gib", "host memory, most", "of the first process"),
+    ("memory_peak_gib", "device memory, peak"),
+    ("memory_resident_gib", "host memory, most"),
 )
 
 
@@ -332,8 +341,7 @@ def curve_section(runs):
     """(HTML of all charts, what their readouts need: a list for JSON)."""
     figures, data = [], []
     steps = [step for a_run in runs if a_run.log for curve in a_run.log.curves.values() for step in curve]
-    first, last = min(steps, default=0), max(steps, default=1)
-    span = (0 if first < last / 10 else first, last)  # the same of every chart
+    span = (min(steps, default=0), max(steps, default=1))  # the same of every chart
     for title, lines, options, remarks in curves(runs):
         name = f"chart{len(data)}"
         svg = charts.draw(lines, title, span=span, **options).replace("<svg ", f'<svg id="{name}" tabindex="0" ', 1)
@@ -348,7 +356,10 @@ def curve_section(runs):
         data.append({"id": name, "lines": shown})
     if not figures:
         return "", []
-    return f'<section><h2>Curves</h2><div class="curves">{"".join(figures)}</div></section>', data
+    missing = ""
+    if not any(a_run.facts.get("held_out", 1) for a_run in runs):
+        missing = '<p class="state">There is no held-out loss: --validation_split was not given.</p>'
+    return f'<section><h2>Curves</h2><div class="curves">{"".join(figures)}</div>{missing}</section>', data
 
 
 def picture(path):
@@ -376,7 +387,7 @@ def picture_section(runs):
     steps = sorted({step for a_run in runs for step in a_run.grids}, reverse=True)
     if not steps:
         return ""
-    room, blocks = ROOM, []
+    room, blocks, shapes = ROOM, [], []
     for step in spread(steps, max(2, GRIDS // len(runs))):
         figures = []
         for at, a_run in enumerate(runs):
@@ -387,6 +398,7 @@ def picture_section(runs):
                     figures.append(f"<p>{text(a_run.grids[step])} cannot be read ({text(reason_of(error))})</p>")
                     continue
                 room -= len(uri)
+                shapes.append(width / height)
                 words = f"pictures after {step:,} updates: {'; '.join(map(str, a_run.prompts()))}"
                 name = f"{swatch(at)}{text(a_run.name)}, " if len(runs) > 1 else ""
                 figures.append(
@@ -397,9 +409,9 @@ def picture_section(runs):
         if room < 0 and blocks:
             break
         blocks.append("".join(figures))
-    grids = f'<div class="grids">{"".join(blocks)}</div>'
-    if len(runs) > 1:
-        grids = "".join(f'<div class="grids">{block}</div>' for block in blocks)
+    kind = "grids broad" if shapes and statistics.median(shapes) > 2 else "grids"
+    blocks_of = blocks if len(runs) > 1 else ["".join(blocks)]
+    grids = "".join(f'<div class="{kind}">{block}</div>' for block in blocks_of)
     prompts = "".join(f"<li>{text(prompt)}</li>" for prompt in dict.fromkeys(p for r in runs for p in r.prompts()))
     prompts = f"<details><summary>the prompts</summary><ol>{prompts}</ol></details>" if prompts else ""
     more = f" Of {len(steps)} updates with pictures {len(blocks)} are shown." if len(blocks) < len(steps) else ""
@@ -486,7 +498,7 @@ CSS = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1360px;padding:24px 24px 48px;background:var(--paper);color:var(--ink);
   font:15px/1.5 FONT}
-h1{font-size:26px;line-height:1.25;margin:0;overflow-wrap:anywhere}
+h1{font-size:26px;line-height:1.25;margin:0 0 8px;overflow-wrap:anywhere}
 h2{font-size:19px;margin:40px 0 12px}
 h3{font-size:15px;margin:20px 0 6px}
 p{margin:6px 0 12px}
@@ -504,8 +516,10 @@ figure{margin:0;min-width:0}
 .curve figcaption{display:flex;flex-direction:column;margin:0 2px 8px;font-size:13px}
 .curve b{color:var(--ink);font-size:15px}
 .read{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.read span{display:inline-block}
 .swatch{display:inline-block;width:11px;height:11px;border-radius:3px;background:currentColor;margin-right:6px}
-.grids{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:16px;margin:0 0 16px}
+.grids{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px;margin:0 0 16px}
+.broad{grid-template-columns:repeat(auto-fill,minmax(min(100%,560px),1fr))}
 .grid img{display:block;width:100%;height:auto;border-radius:6px;cursor:zoom-in}
 .grid input{position:absolute;opacity:0;pointer-events:none}
 .grid:has(:checked){grid-column:1/-1}

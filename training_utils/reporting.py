@@ -33,6 +33,9 @@ class UserError(Exception):
         self.exit_code, self.everywhere = exit_code, everywhere
 
 
+at_the_end = []  # functions that `run` calls before it leaves: processes of several leave without atexit's
+
+
 def _first_process():
     return os.environ.get("RANK", "0") == "0"
 
@@ -92,6 +95,8 @@ def run(main):
         code = 1
     except KeyboardInterrupt:  # before the loop, where there is nothing to save yet
         code = 130
+    for leave in at_the_end:
+        leave()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
@@ -341,6 +346,7 @@ class Progress:
             total=total,
             initial=step,
             desc="updates",
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",  # fits 80 columns
             dynamic_ncols=True,
             smoothing=0.05,
             mininterval=0.1 if self.live else 10,

@@ -76,20 +76,33 @@ def index(shard, endings, caption_column, malformed):
     A picture and its caption have the same name up to the last dot. The caption is what a `.json` has in that column,
     or else the content of a `.txt` or `.caption`.
     """
-    pictures, texts, lacking, last = [], {}, {}, "its beginning"
+    pictures, texts, lacking = [], {}, {}
+    for member, content in members(shard, malformed, with_texts=caption_column is not None):
+        stem, ending = os.path.splitext(member.name)
+        if ending.lower() in endings:
+            pictures.append((stem, f"{shard}\0{member.name}\0{member.offset_data}\0{member.size}"))
+        elif content is not None:
+            keep(f"{shard}/{member.name}", stem, ending, content, caption_column, texts, lacking, malformed)
+    if caption_column is None:
+        return [(place, "") for _, place in pictures]
+    malformed += [sentence for stem, sentence in lacking.items() if stem not in texts]
+    return [(place, texts.get(stem)) for stem, place in pictures]
+
+
+def members(shard, malformed, with_texts=True, file=None):
+    """(tarfile.TarInfo, content) of each file in a shard that is not hidden, in its order; the content of texts alone,
+    else None. `file` is the shard's content, opened, where it does not lie on this disk. What is wrong with the shard
+    is added to `malformed`."""
+    last = "its beginning"
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with tarfile.open(shard, "r:", file) as tar:
             for member in tar:
-                last, (stem, ending) = f"member {member.name}", os.path.splitext(member.name)
+                last = f"member {member.name}"
                 # Like those in a folder; macOS puts a ._000.jpg beside every 000.jpg.
                 hidden = any(part.startswith((".", "__")) and part != "." for part in member.name.split("/"))
-                if hidden or not member.isfile() or member.sparse is not None:
-                    continue
-                if ending.lower() in endings:
-                    pictures.append((stem, f"{shard}\0{member.name}\0{member.offset_data}\0{member.size}"))
-                elif ending in TEXTS and caption_column is not None:
-                    where, content = f"{shard}/{member.name}", tar.extractfile(member).read()
-                    _keep(where, stem, ending, content, caption_column, texts, lacking, malformed)
+                if not hidden and member.isfile() and member.sparse is None:
+                    is_text = with_texts and os.path.splitext(member.name)[1] in TEXTS
+                    yield member, tar.extractfile(member).read() if is_text else None
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(BLOCK)
             if end != bytes(BLOCK):  # tarfile itself takes whatever it finds there for the end
@@ -97,13 +110,9 @@ def index(shard, endings, caption_column, malformed):
                 malformed.append(f"{shard} {what} after {last}; fetch it or write it again")
     except (tarfile.TarError, OSError, ValueError) as error:
         malformed.append(f"{shard} cannot be read as a tar file after {last}: {reason_of(error)}")
-    if caption_column is None:
-        return [(place, "") for _, place in pictures]
-    malformed += [sentence for stem, sentence in lacking.items() if stem not in texts]
-    return [(place, texts.get(stem)) for stem, place in pictures]
 
 
-def _keep(where, stem, ending, content, caption_column, texts, lacking, malformed):
+def keep(where, stem, ending, content, caption_column, texts, lacking, malformed):
     """Put the caption that a member holds among `texts`, or the reason why there is none among the others."""
     try:
         text = content.decode("utf-8-sig")

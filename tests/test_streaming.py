@@ -1,0 +1,555 @@
+"""--streaming trains on what lies elsewhere, a few chunks at a time, and else it is a run like any other."""
+
+import functools
+import gc
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import relative_difference, result_bytes, two_processes
+from hub_server import Hub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_formats import write_tar
+from test_hub import Machine
+from tiny import WORDS, picture
+
+from training_utils import data, draws, inspection, streams
+from training_utils.data import Position, Updates
+from training_utils.reporting import UserError
+
+FEW = ["--streaming", "--shuffle_buffer", "8", "--max_train_steps", "4", "--random_flip", "--caption_dropout", "0.3"]
+
+
+@functools.cache
+def png(index, size=(20, 16)):
+    content = io.BytesIO()
+    picture(index, size).save(content, "png")
+    return content.getvalue()
+
+
+def caption(index):
+    return f"a handwritten {WORDS[index % 10]}"
+
+
+def tables(folder, files=6, rows=5, size=(20, 16), change=None, **options):
+    """Tables of pictures and captions, and of a column that nobody asked for; `change(index, row)` alters one."""
+    folder.mkdir(parents=True)
+    for at in range(files):
+        lines = [
+            {"id": "x" * 100, "image": {"bytes": png(i, size), "path": None}, "text": caption(i)}
+            for i in range(at * rows, (at + 1) * rows)
+        ]
+        for index, line in enumerate(lines):
+            if change:
+                change(at * rows + index, line)
+        path = folder / f"train-{at:05}-of-{files:05}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), path, **options)
+    return folder
+
+
+def tars(folder, files=6, rows=5, change=None, ending="txt"):
+    for at in range(files):
+        members = []
+        for index in range(at * rows, (at + 1) * rows):
+            sample = {f"{index:04}.png": png(index), f"{index:04}.{ending}": caption(index).encode()}
+            if change:
+                change(index, sample)
+            members += sample.items()
+        write_tar(folder / f"{at:03}.tar", members)
+    return folder
+
+
+def rows_of(folder, cache, **options):
+    """The rows of a folder, streamed."""
+    rows = data.load_rows(folder=folder, cache_dir=str(cache), **({"shuffle_buffer": 8} | options))
+    data.check(rows)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return tars(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    return tables(tmp_path_factory.mktemp("data") / "tables")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The words that name a folder for downloads, of this module's runs."""
+    return ["--cache_dir", str(tmp_path_factory.mktemp("cache"))]
+
+
+def spools(cache):
+    """The folders of chunks that are there now."""
+    gc.collect()
+    return list(Path(cache).glob("text-to-image-streams/spool-*"))
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=60)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(SIZES, st.integers(1, 400))
+def test_an_epoch_visits_every_row_once(sizes, buffer):
+    orders = [streams.order(3, epoch, np.array(sizes), buffer) for epoch in (0, 0, 1)]
+    assert all(sorted(order) == list(range(sum(sizes))) for order in orders)
+    assert np.array_equal(orders[0], orders[1])
+    if sum(sizes) > 9 and buffer > 99:
+        assert not np.array_equal(orders[0], orders[2])
+
+
+@pytest.mark.parametrize(("count", "rows", "buffer"), [(200, 50, 640), (200, 50, 3200), (40, 7, 16), (9, 30, 100)])
+def test_rows_that_are_near_in_the_order_lie_in_few_chunks(count, rows, buffer):
+    """As many as `Source.most` reckons with, and each is needed once an epoch."""
+    order, lanes = streams.order(1, 2, np.full(count, rows), buffer), min(streams.LANES, count)
+    chunks = order // rows
+    most = max(len(set(chunks[at : at + buffer])) for at in range(0, len(order), 7))
+    assert most <= 2 * buffer / rows + 2 * lanes
+    spans = [np.flatnonzero(chunks == chunk) for chunk in range(count)]
+    longest = max(span[-1] - span[0] for span in spans)
+    assert longest < 2 * max(lanes, buffer) + lanes * rows
+    blocks = [set(order[at : at + buffer]) for at in range(0, len(order), buffer)]
+    assert buffer < 600 or max(len({i // rows for i in block}) for block in blocks) >= lanes  # it mixes them too
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_processes_have_chunks_of_their_own(world):
+    """Until the first lanes end; however they are shared out, an update has the same samples."""
+
+    class Stream:
+        ahead = 100
+
+        def order(self, seed, epoch):
+            return streams.order(seed, epoch, np.full(80, 12), 160)
+
+        def expect(self, coming, rank, count):
+            pass
+
+    updates = Updates(960, 5, 4, 2, world, stream=Stream())
+    one = Updates(960, 5, 4 * world, 2, 1, stream=Stream())
+    seen, position = [set() for _ in range(world)], Position()
+    while position.epoch == 0:
+        shares = updates.shares(position)
+        taken = np.concatenate(one.shares(position))
+        assert sorted(np.concatenate(shares)) == sorted(taken) and max(map(len, shares)) - min(map(len, shares)) <= 1
+        if position.sample < 960 - 16 * 12:
+            for part, share in enumerate(shares):
+                seen[part % world] |= set(share // 12)
+        position = updates.after(position)
+    assert sum(map(len, seen)) == len(set().union(*seen)) > 60
+
+
+def test_processes_fetch_what_they_read(tmp_path):
+    """Two of them, each with a disk of its own: they fetch other chunks, and each of theirs once."""
+    folder, fetched = tables(tmp_path / "tables", 48, 4), {}
+    rows = [rows_of(folder, tmp_path / str(rank), shuffle_buffer=32) for rank in (0, 1)]
+    for rank, part in enumerate(rows):
+        fetched[rank] = []
+        real = part.source.fetch
+        part.source.fetch = lambda file, chunk, real=real, to=fetched[rank]: to.append(chunk.file) or real(file, chunk)
+        batches = Updates(len(part), 5, 4, 1, 2, stream=part).batches(Position(), rank)
+        for _ in range(16):  # two thirds of an epoch
+            for _, index, _ in next(batches):
+                assert part.captions(index) == [caption(index)]
+    for chunks in fetched.values():
+        assert len(chunks) == len(set(chunks)) >= 16
+    assert not set(fetched[0]) & set(fetched[1])
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_a_row_is_the_row_of_the_data_set_that_is_not_streamed(kind, request, tmp_path, monkeypatch):
+    """Picture, caption and, where it has one, its name; in whatever chunks."""
+    folder = request.getfixturevalue(kind)
+    plain = data.load_rows(folder=folder, cache_dir=str(tmp_path))
+    for size in (1, 5000, 2**26):
+        monkeypatch.setattr(streams, "CHUNK", size)
+        rows = rows_of(folder, tmp_path)
+        assert len(rows.lengths) == ({1: 30, 5000: 18, 2**26: 6}[size] if kind == "shards" else 6)
+        assert len(rows) == len(plain) == 30
+        for index in (29, 0, 7, 16):
+            assert rows.captions(index) == plain.captions(index)
+            assert rows.picture(index).tobytes() == plain.picture(index).tobytes()
+            if kind == "shards":
+                assert rows.name(index) == plain.name(index)
+    assert rows.name(7).endswith(
+        "0007.png" if kind == "shards" else "row 2 of " + f"{folder}/train-00001-of-00006.parquet"
+    )
+    assert len(rows_of(folder, tmp_path, caption_column=None)) == 30
+
+
+def test_columns_and_captions_of_every_kind(tmp_path):
+    """Bytes without a path, lists of captions, JSON beside pictures; pictures without a caption are left out."""
+
+    def change(index, line):
+        line["photo"], line["legend"] = line.pop("image")["bytes"], [line.pop("text"), "x"]
+
+    folder = tables(tmp_path / "tables", 2, 3, change=change)
+    rows = rows_of(folder, tmp_path, image_column="photo", caption_column="legend")
+    assert rows.captions(4) == [caption(4), "x"] and rows.picture(4).tobytes() == picture(4).tobytes()
+
+    def beside(index, sample):
+        text = sample.pop(f"{index:04}.txt").decode()
+        if index != 2:
+            sample[f"{index:04}.json"] = json.dumps({"title": [text, "y"]}).encode()
+
+    rows = rows_of(tars(tmp_path / "shards", 2, 3, beside), tmp_path, caption_column="title")
+    assert [rows.captions(index) for index in range(5)] == [[caption(i), "y"] for i in (0, 1, 3, 4, 5)]
+    assert rows.findings.unnamed == [f"{tmp_path}/shards/000.tar/0002.png"]
+
+
+def test_what_is_known_of_a_file_is_looked_up_once(shards, parquet, tmp_path, monkeypatch):
+    folder, looked_at = tars(tmp_path / "shards", 3), []
+    real, real_table = streams._look_through_shard, streams._look_through_table
+    monkeypatch.setattr(streams, "_look_through_shard", lambda *words: looked_at.append(words[-1].url) or real(*words))
+    assert len(rows_of(folder, tmp_path)) == len(rows_of(folder, tmp_path)) == 15 and len(looked_at) == 3
+    shutil.copy(shards / "003.tar", folder / "001.tar")
+    rows = rows_of(folder, tmp_path)
+    assert looked_at[3:] == [str(folder / "001.tar")] and rows.captions(5) == [caption(15)]
+    monkeypatch.setattr(
+        streams, "_look_through_table", lambda *words: looked_at.append("a table") or real_table(*words)
+    )
+    rows_of(parquet, tmp_path), rows_of(parquet, tmp_path)
+    assert looked_at[4:] == ["a table"] * 6
+
+
+@pytest.mark.parametrize(("size", "count"), [(2_000_000, 8), (40_000, 100)])
+def test_large_pictures_are_passed_over_and_small_ones_read_in_few_requests(tmp_path, monkeypatch, size, count):
+    members = [(f"{i}.{ending}", bytes(n)) for i in range(count) for ending, n in (("png", size), ("txt", 9))]
+    path, asked = write_tar(tmp_path / "shards" / "a.tar", members), []
+    real = streams._bytes
+    monkeypatch.setattr(streams, "_bytes", lambda file, *ends: asked.append(ends[1] - ends[0]) or real(file, *ends))
+    assert len(rows_of(tmp_path / "shards", tmp_path)) == count
+    assert len(asked) <= count + 1 and sum(asked) < 1.01 * path.stat().st_size
+    assert len(asked) < 6 if size < 10**6 else sum(asked) < path.stat().st_size / 5
+
+
+def test_subsets_lie_in_few_chunks(tmp_path):
+    rows = rows_of(tables(tmp_path / "tables", 12, 5), tmp_path)
+    few = data.take(rows, 11, 3)
+    assert len(few) == 11 and len(few.lengths) == 3 and sorted(few.lengths) == [1, 5, 5]
+    assert not np.array_equal(few.numbers, data.take(rows, 11, 4).numbers)
+    train, held_out = data.hold_out(rows, 0.2, 3)
+    assert len(train) == 48 and len(held_out) == 12 and len(held_out.lengths) == 3
+    assert sorted(np.concatenate([train.numbers, held_out.numbers])) == list(range(60))
+    assert held_out.captions(11) == [caption(held_out.numbers[11])]
+    assert len({rows.fingerprint(), few.fingerprint(), train.fingerprint(), held_out.fingerprint()}) == 4
+
+
+def test_a_spool_holds_what_is_needed_and_goes_with_the_last_who_uses_it(tmp_path, monkeypatch):
+    """... and one that was left by a killed run goes when the next begins."""
+    left = tmp_path / "text-to-image-streams" / f"spool-{os.uname().nodename}-1-0"
+    left.mkdir(parents=True)
+    rows = rows_of(tables(tmp_path / "tables", 60, 4), tmp_path)
+    twin = rows_of(tmp_path / "tables", tmp_path)
+    (spool,) = spools(tmp_path)
+    assert rows.source.spool.folder == twin.source.spool.folder == spool
+    updates = Updates(len(rows), 1, 4, stream=rows)
+    monkeypatch.setattr(streams, "LATE", 2)
+    most, batches = 0, updates.batches(Position())
+    for _ in range(100):  # of 60 in an epoch
+        for _, index, _ in next(batches):
+            assert rows.captions(index) == [caption(index)]
+        most = max(most, len(rows.source.spool.chunks()))
+    assert 16 < most <= 2 * 16 + 2 * 4
+    for index in range(0, 40, 4):
+        twin.captions(index)
+    del rows, updates, batches
+    assert spools(tmp_path) == [spool]
+    del twin
+    assert spools(tmp_path) == []
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_run_is_the_same_run_in_its_own_order(run, shards, parquet, cache, tmp_path, monkeypatch):
+    """To the bit, with the library that reads tables whole, once that is put into this order."""
+    monkeypatch.setattr(streams, "CHUNK", 1)
+    run(tmp_path / "streamed", *FEW, *cache, "--train_data_dir", parquet)
+    plain = [word for word in FEW if word not in ("--streaming", "--shuffle_buffer", "8")]
+    run(tmp_path / "plain", *plain, *cache, "--train_data_dir", parquet)
+    assert result_bytes(tmp_path / "streamed") != result_bytes(tmp_path / "plain")
+    monkeypatch.setattr(draws, "order", lambda seed, epoch, size: streams.order(seed, epoch, np.full(6, 5), 8))
+    run(tmp_path / "ordered", *plain, *cache, "--train_data_dir", parquet)
+    assert result_bytes(tmp_path / "streamed") == result_bytes(tmp_path / "ordered")
+    monkeypatch.setattr(streams, "CHUNK", 2**20)  # a chunk is a file, as it is for the tables
+    run(tmp_path / "shards", *FEW, *cache, "--train_data_dir", shards, "--dataloader_num_workers", "2")
+    assert result_bytes(tmp_path / "shards") == result_bytes(tmp_path / "streamed")
+    assert spools(cache[1]) == []
+
+
+def test_a_stream_is_resumed(each, parquet, cache, tmp_path):
+    """Inside an epoch, to the same weights to the bit."""
+    flags = [*FEW, *cache, "--train_data_dir", parquet, "--max_train_steps", "3"]
+    each(tmp_path / "whole", *flags)
+    each(tmp_path / "cut", *flags, "--max_train_steps", "2", "--checkpointing_steps", "2")
+    each(tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+
+
+def test_another_epoch_a_subset_and_held_out_pictures(run, shards, cache, tmp_path, capsys):
+    more = ["--max_train_samples", "14", "--validation_split", "0.3", "--validation_steps", "3"]
+    flags = [*FEW, *cache, "--train_data_dir", shards, *more, "--max_train_steps", "7"]
+    run(tmp_path / "whole", *flags)
+    said = capsys.readouterr().err
+    assert "streaming 30 pictures in chunks, 6 of " in said and "on 10 pictures" in said
+    assert len(re.findall(r"val_loss \d", said)) == 3
+    run(tmp_path / "cut", *flags, "--checkpointing_steps", "4")
+    run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "checkpoint-4", "--dataloader_num_workers", "1")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    capsys.readouterr()
+    run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "checkpoint-4", "--shuffle_buffer", "9")
+    assert "shuffle_buffer 8 -> 9" in capsys.readouterr().err
+
+
+def test_two_processes_are_one(run, parquet, cache, tmp_path):
+    flags = [*FEW, *cache, "--train_data_dir", parquet, "--max_train_steps", "9", "--adam_epsilon", "1e-5"]
+    run(tmp_path / "one", *flags)
+    two = [*flags, "--train_batch_size", "2", "--dataloader_num_workers", "1"]
+    process = run.start(tmp_path / "two", *two, launcher=two_processes())
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-6
+    assert spools(cache[1]) == []
+
+
+def spoilt(index, sample):
+    if index % 7 == 3:
+        sample[f"{index:04}.png"] = png(index)[:200]
+    if index % 7 == 5:
+        sample[f"{index:04}.txt"] = b"\xe9"
+
+
+def test_bad_samples_are_met_when_their_turn_comes(run, cache, tmp_path, capsys):
+    folder = tars(tmp_path / "shards", change=spoilt)
+    flags = [*FEW, *cache, "--train_data_dir", folder, "--max_train_steps", "8"]
+    sentence, code = run.fails(tmp_path / "error", *flags)
+    assert re.search(r"000?\d.tar/00\d\d.(png cannot be (read as a picture|used) \(.+\)); mend or remove it", sentence)
+    assert code == 2 and "--on_bad_sample skip" in sentence
+    assert run(tmp_path / "skip", *flags, "--on_bad_sample", "skip") == 0
+    said = capsys.readouterr().err
+    assert "8 pictures could not be used in training" in said and "0005.txt is not UTF-8 text" in said
+    assert run(tmp_path / "check", "--check_data", "--streaming", *cache, "--train_data_dir", folder) == 2
+    report = capsys.readouterr().out
+    assert "samples    30, 8 of which cannot be used" in report and "no usable caption: 4" in report
+    assert "000.tar/0003.png" in report
+
+
+def test_a_report_reads_a_stream_once(parquet, tmp_path, capsys, monkeypatch):
+    seen = []
+    real = streams._fetch_of_table
+    monkeypatch.setattr(streams, "_fetch_of_table", lambda *words: seen.append(words[-1].file) or real(*words))
+    source = {"dataset_name": None, "folder": parquet, "cache_dir": str(tmp_path), "shuffle_buffer": 8}
+    assert inspection.check_data(source, 16) == 0
+    said = capsys.readouterr()
+    assert "captions   30\npictures   30 decoded" in said.out and sorted(seen) == list(range(6))
+
+
+def test_a_dry_run_tells_of_chunks(run, parquet, tmp_path, capsys):
+    run(tmp_path / "out", "--dry_run", *FEW, "--cache_dir", tmp_path / "cache", "--train_data_dir", parquet)
+    out = capsys.readouterr().out
+    assert out.startswith("pictures    30 to train on, 0 held out\nchunks      6 of 0.00")
+    assert not (tmp_path / "out").exists() and spools(tmp_path / "cache") == []
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(folder, **options):
+    with pytest.raises(UserError) as caught:
+        rows_of(folder, folder.parent / "cache", **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value), caught.value.exit_code
+
+
+def test_what_cannot_be_streamed(pictures, parquet, tmp_path):
+    sentence, code = refused(Path(pictures))
+    assert "holds single pictures, which are read in place as it is; leave --streaming out" in sentence and code == 2
+    options = {"cache_dir": str(tmp_path), "shuffle_buffer": 8}
+    with pytest.raises(UserError, match="holds .jsonl, .png files, and --streaming reads .parquet tables or plain"):
+        data.load_rows(dataset_name=pictures, **options)
+    with pytest.raises(UserError, match="--dataset_name nowhere/at_all cannot be loaded"):
+        data.load_rows(dataset_name="nowhere/at_all", **options)
+    assert "--image_column text holds string, not pictures" in refused(parquet, image_column="text")[0]
+    assert "--caption_column title: there is no such column" in refused(parquet, caption_column="title")[0]
+    (tables(tmp_path / "test", 1) / "train-00000-of-00001.parquet").rename(tmp_path / "test" / "test.parquet")
+    assert "has no split 'train', only test" in refused(tmp_path / "test")[0]
+    write_tar(tmp_path / "bare" / "a.tar", [("0.png", png(0))])
+    assert "holds no captions beside its pictures" in refused(tmp_path / "bare")[0]
+    write_tar(tmp_path / "none" / "a.tar", [("0.txt", b"x")])
+    assert "holds no pictures" in refused(tmp_path / "none")[0]
+
+
+def test_damage(parquet, tmp_path, monkeypatch):
+    """A file that shows when it is looked through ends a run before it begins, one that shows later ends it then."""
+    monkeypatch.setattr(streams, "WAITS", ())
+    folder = tars(tmp_path / "shards", 2, 3)
+    content = (folder / "001.tar").read_bytes()
+    (folder / "001.tar").write_bytes(content[:1500])
+    assert re.search("001.tar cannot be read as a tar file after|001.tar is cut off after", refused(folder)[0])
+    folder = tables(tmp_path / "tables", 2, 3)
+    (folder / "train-00001-of-00002.parquet").write_bytes(b"PAR1")
+    assert "train-00001-of-00002.parquet cannot be read as parquet" in refused(folder)[0]
+    folder = tables(tmp_path / "later", 2, 3, compression="none")
+    rows = rows_of(folder, tmp_path)
+    path = folder / "train-00001-of-00002.parquet"
+    at = pyarrow.parquet.read_metadata(path).row_group(0).column(1).data_page_offset  # of the pictures
+    content = path.read_bytes()
+    path.write_bytes(content[:at] + bytes(50) + content[at + 50 :])
+    with pytest.raises(
+        UserError, match="train-00001-of-00002.parquet cannot be read as parquet from row 0 on"
+    ) as caught:
+        rows.captions(5)
+    assert caught.value.exit_code == 1 and rows.captions(0) == [caption(0)]
+    path.unlink()
+    with pytest.raises(UserError, match="train-00001-of-00002.parquet cannot be read: .*No such file"):
+        rows.captions(4)
+
+
+def test_a_disk_that_is_too_small(parquet, tmp_path, monkeypatch):
+    monkeypatch.setattr(streams.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000}))
+    sentence, code = refused(parquet)
+    assert "the chunks that a stream needs at the same time take about 0.0" in sentence and code == 2
+    assert "name another folder with --cache_dir, or lower --shuffle_buffer" in sentence
+    monkeypatch.undo()
+    rows = rows_of(parquet, tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(streams.os, "replace", full)
+    with pytest.raises(UserError, match="cannot be kept in .*No space left on device") as caught:
+        rows.captions(0)
+    assert caught.value.exit_code == 1
+
+
+# --- over HTTP -------------------------------------------------------------------------------------------------------
+
+LARGER = (200, 160)  # pixels, of which a PNG takes 96 kB: what is read beside pictures, footers alone, is little then
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with Hub(tmp_path_factory.mktemp("hub")) as hub:
+        folder = tmp_path_factory.mktemp("published")
+        hub.add("me/tables", tables(folder / "tables", 24, 4, LARGER), kind="datasets", private=True)
+        hub.add("some/shards", tars(folder / "shards", 24, 4), kind="datasets")
+        yield hub
+        assert all(token is None for _, path, token in hub.requests if path.startswith("/lfs/")), "a token went astray"
+
+
+@pytest.fixture(scope="module")
+def machine(hub, tmp_path_factory):
+    machine = Machine(hub, tmp_path_factory.mktemp("machine"))
+    yield machine
+    machine.process.kill()
+    machine.process.wait()
+
+
+RUN = """
+import os, runpy, sys
+from pathlib import Path
+from training_utils import streams
+
+streams.LATE = 0  # a chunk goes as soon as no sample to come needs it
+Path(words[0]).write_text(str(os.getpid()))
+sys.argv = words[1:]
+runpy.run_path(words[1], run_name="__main__")
+"""
+
+
+def command(run, tmp_path, name, out, *more):
+    """The words of a run on a data set of the hub."""
+    words = run.argv(tmp_path / out, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *FEW, *more)
+    return ["-c", RUN, tmp_path / "process", f"{run.script}.py", *words]
+
+
+def once_there_is(path, action):
+    """Call a function, in a thread, as soon as there is such a path."""
+
+    def wait():
+        while not path.exists():
+            time.sleep(0.01)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def stored(folder):
+    """How many bytes lie in a folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def test_a_run_downloads_what_it_trains_on(run, hub, machine, tmp_path):
+    """And a little ahead of it; the disk never holds the data set."""
+    hub.faults.clear(), hub.sent.clear()
+    whole = sum(map(len, hub.repositories["datasets", "me/tables"].files().values()))
+    few = ["--max_train_samples", "12", "--max_train_steps", "5"]
+    said = machine.runs(*command(run, tmp_path, "me/tables", "out", *few), token="hf_mine")
+    assert "streaming 96 pictures in chunks, 24 of 0.38" in said
+    fetched = sum(size for path, size in hub.sent if path.startswith("/lfs/"))
+    assert 0.98 * 3 / 24 < (fetched - 24 * 2**16) / whole < 3 / 24  # of all a footer, and two columns of three tables
+    assert stored(machine.folder / "home") + stored(tmp_path / "cache") < whole / 50
+    assert spools(tmp_path / "cache") == []
+    hub.sent.clear()
+    machine.runs(*command(run, tmp_path, "me/tables", "again", *few), token="hf_mine")
+    sentence = machine.fails(*command(run, tmp_path, "me/tables", "again", *few), code=2)
+    assert sentence.startswith("--dataset_name me/tables cannot be loaded: ")
+    assert sum(size for path, size in hub.sent if path.startswith("/lfs/")) == fetched - 20 * 2**16
+
+
+@pytest.mark.parametrize("name", ["me/tables", "some/shards"])
+def test_a_run_that_is_killed_while_it_fetches(run, hub, machine, tmp_path, name):
+    """... leaves nothing that is taken for a whole chunk, and goes on to the same weights to the bit, over a line that
+    breaks now and then."""
+    hub.faults.clear()
+    words = ["--max_train_steps", "20"]
+    machine.runs(*command(run, tmp_path, name, "whole", *words), token="hf_mine")
+
+    def kill():
+        os.kill(int((tmp_path / "process").read_text()), signal.SIGKILL)
+
+    once_there_is(tmp_path / "cut" / "checkpoint-4", lambda: hub.fails("GET", "/lfs/", kill))
+    code, said = machine(*command(run, tmp_path, name, "cut", *words, "--checkpointing_steps", "2"), token="hf_mine")
+    assert code == -signal.SIGKILL, said
+    assert not (tmp_path / "cut" / "model_index.json").exists() and not (tmp_path / "cut" / "checkpoint-20").exists()
+    (spool,) = spools(tmp_path / "cache")
+    for path in spool.glob("*.arrow"):
+        with pyarrow.memory_map(str(path)) as file:
+            assert pyarrow.ipc.open_file(file).get_batch(0).num_rows == 4
+
+    hub.fails("GET", "/lfs/", "cut", times=2)
+    hub.fails("GET", "/resolve/", 503, times=2)
+    words += ["--resume_from_checkpoint", "latest"]
+    said = machine.runs(*command(run, tmp_path, name, "cut", *words), token="hf_mine")
+    assert "warning" not in said and not any(times for *_, times in hub.faults)
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    assert spools(tmp_path / "cache") == []
+
+
+def test_a_line_that_breaks_for_good(run, hub, machine, tmp_path):
+    hub.faults.clear()
+    once_there_is(tmp_path / "out" / "checkpoint-4", lambda: hub.fails("GET", "/lfs/", "cut", times=9999))
+    words = ["--max_train_steps", "30", "--checkpointing_steps", "2"]
+    sentence = machine.fails(*command(run, tmp_path, "some/shards", "out", *words), code=1)
+    assert re.match(r"some/shards/0\d\d.tar cannot be read: ", sentence) and "\n" not in sentence
+    assert (tmp_path / "out" / "checkpoint-4").is_dir() and spools(tmp_path / "cache") == []
