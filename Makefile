@@ -4,7 +4,7 @@ BIN = .venv/bin
 OUT = quickstart-output
 WORKERS = 2
 
-.PHONY: setup quickstart quickstart-lora quickstart-sdxl quickstart-flax test test-slow lint clean
+.PHONY: setup quickstart quickstart-lora quickstart-sdxl quickstart-flax compare test test-slow lint clean
 
 setup: .venv/ready
 
@@ -24,7 +24,7 @@ KEEP_LATENTS = --cache_latents --encoding_cache_dir $(OUT)/encodings
 KEEP = $(KEEP_LATENTS) --cache_text_embeddings
 TRAIN_LORA = $(TRAIN) $(KEEP_LATENTS) --rank 32 --train_text_encoder \
   --validation_prompt "a mirrored handwritten three"
-quickstart quickstart-lora quickstart-sdxl quickstart-flax: export TRANSFORMERS_VERBOSITY = error
+quickstart quickstart-lora quickstart-sdxl quickstart-flax compare: export TRANSFORMERS_VERBOSITY = error
 
 # Real handwritten digits, a tiny base model, the first script as a user starts it, and a look at the result.
 # Stopped half-way it continues when it is called again; `make clean` makes it start over.
@@ -68,6 +68,14 @@ quickstart-flax: setup
 	  $(TRAIN) $(KEEP) --validation_prompts "a handwritten three" "a handwritten seven" --dataloader_num_workers 1 \
 	  --compilation_cache_dir $(OUT)/compiled
 	$(BIN)/python quickstart/score.py --model_dir $(OUT)/flax-model --grid $(OUT)/flax.png
+
+# The digits under several settings: the tables and charts of docs/settings.md.
+compare: setup
+	$(BIN)/python quickstart/make_data.py --output_dir $(OUT)/digits
+	$(BIN)/python quickstart/make_data.py --output_dir $(OUT)/mirrored --mirrored
+	$(BIN)/python quickstart/make_base.py --output_dir $(OUT)/base
+	$(BIN)/python quickstart/compare.py --base $(OUT)/base --digits $(OUT)/digits --mirrored $(OUT)/mirrored \
+	  --output_dir $(OUT)/compare --charts docs
 
 # JAX's tests have processes of their own: torch's data workers are forked, which JAX's threads do not go well with.
 test: setup lint
