@@ -94,3 +94,39 @@ def test_it_reaches_its_accuracy(target, tmp_path):
         target in ("quickstart-lora", "quickstart-sdxl")
     )
     assert all(float(score) >= 0.9 for _, score in scores)
+
+
+def test_tables_and_charts_of_settings(tmp_path):
+    import compare
+
+    runs = {"off": [({4: 0.5, 8: 0.25}, {1: 0.1, 2: 0.2, 4: 0.4, 8: 0.9})] * 2}
+    runs["on"] = [({4: 0.2, 8: 0.3}, {1: 0.0, 2: 0.2, 4: 0.4, 8: top}) for top in (0.8, 1.0)]
+    head, _, off, on = compare.table(runs, 8)
+    assert head.split(" | ")[-4:] == [f"read rightly after {step}" for step in (1, 2, 4)] + ["read rightly after 8 |"]
+    assert off == "| off | 0.2500 | 0.2500 | 0.10 | 0.20 | 0.40 | 0.90 |"
+    assert on == "| on | 0.3000 | 0.2000 | 0.00 | 0.20 | 0.40 | 0.90 (0.80 to 1.00) |"
+    compare.charts(runs, tmp_path, "weights", "every weight")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "settings-weights-accuracy.svg",
+        "settings-weights-loss.svg",
+    ]
+
+
+@pytest.mark.slow
+def test_settings_are_compared(tmp_path, monkeypatch, capsys):
+    """As `make compare`, with 40 pictures of each set, eight updates of each run and ten drawings at each look."""
+    import compare
+    import score
+
+    for name, words in (("digits", []), ("mirrored", ["--mirrored"])):
+        script("quickstart/make_data.py", "--output_dir", tmp_path / name, *words)
+        lines = (tmp_path / name / "metadata.jsonl").read_text().splitlines()[:40]
+        (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines))
+    script("quickstart/make_base.py", "--output_dir", tmp_path / "base")
+    monkeypatch.setattr(score, "PER_DIGIT", 1)
+    folders = [word for name in ("digits", "mirrored", "base") for word in (f"--{name}", str(tmp_path / name))]
+    words = ["--output_dir", str(tmp_path / "out"), "--charts", str(tmp_path / "charts"), "--seeds", "1"]
+    compare.main([*folders, *words, "--max_train_steps", "8"])
+    said = capsys.readouterr().out
+    assert all(f"| {name} | 0." in said for name in (*compare.WEIGHTS, *compare.RANKS))
+    assert len(list((tmp_path / "charts").glob("settings-*.svg"))) == 4
