@@ -570,7 +570,7 @@ def test_what_is_uploaded(any_script, tmp_path, monkeypatch):
     any_script(out, *flags, *PROMPTS["lora" in any_script.script], *LOOK)
     files = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
     sent = {name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in seen["allow_patterns"])}
-    left = {name for name in files if name.startswith(("checkpoint-", "logs/", "run.yaml"))}
+    left = {name for name in files if name.startswith(("checkpoint-", "logs/", "run.yaml", "metrics.jsonl"))}
     assert sent == set(files) - left and left
     card = (out / "README.md").read_text()
     assert "kandinsky" in card and "me/model" in card and not any(folder in card for folder in any_script.base)

@@ -312,7 +312,7 @@ def test_another_epoch_a_subset_and_held_out_pictures(run, shards, cache, tmp_pa
     flags = [*FEW, *cache, "--train_data_dir", shards, *more, "--max_train_steps", "7"]
     run(tmp_path / "whole", *flags)
     said = capsys.readouterr().err
-    assert "streaming 30 pictures in chunks, 6 of " in said and "on 10 pictures" in said
+    assert "streaming 30 pictures in chunks, 6 of " in said and re.search(r"pictures +10\b", said)
     assert len(re.findall(r"val_loss \d", said)) == 3
     run(tmp_path / "cut", *flags, "--checkpointing_steps", "4")
     run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "checkpoint-4", "--dataloader_num_workers", "1")
