@@ -27,7 +27,7 @@ HELP = {
 
 def parse_args(argv=None):
     groups = [
-        (flags.MODEL[0], flags.MODEL[1] + OWN_MODEL_FLAGS),
+        (flags.MODEL[0], [*flags.MODEL[1], flags.SINGLE_FILE_CONFIG, *OWN_MODEL_FLAGS]),
         flags.DATA,
         flags.TRAINING,
         flags.OPTIMIZATION,
@@ -230,7 +230,9 @@ def load_models(args):
     `pipeline` holds the networks and the model's own sampler, `parameters` is a dict by part, `schedule` the noise
     schedule of the training.
     """
-    base = engine.model_folder(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    base = engine.model_folder(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, args.single_file_config
+    )
     changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     if args.rescale_betas_zero_snr:
         changes["rescale_betas_zero_snr"] = True

@@ -52,7 +52,7 @@ OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not fo
     "max_bucket_reso": (int, None),
     "bucket_reso_steps": (int, 64),
 }
-OURS_FOR_SINGLE_FILES = {"single_file_config": (str, None)}  # Stable Diffusion and SDXL in PyTorch
+OURS_FOR_SINGLE_FILES = {"single_file_config": (str, None)}  # Stable Diffusion and SDXL
 OURS_FOR_EVERY_WEIGHT = {
     "fused_backward_pass": (bool, False),
     "full_bf16": (bool, False),
@@ -171,7 +171,7 @@ def test_command_line_is_frozen(script, monkeypatch):
     ours = OURS | (OURS_FOR_ADAPTERS if "lora" in script else OURS_FOR_EVERY_WEIGHT)
     ours |= {} if "prior" in script or "flax" in script else OURS_FOR_PIXELS
     kandinsky = "prior" in script or "decoder" in script
-    ours |= {} if kandinsky or "flax" in script else OURS_FOR_SINGLE_FILES
+    ours |= {} if kandinsky else OURS_FOR_SINGLE_FILES
     elsewhere = ELSEWHERE | (OURS_FOR_KANDINSKY if kandinsky else {})
     ours |= {name: elsewhere[name] for name in TAKEN_OVER[script]}
     if kandinsky:

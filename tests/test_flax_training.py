@@ -24,6 +24,7 @@ from flax_runs import FlaxRunner, compiled_once
 from PIL import Image
 from safetensors.numpy import load_file
 from test_formats import CAPTIONS, config, shard
+from test_single_file import as_one_file
 from tiny import UNET
 
 import train_text_to_image_flax as script
@@ -273,6 +274,18 @@ def test_a_stream_is_resumed_and_is_that_of_the_torch_script(run_flax, run, tmp_
     assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
     run(tmp_path / "torch", *stream)
     assert relative_difference(tmp_path / "torch", tmp_path / "whole") < 1e-5
+
+
+def test_a_base_model_in_one_file(run_flax, sd, tmp_path, monkeypatch):
+    """Trains as its folder does; what converts it may be absent, and then that is said."""
+    path = as_one_file(sd, tmp_path / "model.safetensors")
+    flags = ["--pretrained_model_name_or_path", path, "--single_file_config", sd, "--cache_dir", tmp_path / "cache"]
+    for name, more in (("folder", []), ("file", flags)):
+        run_flax(tmp_path / name, *more, "--max_train_steps", "2")
+    assert result_bytes(tmp_path / "file") == result_bytes(tmp_path / "folder")
+    monkeypatch.setattr(jax_engine, "find_spec", lambda name: None)
+    with pytest.raises(reporting.UserError, match=r"pip install -r requirements\.txt"):
+        run_flax(tmp_path / "again", *flags)
 
 
 def test_sigkill_then_resume(run_flax, tmp_path):

@@ -221,10 +221,15 @@ class Pace:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def model_folder(name, revision=None, variant=None, cache_dir=None):
-    """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError."""
+def model_folder(name, revision=None, variant=None, cache_dir=None, config=None):
+    """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError.
+
+    A model in one file is converted, as single_file.folder_of says, which takes `config`; by diffusers, with torch.
+    """
     try:
-        folder = fetch(name, revision, variant, cache_dir)
+        folder = (
+            _converted(name, config, cache_dir) if os.path.isfile(name) else fetch(name, revision, variant, cache_dir)
+        )
     except ModelError as error:
         reason = hub.reason(error.__context__)
         raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
@@ -234,6 +239,21 @@ def model_folder(name, revision=None, variant=None, cache_dir=None):
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(f"base model {name} has no weights of --variant {variant}")
     return folder
+
+
+def _converted(path, config, cache_dir):
+    lacking = [name for name in ("torch", "diffusers") if find_spec(name) is None]
+    if lacking:
+        raise UserError(
+            f"base model {path} is one file, which is converted by torch and diffusers: pip install -r "
+            "requirements.txt, or name a folder in diffusers' layout"
+        )
+    from . import libraries, single_file
+
+    libraries.prepare()
+    from diffusers import StableDiffusionPipeline
+
+    return single_file.folder_of(path, StableDiffusionPipeline, config, cache_dir)
 
 
 def load_part(folder, part, dtype=jnp.float32, variant=None):
