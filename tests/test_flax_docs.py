@@ -46,12 +46,11 @@ def test_train(my_model):
     assert (my_model / "my_model" / "validation" / "step-000002.png").exists()
 
 
-def test_caches(sd, pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_caches(sd, pictures, tmp_path):
     words = on_tiny_models(COMMANDS[1], sd, None, None, pictures, tmp_path / "out")
     with compiled_once():
         assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
-    assert len(list((tmp_path / "encodings").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "encodings").iterdir())) == 2
 
 
 def test_continue(my_model, sd, pictures):
