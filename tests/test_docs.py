@@ -41,7 +41,6 @@ from training_utils.reporting import UserError
 
 COMMANDS = commands()
 TORCH = [command for command in different(COMMANDS) if command.script and "flax" not in command.script]
-WRITTEN_ELSEWHERE = {"docs/settings.md"}  # to go at the merge
 
 
 # --- commands of the scripts -----------------------------------------------------------------------------------------
@@ -368,13 +367,12 @@ def test_links(page):
         if "://" not in target:
             path, _, anchor = target.partition("#")
             other = (page.parent / path).resolve() if path else page
-            if name_of(other) not in WRITTEN_ELSEWHERE:
-                assert other.is_file() and (not anchor or anchor in anchors(other)), target
+            assert other.is_file() and (not anchor or anchor in anchors(other)), target
 
 
 def test_every_page_is_linked_from_the_readme():
     linked = set(re.findall(r"\]\((docs/\w+\.md)", PAGES[0].read_text()))
-    assert linked - WRITTEN_ELSEWHERE == {name_of(page) for page in PAGES[1:]} - WRITTEN_ELSEWHERE
+    assert linked == {name_of(page) for page in PAGES[1:]}
 
 
 class Captured(Exception):
