@@ -12,7 +12,6 @@ import copy
 import importlib
 import json
 import os
-import resource
 import sys
 import time
 from contextlib import suppress
@@ -45,7 +44,19 @@ def peak():
             return statistics["peak_bytes_in_use"]
     elif sys.modules["torch"].cuda.is_available():
         return sys.modules["torch"].cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - mapped_entries()  # ru_maxrss is in kilobytes
+    return resident_peak() - mapped_entries()
+
+
+def resident_peak():
+    """The most host memory that this process has had since `forget_peak`, in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        from training_utils import dry_run
+
+        return dry_run.resident_peak()
+    # Not ru_maxrss, which a process inherits: it is never below the memory of the one that started it.
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def forget_peak():
