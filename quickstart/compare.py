@@ -24,9 +24,9 @@ from training_utils import libraries
 libraries.prepare()
 
 import numpy as np  # noqa: E402
-from diffusers import DiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers import UNet2DConditionModel  # noqa: E402
 from make_data import WORDS  # noqa: E402
-from score import draw_digits, fit_reader, read_digits  # noqa: E402
+from score import draw_digits, fit_reader, load_pipeline, read_digits  # noqa: E402
 
 from training_utils.charts import Line, draw  # noqa: E402
 from training_utils.metrics import Log  # noqa: E402
@@ -71,11 +71,9 @@ def accuracies(reader, base, out, steps, mirrored):
             if (folder / "unet").is_dir():
                 part = "unet_ema" if (folder / "unet_ema").is_dir() else "unet"
                 network = UNet2DConditionModel.from_pretrained(folder, subfolder=part)
-                pipeline = DiffusionPipeline.from_pretrained(base, unet=network)
+                pipeline = load_pipeline(base, unet=network)
             else:
-                pipeline = DiffusionPipeline.from_pretrained(base)
-                pipeline.load_lora_weights(folder)
-            pipeline.set_progress_bar_config(disable=True)
+                pipeline = load_pipeline(base, folder)
             read = read_digits(reader, draw_digits(pipeline, mirrored, 25, 3.0, seed=0), mirrored)
             known[str(step)] = float((read == np.arange(len(WORDS))[:, None]).mean())
             path.write_text(json.dumps(known))

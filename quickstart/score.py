@@ -41,9 +41,9 @@ def fit_reader() -> tuple[SVC, float]:
     return reader, reader.score(unseen, unseen_labels)
 
 
-def load_pipeline(model_dir: Path, lora_dir: Path | None) -> DiffusionPipeline:
-    """The model of whatever kind, with the adapters in it if there are any."""
-    pipeline = DiffusionPipeline.from_pretrained(model_dir)
+def load_pipeline(model_dir: Path, lora_dir: Path | None = None, **parts) -> DiffusionPipeline:
+    """The model of whatever kind, with these parts in place of its own, and the adapters in it if there are any."""
+    pipeline = DiffusionPipeline.from_pretrained(model_dir, **parts)
     if lora_dir is not None:
         pipeline.load_lora_weights(lora_dir)
     pipeline.set_progress_bar_config(disable=True)

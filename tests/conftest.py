@@ -98,6 +98,13 @@ class Runner:
             **({"cwd": ROOT} | options),
         )
 
+    def on_two_processes(self, out, *more):
+        """Run it to its end on two processes, as a user does; returns what it printed."""
+        process = self.start(out, *more, launcher=two_processes())
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        return said
+
 
 @pytest.fixture(scope="session")
 def run(sd, pictures):
@@ -156,6 +163,17 @@ def two_processes():
         port = free.getsockname()[1]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--quiet"]
     return [*launch, "--main_process_port", str(port)]
+
+
+@pytest.fixture(scope="module")
+def machine(hub, tmp_path_factory):
+    """A client of the hub that a module's own fixture serves."""
+    from hub_server import Machine
+
+    machine = Machine(hub, tmp_path_factory.mktemp("machine"))
+    yield machine
+    machine.process.kill()
+    machine.process.wait()
 
 
 def result_file(out):

@@ -7,18 +7,23 @@ Large files travel by git LFS, which the client falls back to with HF_HUB_DISABL
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
+import numpy as np
 import yaml
 
+HERE = Path(__file__).parent
 TOKENS = {"hf_mine": ("me", "write"), "hf_mine_to_read": ("me", "read"), "hf_of_another": ("another", "write")}
 LARGE = (".safetensors", ".bin", ".png", ".parquet", ".pt", ".tar")
 
@@ -103,6 +108,11 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
+    def assert_that_no_token_went_astray(self):
+        assert all(token is None for _, path, token in self.requests if path.startswith("/lfs/")), (
+            "a token went astray"
+        )
+
     def add(self, name, folder=None, kind="models", branch="main", **options):
         """Publish the files of a folder as a commit upon a branch; `options` are Repository's. Returns its name."""
         repository = self.repositories.get((kind, name)) or self.create(kind, name, **options)
@@ -125,6 +135,68 @@ class Hub:
                 fault[3] -= 1
                 return fault[2]
         return None
+
+
+DRAW = """
+import numpy, torch
+from diffusers import StableDiffusionPipeline
+
+name, place, adapter = words
+pipeline = StableDiffusionPipeline.from_pretrained(name, cache_dir=place, use_safetensors=True)
+if adapter:
+    pipeline.load_lora_weights(adapter, cache_dir=place)
+pipeline.set_progress_bar_config(disable=True)
+noise = torch.Generator().manual_seed(0)
+drawn = pipeline("a handwritten one", num_inference_steps=2, generator=noise, output_type="np")
+numpy.save(place + "/picture.npy", drawn.images[0])
+"""
+
+
+class Machine:
+    """A process of hub_user.py, which knows no other hub than this one."""
+
+    def __init__(self, hub, folder):
+        self.folder = folder
+        self.environment = {name: word for name, word in os.environ.items() if name not in ("HF_TOKEN", "HF_HOME")}
+        self.environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
+        self.environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "IMPATIENT": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "hub_user.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=HERE.parent,
+            env=self.environment,
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def __call__(self, *words, token=None):
+        """Run a command; returns (exit code, what it printed)."""
+        printed = self.folder / "printed.txt"
+        command = [list(map(str, words)), {"HF_TOKEN": token} if token else {}, str(printed)]
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline()), printed.read_text()
+
+    def runs(self, *words, token=None):
+        """Run a command that must do; returns what it printed."""
+        code, said = self(*words, token=token)
+        assert code == 0, said
+        return said
+
+    def fails(self, *words, token=None, code):
+        """Run a command that must fail with this exit code; returns its one sentence."""
+        found, said = self(*words, token=token)
+        assert found == code, said
+        assert "Traceback" not in said
+        return said.split(": error: ", 1)[1].strip()
+
+    def draws(self, name, place, adapter=""):
+        """The picture that a model of the hub draws, downloaded into an empty cache."""
+        shutil.rmtree(place, ignore_errors=True)
+        self.runs("-c", DRAW, name, place, adapter)
+        return np.load(place / "picture.npy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

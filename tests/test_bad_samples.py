@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import relative_difference, result_bytes, two_processes
+from conftest import relative_difference, result_bytes
 from PIL import Image
 from tiny import picture, png, write_pictures
 
@@ -200,9 +200,7 @@ def test_other_processes_name_what_they_skip(monkeypatch, tmp_path, capsys):
 def test_two_processes_skip_the_same(run, partly_damaged, tmp_path):
     flags = ["--train_data_dir", partly_damaged, "--on_bad_sample", "skip"]
     run(tmp_path / "one", *flags, "--gradient_accumulation_steps", "2", "--train_batch_size", "2")
-    process = run.start(tmp_path / "two", *flags, "--train_batch_size", "2", launcher=two_processes())
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    said = run.on_two_processes(tmp_path / "two", *flags, "--train_batch_size", "2")
     assert "3 pictures could not be used in training" in said
     for index in (1, 5, 6):
         assert f"{index}.png cannot be read as a picture" in said

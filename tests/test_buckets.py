@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import logged, relative_difference, reset_accelerate, result_bytes, two_processes
+from conftest import logged, relative_difference, reset_accelerate, result_bytes
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -310,9 +310,7 @@ def test_a_run_with_buckets_resumed_equals_one_uninterrupted(request, name, cuts
 def test_two_processes_with_buckets_equal_one(run, shapes, tmp_path):
     flags = [*SMALL, "--train_data_dir", shapes, "--random_flip", "--train_batch_size", "2"]
     run(tmp_path / "one", *flags, "--gradient_accumulation_steps", "2")
-    process = run.start(tmp_path / "two", *flags, launcher=two_processes())
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    said = run.on_two_processes(tmp_path / "two", *flags)
     assert said.count("aspect-ratio buckets") == 1
     assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-6
 

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import logged, relative_difference, result_bytes, two_processes
+from conftest import logged, relative_difference, result_bytes
 from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.numpy import load_file
@@ -94,16 +94,7 @@ def test_a_cached_run_that_is_cut_ends_in_the_same_weights(run_sdxl, tmp_path):
 def test_two_processes_share_the_work_and_equal_one(run, tmp_path):
     common = [*DRAWS, "--center_crop", "--max_train_steps", "3"]
     run(tmp_path / "one", *common, *switches(run, tmp_path / "alone"))
-    process = run.start(
-        tmp_path / "two",
-        *common,
-        "--train_batch_size",
-        "2",
-        *switches(run, tmp_path / "kept"),
-        launcher=two_processes(),
-    )
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    run.on_two_processes(tmp_path / "two", *common, "--train_batch_size", "2", *switches(run, tmp_path / "kept"))
     assert entries(tmp_path / "kept") == entries(tmp_path / "alone")  # nothing was done twice
     assert relative_difference(tmp_path / "one", tmp_path / "two") < 1e-6
 

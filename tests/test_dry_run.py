@@ -132,7 +132,7 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
     sizes = np.array([[512, 512]] * 5 + [[576, 448]] * 7)
 
     class Rows(list):
-        pass
+        stream = None
 
     rows = Rows(range(12))
     rows.sizes = sizes

@@ -1,6 +1,5 @@
 """From a hub, and back to it: a real client and a real server, on loopback."""
 
-import json
 import os
 import shlex
 import shutil
@@ -15,7 +14,7 @@ import pytest
 import torch
 from conftest import KANDINSKY, ROOT, result_bytes
 from diffusers import StableDiffusionPipeline
-from hub_server import Hub, card_problems, front_matter
+from hub_server import DRAW, Hub, card_problems, front_matter
 from test_result import drawn
 
 from training_utils import checkpoints
@@ -24,64 +23,6 @@ from training_utils.hub import Uploads
 LOOK = ["--validation_num_inference_steps", "2", "--validation_steps", "6"]
 PROMPTS = ["--validation_prompts", "a handwritten one", "--- : a [two] 'three'", *LOOK]
 MINE, READER, OTHER = "hf_mine", "hf_mine_to_read", "hf_of_another"
-
-
-class Machine:
-    """A process of hub_user.py, which knows no other hub than this one."""
-
-    def __init__(self, hub, folder):
-        self.folder = folder
-        self.environment = {name: word for name, word in os.environ.items() if name not in ("HF_TOKEN", "HF_HOME")}
-        self.environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
-        self.environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "IMPATIENT": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "hub_user.py")],
-            **dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT),
-            env=self.environment,
-        )
-        assert self.process.stdout.readline() == "ready\n"
-
-    def __call__(self, *words, token=None):
-        """Run a command; returns (exit code, what it printed)."""
-        printed = self.folder / "printed.txt"
-        command = [list(map(str, words)), {"HF_TOKEN": token} if token else {}, str(printed)]
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline()), printed.read_text()
-
-    def runs(self, *words, token=None):
-        """Run a command that must do; returns what it printed."""
-        code, said = self(*words, token=token)
-        assert code == 0, said
-        return said
-
-    def fails(self, *words, token=None, code):
-        """Run a command that must fail with this exit code; returns its one sentence."""
-        found, said = self(*words, token=token)
-        assert found == code, said
-        assert "Traceback" not in said
-        return said.split(": error: ", 1)[1].strip()
-
-    def draws(self, name, place, adapter=""):
-        """The picture that a model of the hub draws, downloaded into an empty cache."""
-        shutil.rmtree(place, ignore_errors=True)
-        self.runs("-c", DRAW, name, place, adapter)
-        return np.load(place / "picture.npy")
-
-
-DRAW = """
-import numpy, torch
-from diffusers import StableDiffusionPipeline
-
-name, place, adapter = words
-pipeline = StableDiffusionPipeline.from_pretrained(name, cache_dir=place, use_safetensors=True)
-if adapter:
-    pipeline.load_lora_weights(adapter, cache_dir=place)
-pipeline.set_progress_bar_config(disable=True)
-noise = torch.Generator().manual_seed(0)
-drawn = pipeline("a handwritten one", num_inference_steps=2, generator=noise, output_type="np")
-numpy.save(place + "/picture.npy", drawn.images[0])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +45,7 @@ def hub(sd, pictures, tmp_path_factory):
         hub.add("some/gated", sd, gated=True)
         hub.add("some/card", folder / "nothing")
         yield hub
-        assert all(token is None for _, path, token in hub.requests if path.startswith("/lfs/")), "a token went astray"
-
-
-@pytest.fixture(scope="module")
-def machine(hub, tmp_path_factory):
-    machine = Machine(hub, tmp_path_factory.mktemp("machine"))
-    yield machine
-    machine.process.kill()
-    machine.process.wait()
+        hub.assert_that_no_token_went_astray()
 
 
 @pytest.fixture(autouse=True)

@@ -250,12 +250,8 @@ def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path, n
 
     last = stopped_after + 3
     flags[1] = str(last)
-    process = run.start(out, *flags, "--resume_from_checkpoint", "latest", launcher=two_processes())
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    process = run.start(tmp_path / "whole", *flags, launcher=two_processes())
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    run.on_two_processes(out, *flags, "--resume_from_checkpoint", "latest")
+    run.on_two_processes(tmp_path / "whole", *flags)
     assert result_bytes(out) == result_bytes(tmp_path / "whole")
 
 
@@ -282,9 +278,7 @@ def test_one_process_two_and_accumulation_agree(run, tmp_path):
     assert relative_difference(tmp_path / "accumulated", tmp_path / "one") < 1e-6
 
     two = [*eleven, "--train_batch_size", "2", "--checkpointing_steps", "4"]
-    process = run.start(tmp_path / "two", *two, "--validation_split", "0", launcher=two_processes())
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    run.on_two_processes(tmp_path / "two", *two, "--validation_split", "0")
     assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-6
 
     shutil.copytree(tmp_path / "two" / "checkpoint-4", tmp_path / "continued" / "checkpoint-4")
@@ -300,7 +294,5 @@ def test_siblings_on_two_processes(request, tmp_path, sibling):
     flags += ["--adam_epsilon", "1e-5"]
     run(tmp_path / "one", *flags)
     two = [*flags, "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
-    process = run.start(tmp_path / "two", *two, launcher=two_processes())
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    run.on_two_processes(tmp_path / "two", *two)
     assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-5

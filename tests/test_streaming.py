@@ -17,12 +17,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import relative_difference, result_bytes, two_processes
+from conftest import relative_difference, result_bytes
 from hub_server import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_formats import write_tar
-from test_hub import Machine
 from tiny import WORDS, picture
 
 from training_utils import data, draws, inspection, streams
@@ -326,9 +325,7 @@ def test_two_processes_are_one(run, parquet, cache, tmp_path):
     flags = [*FEW, *cache, "--train_data_dir", parquet, "--max_train_steps", "9", "--adam_epsilon", "1e-5"]
     run(tmp_path / "one", *flags)
     two = [*flags, "--train_batch_size", "2", "--dataloader_num_workers", "1"]
-    process = run.start(tmp_path / "two", *two, launcher=two_processes())
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    run.on_two_processes(tmp_path / "two", *two)
     assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-6
     assert spools(cache[1]) == []
 
@@ -455,15 +452,7 @@ def hub(tmp_path_factory):
         hub.add("me/tables", tables(folder / "tables", 24, 4, LARGER), kind="datasets", private=True)
         hub.add("some/shards", tars(folder / "shards", 24, 4), kind="datasets")
         yield hub
-        assert all(token is None for _, path, token in hub.requests if path.startswith("/lfs/")), "a token went astray"
-
-
-@pytest.fixture(scope="module")
-def machine(hub, tmp_path_factory):
-    machine = Machine(hub, tmp_path_factory.mktemp("machine"))
-    yield machine
-    machine.process.kill()
-    machine.process.wait()
+        hub.assert_that_no_token_went_astray()
 
 
 RUN = """

@@ -273,7 +273,7 @@ def load_rows(
         )
     findings, kind, parts, origins = Findings(), "tables", None, None
     if dataset_name is None:
-        files, kind = _files_of(Path(folder))
+        files, kind = files_of(Path(folder))
     title = f"--train_data_dir {folder}" if dataset_name is None else f"--dataset_name {dataset_name}"
     if kind == "tables":
         if repeats_from_folders:
@@ -294,9 +294,9 @@ def load_rows(
             name = next(iter(repeats.folders.values()))
             warn(f"folders named like '{name}' are not repeated; with --repeats_from_folders they are")
     columns = dataset.column_names
-    image_column = _column(columns, image_column, "image", 0, "--image_column")
+    image_column = column_of(columns, image_column, "image", 0, "--image_column")
     if caption_column is not None:
-        caption_column = _column(columns, caption_column, "text", 1, "--caption_column")
+        caption_column = column_of(columns, caption_column, "text", 1, "--caption_column")
     try:
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     except Exception:
@@ -318,12 +318,17 @@ def _read_tables(title, name, data_dir, config_name, cache_dir):
         splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir, data_dir=data_dir)
     except Exception as error:  # the library raises its own, the hub client's, pyarrow's and the system's errors
         raise UserError(f"{title} cannot be loaded: {reason_of(error)}") from None
+    return train_of(title, splits)
+
+
+def train_of(title, splits):
+    """What a data set has under the name `train`. Raises UserError where it has no such split."""
     if "train" not in splits:
-        raise UserError(f"{title} has no split 'train', only {', '.join(splits)}")
+        raise UserError(f"{title} has no split 'train', only {', '.join(map(str, splits)) or 'none'}")
     return splits["train"]
 
 
-def _column(columns, name, default, place, flag):
+def column_of(columns, name, default, place, flag):
     if name in columns:
         return name
     if name != default or place >= len(columns):
@@ -332,7 +337,7 @@ def _column(columns, name, default, place, flag):
     return columns[place]
 
 
-def _files_of(folder):
+def files_of(folder):
     """What a folder holds: (sorted paths, "pictures", "shards" or "tables"). Raises UserError for none of them."""
     kinds = {"pictures": [], "shards": [], "tables": [], "compressed": []}
     for path in sorted(folder.rglob("*")):

@@ -45,7 +45,7 @@ def report(rows, held_out_rows, updates, total, progress, networks, device, memo
 
 def _data(rows, held_out_rows, updates, total, done):
     lines = [f"pictures    {len(rows):,} to train on, {len(held_out_rows or []):,} held out"]
-    if getattr(rows, "stream", None) is not None:
+    if rows.stream is not None:
         lines.append(f"chunks      {rows.source.told()}")
     if rows.sizes is not None:
         sizes, counts = np.unique(rows.sizes, axis=0, return_counts=True)

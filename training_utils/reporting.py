@@ -1,5 +1,6 @@
 """What a person sees of a run: messages, the progress bar, the curves, the picture grids."""
 
+import functools
 import importlib.metadata
 import math
 import os
@@ -310,6 +311,7 @@ def _strong(text):
     return text if plain else f"\033[1m{text}\033[0m"
 
 
+@functools.cache
 def versions():
     """The libraries that shape a result, {name: version}."""
     names = ["torch", "diffusers", "transformers", "accelerate", "peft", "jax", "flax", "optax", "numpy"]

@@ -43,6 +43,7 @@ WINDOW = 2**18  # bytes: what lies nearer together than that is read at once, si
 WIDEST = 2**23  # bytes that are read at once of a shard whose pictures are so small that none is worth a request
 WAITS = (1, 2, 4, 8, 16)  # seconds between attempts to read, beside those of the hub's client
 AHEAD = 4  # chunks that a process fetches ahead at the same time, each of which lies in its memory meanwhile
+THREADS = 16  # that ask for files before the run, each of which waits for an answer
 LATE = 64  # updates for which a chunk stays when it is not needed any more: data workers may lag behind
 GUESTS = 4  # chunks that stay for a while though no update to come needs them: those of held-out samples
 FORMAT = 1  # of what is kept about a file
@@ -663,7 +664,7 @@ def load_rows(dataset_name, config_name, folder, cache_dir, image_column, captio
     together. What is found out about its files is kept in the folder of downloads. Raises UserError."""
     title = f"--train_data_dir {folder}" if dataset_name is None else f"--dataset_name {dataset_name}"
     urls, kind = _urls(title, dataset_name, config_name, folder, cache_dir)
-    files = [_file(url) for url in urls]
+    files = list(data.read_ahead(_file, urls, THREADS))
     if kind == "shards":
         wanted = caption_column is not None
         look, fetch = partial(_look_through_shard, wanted), partial(_fetch_of_shard, caption_column)
@@ -675,7 +676,7 @@ def load_rows(dataset_name, config_name, folder, cache_dir, image_column, captio
     try:
         (root / "files").mkdir(parents=True, exist_ok=True)
         with _locked(root / "files.lock"):  # else each process of a machine would look through all of them
-            known = data.read_ahead(partial(_known, root / "files", [kind, wanted], look), files, 16)
+            known = data.read_ahead(partial(_known, root / "files", [kind, wanted], look), files, THREADS)
             known = list(bar(known, kind, len(files)))
     except OSError as error:
         raise _not_kept(root, error, exit_code=2) from None
@@ -712,7 +713,7 @@ def _urls(title, dataset_name, config_name, folder, cache_dir):
     datasets.disable_progress_bars()
     name, place = dataset_name, folder
     if dataset_name is None:
-        found, kind = data._files_of(Path(folder))
+        found, kind = data.files_of(Path(folder))
         if kind == "pictures":
             raise UserError(f"{title} holds single pictures, which are read in place as it is; leave --streaming out")
         if kind == "shards":
@@ -723,9 +724,7 @@ def _urls(title, dataset_name, config_name, folder, cache_dir):
         splits = builder.config.data_files or {}
     except Exception as error:  # as of datasets.load_dataset
         raise UserError(f"{title} cannot be loaded: {reason_of(error)}") from None
-    if "train" not in splits:
-        raise UserError(f"{title} has no split 'train', only {', '.join(map(str, splits)) or 'none'}")
-    urls = [str(url) for url in splits["train"]]
+    urls = [str(url) for url in data.train_of(title, splits)]
     endings = {os.path.splitext(url)[1].lower() for url in urls}
     if endings not in ({".parquet"}, {".tar"}):
         raise UserError(
@@ -738,9 +737,9 @@ def _urls(title, dataset_name, config_name, folder, cache_dir):
 def _columns(file, image_column, caption_column):
     """The columns of pictures and of captions in a table, as data.load_rows finds them."""
     schema = _footer(file).schema.to_arrow_schema()
-    image_column = data._column(schema.names, image_column, "image", 0, "--image_column")
+    image_column = data.column_of(schema.names, image_column, "image", 0, "--image_column")
     if caption_column is not None:
-        caption_column = data._column(schema.names, caption_column, "text", 1, "--caption_column")
+        caption_column = data.column_of(schema.names, caption_column, "text", 1, "--caption_column")
     kind = schema.field(image_column).type
     if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
