@@ -366,15 +366,16 @@ def test_networks_visit_the_device():
     moves = []
 
     class Network(torch.nn.Linear):
-        device = property(lambda self: moves[-1] if moves else "cpu")
-
         def to(self, device):
-            moves.append(device)
+            moves.append(str(device))
             return self
 
     with frozen.visiting([Network(2, 2), None], "meta"):
         assert moves == ["meta"]
     assert moves == ["meta", "cpu"]
+    with frozen.visiting([Network(2, 2)], "cpu"):
+        pass
+    assert moves == ["meta", "cpu"], "one that is there already was moved"
 
 
 def test_a_full_disk_and_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):

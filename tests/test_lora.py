@@ -1,14 +1,18 @@
 """Adapters: what is trained is what is saved, in each layout; the base stays as it was; nothing is left in half."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import logged, result_weights
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from training_utils import lora
 
 LARGE = ["--learning_rate", "5e-2", "--adam_weight_decay", "0"]  # so that the adapters show in a picture
 WITH_TEXT = ["--train_text_encoder"]
@@ -95,6 +99,42 @@ def test_layout_and_metadata(either, tmp_path):
     assert text == ({"text_encoder", "text_encoder_2"} if "xl" in either.script else {"text_encoder"})
     for part in text:  # the names that every version of the libraries reads
         assert any(name.startswith(f"{part}.text_model.encoder.layers.0.self_attn.q_proj.lora_A") for name in names)
+
+
+@pytest.mark.parametrize("alpha", [4, 6])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "half base"])
+def test_our_forward_is_that_of_peft(run_lora, alpha, dropout, precision):
+    """Output and gradients: to the bit where alpha is the rank, as it is by default."""
+    unet = UNet2DConditionModel.from_pretrained(run_lora.base, subfolder="unet")
+    if precision == "half base":
+        unet.bfloat16()
+    lora.add_adapter(unet, lora.UNET_LAYERS, 4, alpha, dropout)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in lora.parameters([unet]):
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=draw)
+    original = copy.deepcopy(unet)
+    layers = [module for module in original.modules() if isinstance(module, LoraLayer)]
+    assert layers and all(layer.lora_variant for layer in layers)
+    for layer in layers:
+        layer.lora_variant.clear()
+        layer.cast_input_dtype_enabled = True
+    latents, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 77, 16, generator=draw)
+    if precision == "half base":
+        latents, text = latents.bfloat16(), text.bfloat16()
+    found = {}
+    for name, network in {"ours": unet.train(), "PEFT's": original.train()}.items():
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            output = network(latents, torch.tensor([3, 800]), text).sample
+        output.float().square().sum().backward()
+        found[name] = [output, *(parameter.grad for parameter in lora.parameters([network]))]
+    assert all(gradient.abs().max() > 0 for gradient in found["ours"])
+    ours, theirs = (torch.cat([tensor.detach().float().flatten() for tensor in all]) for all in found.values())
+    if alpha == 4:
+        assert torch.equal(ours, theirs)
+    else:
+        assert (ours - theirs).norm() < (1e-5 if precision == "float32" else 0.03) * theirs.norm()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -33,7 +33,9 @@ def encoder(encode):
         first = next(iter(batch.values()))
         size = 1 if training or first.device.type != "cpu" else len(first)
         with torch.set_grad_enabled(training):
-            parts = [batch] if size == 1 else [{name: a[[at]] for name, a in batch.items()} for at in range(size)]
+            parts = [batch]
+            if size > 1:  # in memory of their own, whose alignment some kernels' rounding goes by
+                parts = [{name: a[at : at + 1].clone() for name, a in batch.items()} for at in range(size)]
             parts = [encode(networks, part) for part in parts]
             return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
 
@@ -44,14 +46,15 @@ def encoder(encode):
 def visiting(networks, device):
     """Within this context the networks are on the device, and after it where they were; a None among them is passed
     over."""
-    networks = [network for network in networks if network is not None]
-    places = [network.device for network in networks]
-    for network in networks:
+    places = [(network, next(network.parameters()).device) for network in networks if network is not None]
+    # To move a network that is there already takes milliseconds, and a cache asks for it with every batch.
+    away = [(network, place) for network, place in places if place != torch.device(device)]
+    for network, _ in away:
         network.to(device)
     try:
         yield
     finally:
-        for network, place in zip(networks, places):
+        for network, place in away:
             network.to(place)
 
 
