@@ -57,7 +57,7 @@ class FewerPasses(LoraVariant):
     @staticmethod
     def forward(module, active_adapter, x, result, **_):
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != down.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(down.weight.dtype)
         term, scaling = down(module.lora_dropout[active_adapter](x)), module.scaling[active_adapter]
         return result.add_(up(term if scaling == 1 else term * scaling))
