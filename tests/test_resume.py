@@ -247,6 +247,8 @@ def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path, n
     stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
     assert (out / f"checkpoint-{stopped_after}").is_dir(), said
     assert "accelerate launch --multi_gpu --num_processes 2" in said
+    if number == signal.SIGINT:
+        return  # what is saved does not depend on the signal
 
     last = stopped_after + 3
     flags[1] = str(last)
