@@ -15,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from . import launch, zero
+
 
 def begin(accelerator, precision):
     """Let an Accelerator share weights out, where it was launched to. `precision` is what the network computes in; the
@@ -34,6 +36,8 @@ def begin(accelerator, precision):
 
 def prepare(accelerator, model, optimizer):
     """`accelerator.prepare` of a model and its optimizer, whose parameters change where they are shared out."""
+    if launch.uses_deepspeed() and accelerator.num_processes > 1:
+        return zero.prepare(accelerator, model, optimizer)
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
     plugin = accelerator.state.fsdp_plugin
@@ -51,6 +55,11 @@ def prepare(accelerator, model, optimizer):
             if accelerator.device.type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
     return model, optimizer
+
+
+def trained(optimizer):
+    """The parameters that an optimizer updates, each as it lies in its model."""
+    return optimizer.parameters if isinstance(optimizer, zero.Optimizer) else optimizer.param_groups[0]["params"]
 
 
 def is_shared(model):
@@ -119,8 +128,10 @@ def load_model(model, weights):
 def whole_state(optimizer):
     """An optimizer's state_dict with whole tensors, as a single process would have it; None in every process but the
     first. A collective call where there is anything to put together."""
+    if isinstance(optimizer, zero.Optimizer):
+        return optimizer.whole_state()
     saved = optimizer.state_dict()
-    if not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+    if not takes_slices(optimizer):
         return saved
     state = {
         index: {key: whole(value) if torch.is_tensor(value) else value for key, value in sorted(moments.items())}
@@ -129,8 +140,15 @@ def whole_state(optimizer):
     return saved | {"state": state} if torch.distributed.get_rank() == 0 else None
 
 
+def takes_slices(optimizer):
+    """Whether `load_state` reads no more than a slice of each tensor."""
+    return isinstance(optimizer, zero.Optimizer) or any(isinstance(p, DTensor) for p in trained(optimizer))
+
+
 def load_state(optimizer, saved):
     """Put what `whole_state` returned into an optimizer; no collective call."""
+    if isinstance(optimizer, zero.Optimizer):
+        return optimizer.load_state(saved)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def share(value, parameter):
