@@ -179,7 +179,6 @@ def test_each_process_holds_its_share_alone(run, tmp_path):
 
 REFUSED = {
     "adapters": "too few weights",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported",
     "FSDP_VERSION": "--fsdp_version 2",
     "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
     "FSDP_RESHARD_AFTER_FORWARD": "fsdp_reshard_after_forward",
