@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import re
+import sys
 
 import pytest
 from conftest import ROOT, logged, relative_difference, result_bytes
-from test_scale import LOOKS, PICTURES, continued, ended, files, launcher
+from test_scale import BYTES, LOOKS, PICTURES, continued, ended, files, launcher, machines
 
-from training_utils import checkpoints
+from training_utils import checkpoints, reporting
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed==0.19.8"
@@ -127,6 +129,37 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path, stage):
 
 @needs_deepspeed
 @pytest.mark.slow
+def test_each_process_holds_its_share_alone(run, tmp_path):
+    """Of what AdamW keeps, with the weights that it updates, and in stage 2 of the gradient, as a dry run counts."""
+    wrapper = tmp_path / "bytes.py"
+    wrapper.write_text(BYTES.format(root=str(ROOT)))
+
+    def held(*launch):
+        flags = ["--dry_run", "--use_ema", "--train_batch_size", "2"]
+        (said,) = ended([run.start(tmp_path / "out", *flags, launcher=[*launch, str(wrapper)])])
+        return json.loads(re.search(r"memory (\{.*\})", said)[1])
+
+    whole, one, two = held(sys.executable), held(*launcher(2, *zero(1))), held(*launcher(2, *zero(2)))
+    weights = whole["weights that are trained"]
+    for shared, gradients in ((one, weights), (two, weights / 2)):
+        for name in ("weights that are trained", "moving average", "weights that are frozen"):
+            assert shared[name] == whole[name], name
+        assert shared["their gradients"] == pytest.approx(gradients, rel=0.01)
+        assert shared["state of the optimizer"] == pytest.approx(1.5 * weights, rel=0.01)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_two_machines_with_zero_equal_one_process(run, alone, tmp_path):
+    kind = [*zero(2), "--deepspeed_multinode_launcher", "standard"]
+    ended(machines(run, tmp_path / "four", *LOOKS, "--checkpointing_steps", "3", kind=kind))
+    assert relative_difference(tmp_path / "four", alone) < 1e-6
+    continued(run, tmp_path / "one", tmp_path / "four" / "checkpoint-3", *LOOKS)
+    assert relative_difference(tmp_path / "one", alone) < 1e-6
+
+
+@needs_deepspeed
+@pytest.mark.slow
 def test_a_file_of_deepspeed_and_bf16(run, tmp_path):
     """Buckets so small that a gradient is sent in many parts; bf16 as without DeepSpeed."""
     sizes = {"stage": 1, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000, "overlap_comm": True}
@@ -226,10 +259,6 @@ def test_what_agrees_is_let_through_and_a_missing_deepspeed_is_named(run, tmp_pa
 
 
 def test_a_command_names_deepspeed(launched):
-    import sys
-
-    from training_utils import reporting
-
     environment = {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "4"}
     for name, value in environment.items():
         launched.setenv(name, value)
