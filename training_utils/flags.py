@@ -7,6 +7,7 @@ passes the groups it wants to `parse`; a flag that only one script has is added 
 import argparse
 import difflib
 import importlib.util
+import json
 import os
 import sys
 from typing import Any, NamedTuple
@@ -658,8 +659,8 @@ def _deepspeed_problem(args):
     for name, (value, flag) in wanted.items():
         if settings.get(name, value) != value:
             return (
-                f'{name} {settings[name]} in the configuration of DeepSpeed contradicts {flag}; write "auto" there, '
-                "or the same in both"
+                f"{name} {json.dumps(settings[name])} in the configuration of DeepSpeed contradicts {flag}; write "
+                '"auto" there, or the same in both'
             )
     if _missing("deepspeed"):
         return "DeepSpeed is not installed: pip install deepspeed==0.19.8"

@@ -37,8 +37,8 @@ def deepspeed_settings():
         settings |= _flat(content)
     for variable, name in NAMES.items():
         value = os.environ.get(variable, "none").lower()
-        if value not in ("auto", "none"):
-            settings[name] = float(value) if value.replace(".", "", 1).isdigit() else value
+        if value not in ("", "auto", "none"):
+            settings[name] = json.loads(value) if value[0].isdigit() else value
     return settings
 
 

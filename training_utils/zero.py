@@ -19,28 +19,28 @@ SIZES = ["reduce_bucket_size", "allgather_bucket_size", "overlap_comm"]
 
 @contextmanager
 def hidden():
-    """Within this context accelerate does not see that it was launched with DeepSpeed."""
-    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    """Within this context accelerate does not see that it was launched with DeepSpeed, nor an accumulation that may be
+    "auto"; the flags say how many passes an update has."""
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    told = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
+        os.environ |= told
 
 
 def prepare(accelerator, model, optimizer):
     """What `accelerator.prepare` returns of a model and its torch AdamW, for processes that share the updates out."""
     import deepspeed
 
-    # To exchange tensors on a CPU it would compile a faster way of its own first, for minutes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}  # else it compiles for minutes, for processes that meet on a CPU
     settings = launch.deepspeed_settings()
     sizes = {name: settings[f"zero_optimization.{name}"] for name in SIZES if f"zero_optimization.{name}" in settings}
     stage = int(settings[launch.STAGE])
     config = {
         "zero_optimization": {"stage": stage, "compute_grad_norm": False, **sizes},
         "gradient_clipping": 0.0,  # `Optimizer.clip` does it; left out, the engine would clip to a norm of 1
-        "train_micro_batch_size_per_gpu": 1,  # said only to be counted
+        "train_micro_batch_size_per_gpu": 1,  # asked for, to count samples
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "timers": {"throughput": {"enabled": False, "synchronized": False}},  # else each forward waits for the device
