@@ -3,11 +3,12 @@
 import importlib.util
 import json
 import re
+import signal
 import sys
 
 import pytest
 from conftest import ROOT, logged, relative_difference, result_bytes
-from test_scale import BYTES, LOOKS, PICTURES, continued, ended, files, launcher, machines
+from test_scale import BYTES, LONG, LOOKS, PICTURES, continued, ended, files, launcher, machines, wait_for
 
 from training_utils import checkpoints, reporting
 
@@ -160,6 +161,18 @@ def test_two_machines_with_zero_equal_one_process(run, alone, tmp_path):
     assert logged(tmp_path / "four") == pytest.approx(logged(alone), rel=1e-5)
     continued(run, tmp_path / "one", tmp_path / "four" / "checkpoint-3", *LOOKS)
     assert relative_difference(tmp_path / "one", alone) < 1e-6
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_signal_stops_a_run_with_zero_in_order(run, tmp_path):
+    process = run.start(tmp_path, *LONG, "--train_batch_size", "2", launcher=launcher(2, *zero(2)))
+    wait_for([process], tmp_path / "checkpoint-20")
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=90)[0]
+    stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
+    assert checkpoints.damage(tmp_path / f"checkpoint-{stopped_after}") is None
+    assert "accelerate launch --use_deepspeed --zero_stage 2 --num_processes 2 --mixed_precision no" in said
 
 
 @needs_deepspeed
