@@ -2,8 +2,8 @@
 
 Each parameter is then a DTensor: every process holds a slice of its first axis, and gathers the whole only while the
 block that it belongs to computes. What a parameter's slice is, and how a moving average, an optimizer's moment or a
-file follows it, stands here alone; elsewhere tensors are plain. Without FSDP all of this returns what it is given; what
-DeepSpeed shares out instead is in zero.py.
+file follows it, stands here alone; elsewhere tensors are plain. Without FSDP all of this returns what it is given.
+What DeepSpeed shares out is in zero.py.
 """
 
 import os
