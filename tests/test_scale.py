@@ -179,7 +179,6 @@ def test_each_process_holds_its_share_alone(run, tmp_path):
 
 REFUSED = {
     "adapters": "too few weights",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported",
     "FSDP_VERSION": "--fsdp_version 2",
     "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
     "FSDP_RESHARD_AFTER_FORWARD": "fsdp_reshard_after_forward",
@@ -388,7 +387,7 @@ def test_a_command_names_its_engine_and_machines(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))
-PROCESSES = {"one_gpu": 1, "several_gpus": 4, "two_machines": 8, "fsdp2": 4}
+PROCESSES = {"one_gpu": 1, "several_gpus": 4, "two_machines": 8, "fsdp2": 4, "zero2": 4}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -397,12 +396,15 @@ def test_examples_are_what_accelerate_reads(path):
     assert isinstance(config, ClusterConfig) and config.num_processes == PROCESSES[path.stem]
     assert config.num_machines == (2 if path.stem == "two_machines" else 1)
     assert config.fsdp_config.get("fsdp_version") == (2 if path.stem == "fsdp2" else None)
+    assert config.deepspeed_config.get("zero_stage") == (2 if path.stem == "zero2" else None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_examples_launch(run, alone, tmp_path, path):
     """Two processes in place of theirs, and the address of this machine."""
+    if path.stem == "zero2":
+        pytest.importorskip("deepspeed", reason="pip install deepspeed==0.19.8")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "--quiet"]
     launch += ["--mixed_precision", "no"]
     count = 1 if path.stem == "one_gpu" else 2

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
 
-from . import checkpoints, data, dry_run, hub, metrics, optimizers, sharding, single_file
+from . import checkpoints, data, dry_run, hub, metrics, optimizers, sharding, single_file, zero
 from .data import collate
 from .interruption import SIGNALS
 from .reporting import UserError, not_finite, reason_of, tell_trackers, warn
@@ -44,17 +44,18 @@ def make_accelerator(
     """
     project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))
     try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=accumulation,
-            mixed_precision=mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # else two processes without a GPU would not see each other
-            log_with=None if report_to == "none" else report_to,
-            project_config=project,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
-                DistributedDataParallelKwargs(**ddp),
-            ],
-        )
+        with zero.hidden():
+            accelerator = Accelerator(
+                gradient_accumulation_steps=accumulation,
+                mixed_precision=mixed_precision,
+                cpu=not torch.accelerator.is_available(),  # else two processes without a GPU would not see each other
+                log_with=None if report_to == "none" else report_to,
+                project_config=project,
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
+                    DistributedDataParallelKwargs(**ddp),
+                ],
+            )
     except ValueError as error:
         if "mixed precision" in str(error):
             raise UserError(f"--mixed_precision {mixed_precision} does not run on this device: {error}") from None
@@ -348,7 +349,7 @@ def prepare(accelerator, model, optimizer):
     """What the loop calls of a model whose weights are all trained, its optimizer, and the parameters that this one
     updates from now on, which are others where the processes share them out."""
     network, optimizer = sharding.prepare(accelerator, model, optimizer)
-    return network, optimizer, optimizer.param_groups[0]["params"]
+    return network, optimizer, sharding.trained(optimizer)
 
 
 def restart_schedule(optimizer, lr_scheduler, step):
@@ -362,6 +363,8 @@ def restart_schedule(optimizer, lr_scheduler, step):
 
 def clip(accelerator, parameters, max_norm):
     """The norm of the gradient, a scalar tensor, which is then clipped to `max_norm`; 0 means no clipping."""
+    if isinstance(parameters, zero.Parameters):
+        return parameters.optimizer.clip(max_norm)
     if max_norm:
         norm = accelerator.clip_grad_norm_(parameters, max_norm)
     else:
@@ -548,7 +551,7 @@ class TrainingState:
             raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
         try:
             self.load_weights(folder)
-            options = {"map_location": "cpu", "weights_only": True, "mmap": self.accelerator.is_fsdp2}
+            options = {"map_location": "cpu", "weights_only": True, "mmap": sharding.takes_slices(self.optimizer)}
             sharding.load_state(self.optimizer, torch.load(folder / "optimizer.bin", **options))
             if scaler is not None:
                 scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
@@ -608,13 +611,16 @@ def report_dry_run(accelerator, plan, networks, others, optimizer, ema, fused=No
     trained, {name: module}; of the `others` one may be None. `fused` is a FusedBackward or None."""
     device = accelerator.device
     models = [*networks.values(), *(network for network in others if network is not None)]
-    trained = optimizer.param_groups[0]["params"]
+    trained = sharding.trained(optimizer)
     ids = {id(parameter) for parameter in trained}
     still = [tensor for model in models for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in ids]
     state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     gradients = [parameter for parameter in trained if parameter.requires_grad]
     if fused:
         gradients = [max(gradients, key=_bytes)]
+    if isinstance(optimizer, zero.Optimizer):
+        state.append(optimizer.slice)
+        gradients = [optimizer.slice] if optimizer.stage == 2 else gradients
     memory = {
         "weights that are trained": trained,
         "their gradients": gradients,

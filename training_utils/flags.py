@@ -7,9 +7,12 @@ passes the groups it wants to `parse`; a flag that only one script has is added 
 import argparse
 import difflib
 import importlib.util
+import json
 import os
 import sys
 from typing import Any, NamedTuple
+
+from . import launch
 
 
 class Flag(NamedTuple):
@@ -581,16 +584,33 @@ def _data_problem(args):
 
 def _launch_problem(args):
     """The first thing that is wrong with how accelerate has launched this run, beside its flags, or None."""
+    if launch.uses_deepspeed():
+        return _sharing_problem(args, "DeepSpeed") or _deepspeed_problem(args)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return _sharing_problem(args, "FSDP") or _fsdp_problem()
+    return None
+
+
+def _sharing_problem(args, engine):
+    """The first thing that does not go with weights that processes share out among themselves, or None."""
     get, told = vars(args).get, os.environ.get
-    if told("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return (
-            "DeepSpeed is not supported; launch with --multi_gpu or, where training every weight does not fit one "
-            "GPU, with --use_fsdp --fsdp_version 2"
-        )
-    if told("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return None
     if "rank" in vars(args):
-        return "adapters are too few weights to share out with FSDP; launch with --multi_gpu"
+        return f"adapters are too few weights to share out with {engine}; launch with --multi_gpu"
+    if told("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        return f"a network whose weights {engine} shares out is not compiled; launch without --dynamo_backend"
+    if (args.mixed_precision or told("ACCELERATE_MIXED_PRECISION")) == "fp16":
+        return f"weights that {engine} shares out are trained in bf16 or without --mixed_precision, not in fp16"
+    if get("optimizer") != "adamw" or get("use_8bit_adam"):
+        return f"weights that {engine} shares out are updated by --optimizer adamw alone"
+    for name in ("full_bf16", "fused_backward_pass"):
+        if get(name):
+            return f"--{name} updates weights one by one, and {engine} shares each of them out; leave one of them out"
+    return None
+
+
+def _fsdp_problem():
+    """The first thing that FSDP was told and that is not supported, or None."""
+    told = os.environ.get
     if told("FSDP_VERSION", "1") != "2":
         return "of FSDP's two versions only the second is supported; launch with --fsdp_version 2"
     for name, instead in (("offload_params", "more GPUs"), ("activation_checkpointing", "--gradient_checkpointing")):
@@ -600,15 +620,50 @@ def _launch_problem(args):
         return (
             "weights that were left whole after a forward would hide an average; leave fsdp_reshard_after_forward out"
         )
-    if told("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        return "a network whose weights FSDP shares out is not compiled; launch without --dynamo_backend"
-    if (args.mixed_precision or told("ACCELERATE_MIXED_PRECISION")) == "fp16":
-        return "weights that FSDP shares out are trained in bf16 or without --mixed_precision, not in fp16"
-    if get("optimizer") != "adamw" or get("use_8bit_adam"):
-        return "weights that FSDP shares out are updated by --optimizer adamw alone"
-    for name in ("full_bf16", "fused_backward_pass"):
-        if get(name):
-            return f"--{name} updates weights one by one, and FSDP shares each of them out; leave one of them out"
+    return None
+
+
+def _deepspeed_problem(args):
+    """The first thing that DeepSpeed was told and that is not supported, or contradicts the flags, or None."""
+    try:
+        settings = launch.deepspeed_settings()
+    except (OSError, ValueError) as error:
+        return f"DeepSpeed's configuration {launch.deepspeed_file()} cannot be read: {error}"
+    if settings[launch.STAGE] not in (1, 2):
+        return (
+            "of DeepSpeed's ZeRO only stages 1 and 2 are supported; to share weights out too, launch with --use_fsdp "
+            "--fsdp_version 2"
+        )
+    for what in ("optimizer", "param"):
+        if f"zero_optimization.offload_{what}.device" in settings:
+            return f"DeepSpeed's offload_{what}_device is not supported; use more GPUs instead"
+    if any(name.startswith("scheduler.") for name in settings):
+        return "the learning rate follows --lr_scheduler; leave the scheduler out of DeepSpeed's configuration"
+    batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    window = batch * accumulation * int(os.environ.get("WORLD_SIZE", 1))
+    betas = [args.adam_beta1, args.adam_beta2]
+    wanted = {
+        "optimizer.type": ("AdamW", "--optimizer adamw"),
+        "optimizer.params.lr": (args.learning_rate, f"--learning_rate {args.learning_rate:g}"),
+        "optimizer.params.betas": (betas, f"--adam_beta1 {betas[0]:g} --adam_beta2 {betas[1]:g}"),
+        "optimizer.params.eps": (args.adam_epsilon, f"--adam_epsilon {args.adam_epsilon:g}"),
+        "optimizer.params.weight_decay": (args.adam_weight_decay, f"--adam_weight_decay {args.adam_weight_decay:g}"),
+        "gradient_clipping": (args.max_grad_norm, f"--max_grad_norm {args.max_grad_norm:g}"),
+        "gradient_accumulation_steps": (accumulation, f"--gradient_accumulation_steps {accumulation}"),
+        "train_micro_batch_size_per_gpu": (batch, f"--train_batch_size {batch}"),
+        "train_batch_size": (window, f"{window} pictures in an update"),
+        "bf16.enabled": (precision == "bf16", f"--mixed_precision {precision}"),
+        "fp16.enabled": (False, f"--mixed_precision {precision}"),
+    }
+    for name, (value, flag) in wanted.items():
+        if settings.get(name, value) != value:
+            return (
+                f"{name} {json.dumps(settings[name])} in the configuration of DeepSpeed contradicts {flag}; write "
+                '"auto" there, or the same in both'
+            )
+    if _missing("deepspeed"):
+        return "DeepSpeed is not installed: pip install deepspeed==0.19.8"
     return None
 
 

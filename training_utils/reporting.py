@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from . import launch
 from .flags import without_secrets
 from .interruption import follow_launcher
 
@@ -168,11 +169,14 @@ def _launcher():
     kind = ["--multi_gpu"]
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         kind = ["--use_fsdp", "--fsdp_version", os.environ.get("FSDP_VERSION", "1")]
+    if launch.uses_deepspeed():
+        kind = ["--use_deepspeed", *launch.deepspeed_words()]
     several = [*kind, "--num_processes", processes] if processes != "1" else []
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     if machines != "1":  # as on the first one, which prints it
         names = {"machine_rank": "GROUP_RANK", "main_process_ip": "MASTER_ADDR", "main_process_port": "MASTER_PORT"}
         several += ["--num_machines", machines]
+        several += ["--deepspeed_multinode_launcher", "standard"] if launch.uses_deepspeed() else []
         several += [word for flag, name in names.items() for word in (f"--{flag}", os.environ.get(name, "0"))]
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower()
     compiled = ["--dynamo_backend", backend] if backend != "no" else []

@@ -3,6 +3,7 @@
 Each parameter is then a DTensor: every process holds a slice of its first axis, and gathers the whole only while the
 block that it belongs to computes. What a parameter's slice is, and how a moving average, an optimizer's moment or a
 file follows it, stands here alone; elsewhere tensors are plain. Without FSDP all of this returns what it is given.
+What DeepSpeed shares out is in zero.py.
 """
 
 import os
@@ -14,6 +15,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from . import launch, zero
 
 
 def begin(accelerator, precision):
@@ -34,6 +37,8 @@ def begin(accelerator, precision):
 
 def prepare(accelerator, model, optimizer):
     """`accelerator.prepare` of a model and its optimizer, whose parameters change where they are shared out."""
+    if launch.uses_deepspeed() and accelerator.num_processes > 1:
+        return zero.prepare(accelerator, model, optimizer)
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
     plugin = accelerator.state.fsdp_plugin
@@ -51,6 +56,11 @@ def prepare(accelerator, model, optimizer):
             if accelerator.device.type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
     return model, optimizer
+
+
+def trained(optimizer):
+    """The parameters that an optimizer updates, each as it lies in its model."""
+    return optimizer.parameters if isinstance(optimizer, zero.Optimizer) else optimizer.param_groups[0]["params"]
 
 
 def is_shared(model):
@@ -119,8 +129,10 @@ def load_model(model, weights):
 def whole_state(optimizer):
     """An optimizer's state_dict with whole tensors, as a single process would have it; None in every process but the
     first. A collective call where there is anything to put together."""
+    if isinstance(optimizer, zero.Optimizer):
+        return optimizer.whole_state()
     saved = optimizer.state_dict()
-    if not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+    if not takes_slices(optimizer):
         return saved
     state = {
         index: {key: whole(value) if torch.is_tensor(value) else value for key, value in sorted(moments.items())}
@@ -129,8 +141,15 @@ def whole_state(optimizer):
     return saved | {"state": state} if torch.distributed.get_rank() == 0 else None
 
 
+def takes_slices(optimizer):
+    """Whether `load_state` reads no more than a slice of each tensor."""
+    return isinstance(optimizer, zero.Optimizer) or any(isinstance(p, DTensor) for p in trained(optimizer))
+
+
 def load_state(optimizer, saved):
     """Put what `whole_state` returned into an optimizer; no collective call."""
+    if isinstance(optimizer, zero.Optimizer):
+        return optimizer.load_state(saved)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def share(value, parameter):
