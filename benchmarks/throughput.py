@@ -3,6 +3,7 @@
 
     python benchmarks/throughput.py                     mid-size models on the CPU, or real-size ones on a GPU
     python benchmarks/throughput.py --family sd --check  exit code 1, and what is missed, unless the goals are met
+    python benchmarks/throughput.py --family sd --only cached --batch 32 --repeats 1   one run, where time is short
 
 Every run is a process that calls a script's real `main` with a real command line, on models with random weights and
 pictures that are made here. Runs of a family take turns, a few updates each, so that whatever else the machine does
@@ -212,10 +213,10 @@ class Bench:
         if self.family != "flax":
             run.bare.append(child.ask("bare", self.updates)["seconds"] / self.updates)
 
-    def measure(self, runs):
+    def measure(self, runs, build=True):
         """Fill in what is measured of these runs, and return what building their cache took."""
         cached = [run for run in runs if run.cached]
-        built = self.build(cached[0]) if cached else None
+        built = self.build(cached[0]) if cached and build else None
         for kind in dict.fromkeys(run.kind for run in runs):
             some = [run for run in runs if run.kind == kind]
             if self.device == "cpu":
@@ -238,6 +239,7 @@ class Bench:
         found, build, bare = {}, np.zeros(self.repeats), np.zeros(self.repeats)
         with self.child("building", run) as child:
             while "what" in (answer := child.answer()):
+                child.ask("build")  # the first one also waits for a GPU's libraries
                 for turn in range(self.repeats):
                     answer = child.ask("build")
                     build[turn] += answer["build"]
@@ -393,14 +395,14 @@ def judge(goals, results):
 
 
 def summary(run, plain, flop, frozen_flop, peak_flops):
-    """What is reported of a Run, as JSON holds it; `plain` is the run it is compared with."""
+    """What is reported of a Run, as JSON holds it; `plain` is the run it is compared with, or None."""
     work = flop + (0 if run.cached else frozen_flop)
     speed = run.batch / median(run.step)
     return {
         "script": f"{run.script}.py",
         "batch": run.batch,
         "pictures per second": speed,
-        "over plain": None if plain.failed else median(b / a for a, b in zip(run.step, plain.step)),
+        "over plain": None if plain is None or plain.failed else median(b / a for a, b in zip(run.step, plain.step)),
         "step": run.step,
         "bare": run.bare,
         "outside": median(1 - bare / step for step, bare in zip(run.step, run.bare)) if run.bare else None,
@@ -473,21 +475,24 @@ def device_name(device):
     return torch.cuda.get_device_name()
 
 
-def measure_family(folder, family, size, device, repeats, updates, compiled):
-    """All that is reported of a family, a dict."""
+def measure_family(folder, family, size, device, repeats, updates, compiled, only=None, batch=None):
+    """All that is reported of a family, a dict: of all runs or those of the names in `only`, which builds no cache by
+    itself; `batch` takes the place of each run's own."""
     import models
 
     cost, real = models.count(family, size), models.count(family, "real")
     bench = Bench(folder, family, size, device, repeats, updates)
-    runs = runs_of(family, device, compiled)
-    built = bench.measure(runs)
+    runs = [run for run in runs_of(family, device, compiled) if only is None or run.name in only]
+    for run in runs:
+        run.batch = batch or run.batch
+    built = bench.measure(runs, build=only is None)
     peak_flops = None
     if device == "cuda":
         name = device_name(device)
         peak_flops = next((1e12 * peak for card, peak in PEAKS.items() if card in name), None)
     found = {}
     for run in (run for run in runs if not run.failed):
-        plain = next(other for other in runs if other.kind == run.kind)
+        plain = next((other for other in runs if other.kind == run.kind and not other.cached), None)
         flop = cost["lora" if run.lora else "training"]
         found[run.name] = summary(run, plain, flop, cost["frozen"], peak_flops)
     return {
@@ -510,6 +515,8 @@ def parse_args(argv):
     parser.add_argument(
         "--compiled", action="store_true", help="compiled runs on the CPU too, which take minutes more"
     )
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="runs by their names, such as 'LoRA cached'")
+    parser.add_argument("--batch", type=int, help="pictures in an update of each run")
     parser.add_argument("--check", action="store_true", help="exit code 1 unless all goals are met")
     parser.add_argument("--json", type=Path, default=Path("throughput.json"), help="file for all that was measured")
     args = parser.parse_args(argv)
@@ -532,7 +539,7 @@ def measure(args):
         for family in args.family:
             print(f"measuring {TITLES[family]} …", file=sys.stderr, flush=True)
             place = Path(folder) / family
-            options = (args.size, args.device, args.repeats, args.updates, args.compiled)
+            options = (args.size, args.device, args.repeats, args.updates, args.compiled, args.only, args.batch)
             results[family] = measure_family(place, family, *options)
             shutil.rmtree(place)  # real models are gigabytes
     return results

@@ -1,6 +1,9 @@
 """Settings that must be made before diffusers and transformers are imported."""
 
 import logging
+import sys
+
+from . import launch
 
 
 def prepare():
@@ -10,6 +13,9 @@ def prepare():
     random draws that a reproducible start should not make. transformers reports at each import that torchvision,
     which nothing here needs, is not installed. Call it before anything else of the two is imported.
     """
+    if not launch.uses_deepspeed():  # accelerate imports it wherever it is installed: two seconds, and warnings
+        sys.modules.setdefault("deepspeed", None)
+
     import diffusers.utils.import_utils
 
     diffusers.utils.import_utils._scipy_available = False
