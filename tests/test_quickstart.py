@@ -42,6 +42,7 @@ def test_from_data_to_score(tmp_path):
     assert min(Image.open(tmp_path / "grid.png").size) > 500
 
 
+@pytest.mark.slow
 def test_sdxl_and_a_new_word(tmp_path):
     """As `make quickstart-sdxl`, with two updates in place of its hundreds."""
     script("quickstart/make_data.py", "--output_dir", tmp_path / "mirrored", "--mirrored")

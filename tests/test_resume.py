@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import KANDINSKY, logged, relative_difference, result_bytes, two_processes
+from conftest import RUNNERS, logged, relative_difference, result_bytes, two_processes
 
 SETTINGS = {
     "plain": [],
@@ -164,8 +164,14 @@ def kill_when(process, folder, pattern, number):
     return process.wait(120), process.stdout.read()
 
 
-def test_sigkill_then_resume(each, tmp_path, capsys):
-    run = each
+# Where processes are started, some siblings, whose loops are the same lines, stand for all in the ordinary suite.
+QUICK = ["run", "run_lora_sdxl", "run_prior"]
+SIBLINGS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNNERS]
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_sigkill_then_resume(request, tmp_path, capsys, sibling):
+    run = request.getfixturevalue(sibling)
     flags = ["--checkpointing_steps", "5", "--max_train_steps", "90", "--checkpoints_total_limit", "2"]
     run(tmp_path / "whole", *flags)
     out = tmp_path / "killed"
@@ -288,7 +294,7 @@ def test_one_process_two_and_accumulation_agree(run, tmp_path):
     assert relative_difference(tmp_path / "continued", tmp_path / "one") < 1e-6
 
 
-@pytest.mark.parametrize("sibling", ["run_sdxl", "run_lora_sdxl", *KANDINSKY])
+@pytest.mark.parametrize("sibling", SIBLINGS[1:])
 def test_siblings_on_two_processes(request, tmp_path, sibling):
     run = request.getfixturevalue(sibling)
     flags = ["--max_train_steps", "4", *(["--train_text_encoder"] if sibling == "run_lora_sdxl" else [])]
