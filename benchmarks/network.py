@@ -87,14 +87,18 @@ class Captured(torch.nn.Module):
             return self.unet(*tensors)[0]
 
 
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", choices=("tiny", "mid", "real"), default="real" if device.type == "cuda" else "mid")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32] if device.type == "cuda" else [8])
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--size", choices=("tiny", "mid", "real"), default="real" if on_gpu else "mid")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32] if on_gpu else [8])
     parser.add_argument("--updates", type=int, default=8)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
 
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unet = unet_of(args.size, device)
     for layout in (torch.contiguous_format, torch.channels_last):
         unet.to(memory_format=layout)

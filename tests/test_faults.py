@@ -381,7 +381,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow), (signal.SIGTERM, 2)],
+)
 def test_a_second_signal_ends_a_run_at_once_and_damages_nothing(run, tmp_path, number, processes):
     """The first one makes it write a checkpoint, which takes a minute here."""
     wrapper, out = tmp_path / "slow.py", tmp_path / "out"

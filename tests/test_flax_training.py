@@ -525,6 +525,7 @@ def start_two(run_flax, out, *flags, folders=(None, None)):
     ]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_in_order(run_flax, tmp_path):
     flags = ["--train_batch_size", "2", "--checkpointing_steps", "20", "--max_train_steps", "9000"]
     processes = start_two(run_flax, tmp_path, *flags)
