@@ -24,9 +24,10 @@ KEEP_LATENTS = --cache_latents --encoding_cache_dir $(OUT)/encodings
 KEEP = $(KEEP_LATENTS) --cache_text_embeddings
 TRAIN_LORA = $(TRAIN) $(KEEP_LATENTS) --rank 32 --train_text_encoder \
   --validation_prompt "a mirrored handwritten three"
-quickstart quickstart-lora quickstart-sdxl quickstart-flax compare: export TRANSFORMERS_VERBOSITY = error
+RUNS = quickstart quickstart-lora quickstart-sdxl quickstart-flax compare
+$(RUNS): export TRANSFORMERS_VERBOSITY = error
 # accelerate's launcher imports the DeepSpeed that the tests need, which warns where it has to find out that this is a CPU.
-quickstart quickstart-lora quickstart-sdxl quickstart-flax compare: export DS_ACCELERATOR = cpu
+$(RUNS): export DS_ACCELERATOR = cpu
 
 # Real handwritten digits, a tiny base model, the first script as a user starts it, and a look at the result.
 # Stopped half-way it continues when it is called again; `make clean` makes it start over.

@@ -528,6 +528,10 @@ def parse_args(argv):
     args.size = args.size or ("mid" if on_cpu else "real")
     args.updates = args.updates or (1 if on_cpu else 20)
     args.compiled |= not on_cpu
+    known = {run.name for family in args.family for run in runs_of(family, args.device, args.compiled)}
+    unknown = set(args.only or []) - known
+    if unknown:
+        parser.error(f"no run is called {min(unknown)!r}; there are {', '.join(sorted(known))}")
     return args
 
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "quickstart"), str(ROOT / "tests")]
+pytest.register_assert_rewrite("processes")  # whose assertions then show their values
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # JAX compiles twice as fast
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started: sums over threads round by their number
@@ -146,8 +147,8 @@ def run_lora_decoder(kandinsky, pictures):
     return Runner("train_text_to_image_lora_decoder", kandinsky, pictures)
 
 
-KANDINSKY = ["run_prior", "run_lora_prior", "run_decoder", "run_lora_decoder"]
-RUNNERS = ["run", "run_lora", "run_sdxl", "run_lora_sdxl", *KANDINSKY]
+RUNNERS = ["run", "run_lora", "run_sdxl", "run_lora_sdxl"]
+RUNNERS += ["run_prior", "run_lora_prior", "run_decoder", "run_lora_decoder"]
 
 
 @pytest.fixture(params=RUNNERS)
@@ -156,13 +157,28 @@ def each(request):
     return request.getfixturevalue(request.param)
 
 
-def two_processes():
-    """The launcher of two processes on this machine's CPU, which meet at a port that is free."""
+LOOKS = ["--use_ema", "--validation_split", "0.3", "--validation_steps", "3", "--report_to", "tensorboard"]
+PICTURES = ["--validation_num_inference_steps", "2"]
+
+
+@pytest.fixture(scope="session")
+def alone(run, tmp_path_factory):
+    """A run of one process, with a checkpoint after updates 3 and 6."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run(out, *LOOKS, *PICTURES, "--checkpointing_steps", "3", "--validation_prompts", "one", "two", "three")
+    return out
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def two_processes():
+    """The launcher of two processes on this machine's CPU, which meet at a port that is free."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--quiet"]
-    return [*launch, "--main_process_port", str(port)]
+    return [*launch, "--main_process_port", str(free_port())]
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,13 @@ def test_goals_are_judged_by_what_was_measured():
     assert [goal.name for goal, _, met in judged if not met] == ["missed", "too much", "not measured"]
 
 
+def test_a_run_that_does_not_exist_is_said(capsys):
+    assert throughput.parse_args(["--device", "cpu", "--only", "LoRA cached"]).only == ["LoRA cached"]
+    with pytest.raises(SystemExit):
+        throughput.parse_args(["--device", "cpu", "--only", "LoRA cashed"])
+    assert "'LoRA cashed'; there are LoRA cached" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_scripts_are_measured_and_a_missed_goal_is_said(tmp_path, capsys):
     path = tmp_path / "found.json"

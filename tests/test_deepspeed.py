@@ -4,19 +4,26 @@ import json
 import re
 import signal
 import sys
-from contextlib import suppress
-from importlib import metadata
 
 import pytest
-from conftest import ROOT, logged, relative_difference, result_bytes
-from test_scale import BYTES, LONG, LOOKS, PICTURES, continued, ended, files, launcher, machines, wait_for
+from conftest import LOOKS, PICTURES, ROOT, logged, relative_difference, result_bytes
+from processes import (
+    DEEPSPEED,
+    LONG,
+    NEEDS_DEEPSPEED,
+    bytes_held,
+    continued,
+    ended,
+    files,
+    launcher,
+    machines,
+    trains_as_one_process,
+    wait_for,
+)
 
 from training_utils import checkpoints, reporting
 
-installed = None
-with suppress(metadata.PackageNotFoundError):  # `find_spec` would not find what libraries.prepare has hidden
-    installed = metadata.version("deepspeed")
-needs_deepspeed = pytest.mark.skipif(not installed, reason="deepspeed is not installed: pip install deepspeed==0.19.8")
+needs_deepspeed = pytest.mark.skipif(not DEEPSPEED, reason=NEEDS_DEEPSPEED)
 
 
 def zero(stage):
@@ -26,14 +33,6 @@ def zero(stage):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def alone(run, tmp_path_factory):
-    """A run of one process, with a checkpoint after updates 3 and 6."""
-    out = tmp_path_factory.mktemp("alone") / "out"
-    run(out, *LOOKS, *PICTURES, "--checkpointing_steps", "3", "--validation_prompts", "one", "two", "three")
-    return out
 
 
 @needs_deepspeed
@@ -99,14 +98,7 @@ ENGINES = {
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_full_fine_tune_runs_with_zero(request, tmp_path, name):
     run, (stage, own) = request.getfixturevalue(name), ENGINES[name]
-    flags = [*own, "--validation_split", "0.3", "--validation_steps", "3", *PICTURES, "--report_to", "tensorboard"]
-    run(tmp_path / "one", *flags)
-    two = [*flags, "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
-    ended([run.start(tmp_path / "two", *two, "--checkpointing_steps", "3", launcher=launcher(2, *zero(stage)))])
-    assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-5
-    assert logged(tmp_path / "two", "val_loss") == pytest.approx(logged(tmp_path / "one", "val_loss"), rel=1e-5)
-    continued(run, tmp_path / "continued", tmp_path / "two" / "checkpoint-3", *flags)
-    assert relative_difference(tmp_path / "continued", tmp_path / "one") < 1e-5
+    trains_as_one_process(run, tmp_path, own, launcher(2, *zero(stage)))
 
 
 @needs_deepspeed
@@ -137,15 +129,8 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path, stage):
 @pytest.mark.slow
 def test_each_process_holds_its_share_alone(run, tmp_path):
     """Of what AdamW keeps, with the weights that it updates, and in stage 2 of the gradient, as a dry run counts."""
-    wrapper = tmp_path / "bytes.py"
-    wrapper.write_text(BYTES.format(root=str(ROOT)))
-
-    def held(*launch):
-        flags = ["--dry_run", "--use_ema", "--train_batch_size", "2"]
-        (said,) = ended([run.start(tmp_path / "out", *flags, launcher=[*launch, str(wrapper)])])
-        return json.loads(re.search(r"memory (\{.*\})", said)[1])
-
-    whole, one, two = held(sys.executable), held(*launcher(2, *zero(1))), held(*launcher(2, *zero(2)))
+    launches = [sys.executable], launcher(2, *zero(1)), launcher(2, *zero(2))
+    whole, one, two = (bytes_held(run, tmp_path, launch) for launch in launches)
     weights = whole["weights that are trained"]
     for shared, gradients in ((one, weights), (two, weights / 2)):
         for name in ("weights that are trained", "moving average", "weights that are frozen"):

@@ -1,6 +1,5 @@
 """Several processes, machines and engines train the same weights, and leave the same files behind."""
 
-import json
 import os
 import re
 import shutil
@@ -12,84 +11,30 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from conftest import ROOT, logged, relative_difference, result_bytes
+from conftest import LOOKS, PICTURES, ROOT, free_port, logged, relative_difference, result_bytes
+from processes import (
+    DEEPSPEED,
+    LONG,
+    NEEDS_DEEPSPEED,
+    bytes_held,
+    continued,
+    ended,
+    files,
+    launcher,
+    machines,
+    trains_as_one_process,
+    wait_for,
+)
 
 from training_utils import checkpoints, reporting
 from training_utils.reporting import UserError
 
 FSDP = ["--use_fsdp", "--fsdp_version", "2"]
-LOOKS = ["--use_ema", "--validation_split", "0.3", "--validation_steps", "3", "--report_to", "tensorboard"]
-PICTURES = ["--validation_num_inference_steps", "2"]
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def launcher(processes, *kind, port=None):
-    """The words that start so many processes on this machine's CPU."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *kind, "--quiet", "--mixed_precision", "no"]
-    return [*launch, "--num_processes", str(processes), "--main_process_port", str(port or free_port())]
-
-
-def machines(run, out, *flags, kind=("--multi_gpu",), folders=(None, None), **options):
-    """Start a run on two machines with two processes each, as far as one machine can play two: each has a launcher of
-    its own, and they meet over TCP. `folders` are where they are started."""
-    port = free_port()
-    both = [*kind, "--num_machines", "2", "--main_process_ip", "127.0.0.1"]
-    return [
-        subprocess.Popen(
-            [
-                *launcher(4, *both, "--machine_rank", str(number), port=port),
-                str(ROOT / f"{run.script}.py"),
-                *run.argv(out, "--train_batch_size", "1", *flags),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=folder or ROOT,
-            **options,
-        )
-        for number, folder in enumerate(folders)
-    ]
-
-
-def ended(processes, code=0, timeout=300):
-    """What each of some processes said before it ended with this exit code."""
-    said = [process.communicate(timeout=timeout)[0] for process in processes]
-    assert {process.returncode for process in processes} == {code}, "\n".join(said)
-    return said
-
-
-def continued(run, out, checkpoint, *flags, launch=None):
-    """Continue a copy of a checkpoint in a folder of its own; in this process, without a launcher."""
-    shutil.copytree(checkpoint, out / checkpoint.name)
-    flags = [*flags, "--resume_from_checkpoint", "latest"]
-    if launch is None:
-        run(out, *flags)
-    else:
-        ended([run.start(out, *flags, launcher=launch)])
-
-
-def files(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights that are shared out
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def alone(run, tmp_path_factory):
-    """A run of one process, with a checkpoint after updates 3 and 6."""
-    out = tmp_path_factory.mktemp("alone") / "out"
-    run(out, *LOOKS, *PICTURES, "--checkpointing_steps", "3", "--validation_prompts", "one", "two", "three")
-    return out
 
 
 def test_shared_weights_equal_whole_ones_and_their_checkpoint_is_the_same(run, alone, tmp_path):
@@ -139,39 +84,13 @@ ENGINES = {
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_full_fine_tune_shares_its_weights_out(request, tmp_path, name):
     run = request.getfixturevalue(name)
-    flags = [*ENGINES[name], "--validation_split", "0.3", "--validation_steps", "3", *PICTURES]
-    flags += ["--report_to", "tensorboard"]
-    run(tmp_path / "one", *flags)
-    two = [*flags, "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
-    ended([run.start(tmp_path / "two", *two, "--checkpointing_steps", "3", launcher=launcher(2, *FSDP))])
-    assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-5
-    assert logged(tmp_path / "two", "val_loss") == pytest.approx(logged(tmp_path / "one", "val_loss"), rel=1e-5)
-    continued(run, tmp_path / "continued", tmp_path / "two" / "checkpoint-3", *flags)
-    assert relative_difference(tmp_path / "continued", tmp_path / "one") < 1e-5
-
-
-BYTES = """
-import json, runpy, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, {root!r})
-from training_utils import dry_run
-dry_run.report = lambda *facts: print("memory", json.dumps(facts[-2]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    trains_as_one_process(run, tmp_path, ENGINES[name], launcher(2, *FSDP))
 
 
 @pytest.mark.slow
 def test_each_process_holds_its_share_alone(run, tmp_path):
     """Of weights, gradients, the optimizer's state and the average, as a dry run counts them."""
-    wrapper = tmp_path / "bytes.py"
-    wrapper.write_text(BYTES.format(root=str(ROOT)))
-
-    def held(*launch):
-        flags = ["--dry_run", "--use_ema", "--train_batch_size", "2"]
-        (said,) = ended([run.start(tmp_path / "out", *flags, launcher=[*launch, str(wrapper)])])
-        return json.loads(re.search(r"memory (\{.*\})", said)[1])
-
-    whole, shared = held(sys.executable), held(*launcher(2, *FSDP))
+    whole, shared = (bytes_held(run, tmp_path, launch) for launch in ([sys.executable], launcher(2, *FSDP)))
     for name in whole.keys() - {"weights that are frozen"}:
         assert 0.5 * whole[name] <= shared[name] <= 0.6 * whole[name], name
     assert whole["weights that are frozen"] == shared["weights that are frozen"]
@@ -318,16 +237,6 @@ def test_machines_without_the_checkpoint_are_named(alone, tmp_path):
     checkpoints.require_everywhere(alone / "checkpoint-3", lambda mine: 2 * mine)
 
 
-def wait_for(processes, path):
-    while not path.exists():
-        for process in processes:
-            assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-
-
-LONG = ["--max_train_steps", "9000", "--checkpointing_steps", "20", "--checkpoints_total_limit", "2"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [("--multi_gpu",), tuple(FSDP)], ids=["whole", "shared"])
 def test_a_machine_that_dies_leaves_no_other_waiting(run, tmp_path, kind):
@@ -403,8 +312,8 @@ def test_examples_are_what_accelerate_reads(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_examples_launch(run, alone, tmp_path, path):
     """Two processes in place of theirs, and the address of this machine."""
-    if path.stem == "zero2":
-        pytest.importorskip("deepspeed", reason="pip install deepspeed==0.19.8")
+    if path.stem == "zero2" and not DEEPSPEED:
+        pytest.skip(NEEDS_DEEPSPEED)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "--quiet"]
     launch += ["--mixed_precision", "no"]
     count = 1 if path.stem == "one_gpu" else 2

@@ -586,7 +586,7 @@ def _launch_problem(args):
     """The first thing that is wrong with how accelerate has launched this run, beside its flags, or None."""
     if launch.uses_deepspeed():
         return _sharing_problem(args, "DeepSpeed") or _deepspeed_problem(args)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if launch.uses_fsdp():
         return _sharing_problem(args, "FSDP") or _fsdp_problem()
     return None
 

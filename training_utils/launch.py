@@ -1,4 +1,4 @@
-"""What accelerate was told of DeepSpeed: its environment and DeepSpeed's own file, read without any library."""
+"""What accelerate was told of FSDP and DeepSpeed: its variables and DeepSpeed's own file, read without any library."""
 
 import json
 import os
@@ -13,6 +13,11 @@ NAMES = {
     "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
 }
 STAGE = "zero_optimization.stage"
+
+
+def uses_fsdp():
+    """Whether this run was launched with --use_fsdp, or with a configuration that says so."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def uses_deepspeed():

@@ -167,7 +167,7 @@ def _launcher():
     if precision is None:
         return ["torchrun", "--nproc_per_node", processes] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
     kind = ["--multi_gpu"]
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if launch.uses_fsdp():
         kind = ["--use_fsdp", "--fsdp_version", os.environ.get("FSDP_VERSION", "1")]
     if launch.uses_deepspeed():
         kind = ["--use_deepspeed", *launch.deepspeed_words()]

@@ -22,8 +22,8 @@ from . import launch, zero
 def begin(accelerator, precision):
     """Let an Accelerator share weights out, where it was launched to. `precision` is what the network computes in; the
     weights that are updated, and sums of gradients, stay in float32."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate shares out on GPUs alone
+    # accelerate shares out on GPUs alone.
+    if launch.uses_fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
