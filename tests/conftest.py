@@ -147,8 +147,8 @@ def run_lora_decoder(kandinsky, pictures):
     return Runner("train_text_to_image_lora_decoder", kandinsky, pictures)
 
 
-RUNNERS = ["run", "run_lora", "run_sdxl", "run_lora_sdxl"]
-RUNNERS += ["run_prior", "run_lora_prior", "run_decoder", "run_lora_decoder"]
+KANDINSKY = ["run_prior", "run_lora_prior", "run_decoder", "run_lora_decoder"]
+RUNNERS = ["run", "run_lora", "run_sdxl", "run_lora_sdxl", *KANDINSKY]
 
 
 @pytest.fixture(params=RUNNERS)
