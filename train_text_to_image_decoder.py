@@ -155,8 +155,11 @@ def encode_pictures(networks, batch):
     """What MOVQ and CLIP make of a batch's pictures: latents (B, C, h, w), which are x0 as they are, and embeddings
     (B, D)."""
     movq, image_encoder = networks
-    latents = movq.encode(batch["pixels"].to(movq.dtype)).latents
-    return {"latents": latents, "image": image_encoder(batch["clip_pixels"].to(image_encoder.dtype)).image_embeds}
+    latents = movq.encode(frozen.cast_for(movq, batch["pixels"])).latents
+    return {
+        "latents": latents,
+        "image": image_encoder(frozen.cast_for(image_encoder, batch["clip_pixels"])).image_embeds,
+    }
 
 
 def training_loss(unet, schedule, batch, snr_gamma=None):

@@ -136,7 +136,7 @@ class Prepare:
 @frozen.encoder
 def encode_pictures(vae, batch):
     """Mean and standard deviation of what the VAE makes of a batch's pictures, each (B, C, h, w)."""
-    moments = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
+    moments = vae.encode(frozen.cast_for(vae, batch["pixels"])).latent_dist
     return {"latent_mean": moments.mean, "latent_std": moments.std}
 
 

@@ -138,7 +138,7 @@ class Prepare:
 @frozen.encoder
 def encode_pictures(image_encoder, batch):
     """CLIP's embeddings of a batch's pictures, (B, D)."""
-    return {"image": image_encoder(batch["clip_pixels"].to(image_encoder.dtype)).image_embeds}
+    return {"image": image_encoder(frozen.cast_for(image_encoder, batch["clip_pixels"])).image_embeds}
 
 
 @frozen.encoder

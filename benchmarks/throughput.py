@@ -9,8 +9,9 @@ Every run is a process that calls a script's real `main` with a real command lin
 pictures that are made here. Runs of a family take turns, a few updates each, so that whatever else the machine does
 meets all of them; what is reported are medians over the turns, and of ratios the median ratio within a turn. "outside"
 is the share of a step's time beyond forward, backward and update of the same network, in the same process and turn, on
-tensors that are ready. On a CPU, peak memory is that of the whole process once everything is loaded, but for what is
-mapped of the cache, in further runs of two updates whose allocator gives back at once what is free.
+tensors that are ready. On a CPU, peak memory is that of the whole process once everything is loaded, the whole of each
+frozen network included and what is mapped of the cache left out, in further runs of two updates whose allocator gives
+back at once what is free.
 """
 
 import argparse

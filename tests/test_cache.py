@@ -4,6 +4,7 @@ import gc
 import importlib
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -335,6 +336,32 @@ def test_a_machine_that_does_not_see_the_others_encodes_all(tmp_path):
     cache.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, team, 4, "numbers")
     assert sorted(made) == list(range(7)) and made[:3] == [1, 3, 5]
     assert all(store.read(key)["y"] == number for key, number in wanted.items())
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_cpu_reads_no_picture_while_its_networks_run(tmp_path, on_cpu):
+    """A core that reads keeps all threads of a network waiting; beside a GPU the next batch is read meanwhile."""
+    reading, seen = [], []
+
+    def make(number):
+        reading.append(number)
+        return {"x": np.int64(number)}
+
+    def encode(batch):
+        before = len(reading)
+        time.sleep(0.05)
+        seen.append((before, len(reading)))
+        return {"y": ("float32", batch["x"].astype(np.float32)[:, None])}
+
+    store = cache.Store(tmp_path, "pictures", [on_cpu])
+    team = cache.Team(0, 1, 0, 1, lambda items: items, on_cpu)
+    wanted = {str(number): number for number in range(100)}
+    cache.fill(store, wanted, make, encode, team, 20, "numbers")
+    assert sorted(reading) == list(range(100)) and all(store.read(key)["y"] == wanted[key] for key in wanted)
+    if on_cpu:
+        assert seen == [(read, read) for read in (20, 40, 60, 80, 100)]
+    else:
+        assert seen[0][1] == 40  # the next batch is read
 
 
 # --- memory and room -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT
@@ -207,6 +208,24 @@ def test_shared_modules_import_no_torch():
     modules = ", ".join(f"training_utils.{name}" for name in [*names.split(), "reporting", "hub"])
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_a_start_imports_no_library_that_training_does_not_use():
+    """bitsandbytes and scipy.stats cost seconds; what asks for 8 bits still finds its optimizer."""
+    code = """
+import sys, train_text_to_image_lora as script
+from training_utils import flags, lora
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+unet = UNet2DConditionModel(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
+    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=2)
+lora.add_adapter(unet, lora.UNET_LAYERS, 2)
+print([name for name in ("bitsandbytes", "scipy.stats", "deepspeed") if sys.modules.get(name)])
+import bitsandbytes
+print(bitsandbytes.optim.AdamW8bit.__name__)
+"""
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
+    assert said.split("\n")[:2] == ["[]", "AdamW8bit"]
 
 
 def refusal(capsys, *words, script=train_text_to_image):

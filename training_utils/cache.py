@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from . import draws
-from .data import read_ahead
+from .data import read_ahead, read_between
 from .problems import BadSample
 from .reporting import UserError, bar, reason_of, say, warn
 
@@ -188,18 +188,26 @@ def _crc(arrays):
 @dataclass
 class Team:
     """The processes that fill a store together. `gather(items)` is the lists of all of them, one after the other; a
-    collective call. A machine has `local_world` of them."""
+    collective call. A machine has `local_world` of them. The networks run `on_cpu` or beside it."""
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     gather: Any
+    on_cpu: bool = False
 
     @property
     def threads(self):
         """How many threads of this process read pictures, which lets go of the interpreter."""
         return max(1, min(8, (os.cpu_count() or 1) // self.local_world))
+
+    def read(self, function, items, batch_size):
+        """`function(item)` of each item, in order, for networks that take `batch_size` at once. They are read while a
+        device works on the last ones; on a CPU, where a network's threads wait for each other and a core that reads
+        meanwhile keeps all of them waiting, in between."""
+        many = max(batch_size, 2 * self.threads)
+        return (read_between if self.on_cpu else read_ahead)(function, items, self.threads, many)
 
 
 def open_store(store, wanted, team):
@@ -239,7 +247,7 @@ def fill(store, wanted, make, encode, team, batch_size, what):
         with bar(None, what, len(mine)) as shown:
             for at in range(0, max(team.gather([len(mine)])), ROUND):
                 some = mine[at : at + ROUND]
-                failed = _encode(store, some, len(missing), wanted, make, encode, batch_size, team.threads, shown)
+                failed = _encode(store, some, len(missing), wanted, make, encode, batch_size, team, shown)
                 unusable |= dict(team.gather(list(failed.items())))
         store.look()
     unseen = sum(key not in store and key not in unusable for key in wanted)
@@ -248,13 +256,13 @@ def fill(store, wanted, make, encode, team, batch_size, what):
     return unusable
 
 
-def _encode(store, keys, total, wanted, make, encode, batch_size, threads, shown):
+def _encode(store, keys, total, wanted, make, encode, batch_size, team, shown):
     """Make and write the entries of some keys, of the `total` that all processes write. Returns what could not be
     made, {key: sentence}."""
     failed, kept, began = {}, [], time.monotonic()
 
     def good():
-        for key, sample in zip(keys, read_ahead(lambda key: make(wanted[key]), keys, threads)):
+        for key, sample in zip(keys, team.read(lambda key: make(wanted[key]), keys, batch_size)):
             shown.update()
             if isinstance(sample, BadSample):
                 failed[key] = str(sample)

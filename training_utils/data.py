@@ -627,18 +627,26 @@ def _size_of(named_cell):
         return (0, 0)
 
 
-def read_ahead(function, items, threads):
-    """`function(item)` of each item, in order, a few items ahead: all of them at once might not fit into memory."""
+def read_ahead(function, items, threads, ahead=None):
+    """`function(item)` of each item, in order, `ahead` items ahead, a few where it is None: all of them at once might
+    not fit into memory."""
     waiting, pool = deque(), ThreadPoolExecutor(threads)
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
+            if len(waiting) > (ahead or 2 * threads):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_between(function, items, threads, many):
+    """`function(item)` of each item, in order: `many` at a time, and none while the caller is busy with those."""
+    with ThreadPoolExecutor(threads) as pool:
+        for at in range(0, len(items), many):
+            yield from list(pool.map(function, items[at : at + many]))
 
 
 def check(rows, on_bad_sample="error"):
@@ -786,7 +794,10 @@ def largest_within(size, shape):
 
 def to_array(picture):
     """RGB PIL picture to float32 in [-1, 1], shape (3, H, W)."""
-    return np.ascontiguousarray(np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)) / 127.5 - 1.0
+    array = np.ascontiguousarray(np.asarray(picture, dtype=np.float32).transpose(2, 0, 1))
+    array /= 127.5
+    array -= 1.0
+    return array
 
 
 def choose_caption(captions, draw, dropout=0.0):

@@ -42,6 +42,11 @@ def encoder(encode):
     return encoded
 
 
+def cast_for(network, tensor):
+    """A tensor in the type of a network's weights. diffusers' `dtype` goes through all modules: milliseconds."""
+    return tensor.to(next(network.parameters()).dtype)
+
+
 @contextmanager
 def visiting(networks, device):
     """Within this context the networks are on the device, and after it where they were; a None among them is passed
@@ -89,12 +94,13 @@ def digest(network):
 
 
 def _team(accelerator):
+    on_cpu = accelerator.device.type == "cpu"
     if accelerator.num_processes == 1:
-        return cache.Team(0, 1, 0, 1, lambda items: items)
+        return cache.Team(0, 1, 0, 1, lambda items: items, on_cpu)
     hosts = gather_object([socket.gethostname()])
     rank = accelerator.process_index
     here = [at for at, host in enumerate(hosts) if host == hosts[rank]]
-    return cache.Team(rank, len(hosts), here.index(rank), len(here), gather_object)
+    return cache.Team(rank, len(hosts), here.index(rank), len(here), gather_object, on_cpu)
 
 
 def _identity(networks, device, settings=None):

@@ -491,7 +491,8 @@ def _together(batch_size):
 def _team():
     machine = f"{platform.node()} {uuid.getnode()}"
     machines, rank = gather([machine]), jax.process_index()
-    return cache.Team(rank, jax.process_count(), machines[:rank].count(machine), machines.count(machine), gather)
+    local_rank, local_world = machines[:rank].count(machine), machines.count(machine)
+    return cache.Team(rank, jax.process_count(), local_rank, local_world, gather, jax.default_backend() == "cpu")
 
 
 def _store(root, kind, encoder, params, settings=None):

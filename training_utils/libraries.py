@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 
 from . import launch
 
@@ -10,13 +11,25 @@ def prepare():
     """Leave out what training never uses, and keep the terminal for what concerns the user.
 
     diffusers imports scipy.stats, where there is one, for the beta sigmas of some samplers: 0.8 s of start-up, and
-    random draws that a reproducible start should not make. transformers reports at each import that torchvision,
-    which nothing here needs, is not installed. Call it before anything else of the two is imported.
+    random draws that a reproducible start should not make. diffusers and PEFT import bitsandbytes, for quantized
+    networks, and it torch's compiler: two seconds more; an optimizer of it is imported when it is asked for.
+    transformers reports at each import that torchvision, which nothing here needs, is not installed. Call it before
+    anything else of the two is imported.
     """
     if not launch.uses_deepspeed():  # accelerate imports it wherever it is installed: two seconds, and warnings
         sys.modules.setdefault("deepspeed", None)
 
+    unseen = {"bitsandbytes"} - set(sys.modules)
+    sys.modules |= dict.fromkeys(unseen)  # cannot be imported
     import diffusers.utils.import_utils
+
+    with suppress(ImportError):  # JAX does without it
+        import peft.helpers
+        import peft.import_utils
+
+        peft.import_utils.is_bnb_available()  # which remembers what it has found
+    for name in unseen:
+        del sys.modules[name]
 
     diffusers.utils.import_utils._scipy_available = False
     logging.getLogger("transformers.utils.import_utils").addFilter(
