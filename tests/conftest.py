@@ -14,6 +14,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_V
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # JAX compiles twice as fast
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started: sums over threads round by their number
 
+from forked import Forked  # noqa: E402
 from tiny import build_kandinsky_decoder, build_kandinsky_prior, build_sd, build_sdxl, write_pictures  # noqa: E402
 
 from training_utils.reporting import UserError  # noqa: E402
@@ -99,9 +100,15 @@ class Runner:
             **({"cwd": ROOT} | options),
         )
 
+    def fork(self, out, *more, processes=1, through=()):
+        """Start it as one process, or several, without the seconds that importing torch and a launcher take; through
+        a program that is called with the script's command line, where one is given."""
+        words = [*map(str, through), str(ROOT / f"{self.script}.py"), *self.argv(out, *more)]
+        return Forked(words, ROOT, processes, free_port())
+
     def on_two_processes(self, out, *more):
-        """Run it to its end on two processes, as a user does; returns what it printed."""
-        process = self.start(out, *more, launcher=two_processes())
+        """Run it to its end on two processes; returns what it printed."""
+        process = self.fork(out, *more, processes=2)
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said
         return said
@@ -149,9 +156,12 @@ def run_lora_decoder(kandinsky, pictures):
 
 KANDINSKY = ["run_prior", "run_lora_prior", "run_decoder", "run_lora_decoder"]
 RUNNERS = ["run", "run_lora", "run_sdxl", "run_lora_sdxl", *KANDINSKY]
+# In the ordinary suite four stand for all, whose loops are the same lines, as tests/test_siblings.py sees to.
+STAND = ["run", "run_lora_sdxl", "run_prior", "run_lora_decoder"]
+EACH = [pytest.param(name, marks=[] if name in STAND else pytest.mark.slow) for name in RUNNERS]
 
 
-@pytest.fixture(params=RUNNERS)
+@pytest.fixture(params=EACH)
 def each(request):
     """The runner of every script in turn."""
     return request.getfixturevalue(request.param)

@@ -196,7 +196,6 @@ def test_other_processes_name_what_they_skip(monkeypatch, tmp_path, capsys):
     assert len(rows.findings.skipped) == 1
 
 
-@pytest.mark.slow
 def test_two_processes_skip_the_same(run, partly_damaged, tmp_path):
     flags = ["--train_data_dir", partly_damaged, "--on_bad_sample", "skip"]
     run(tmp_path / "one", *flags, "--gradient_accumulation_steps", "2", "--train_batch_size", "2")

@@ -306,7 +306,6 @@ def test_a_run_with_buckets_resumed_equals_one_uninterrupted(request, name, cuts
         assert result_bytes(out) == result_bytes(tmp_path / "whole"), f"cut after update {cut}"
 
 
-@pytest.mark.slow
 def test_two_processes_with_buckets_equal_one(run, shapes, tmp_path):
     flags = [*SMALL, "--train_data_dir", shapes, "--random_flip", "--train_batch_size", "2"]
     run(tmp_path / "one", *flags, "--gradient_accumulation_steps", "2")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import result_bytes, two_processes
+from conftest import result_bytes
 from PIL import Image
 from tiny import picture, png, write_pictures
 
@@ -209,7 +209,7 @@ def test_a_truncated_picture_in_another_process_is_named_too(run, tmp_path):
         content = (folder / f"{index}.png").read_bytes()
         (folder / f"{index}.png").write_bytes(content[: len(content) // 2])
     flags = ["--train_data_dir", folder, "--train_batch_size", "1"]
-    said, _ = run.start(tmp_path / "out", *flags, launcher=two_processes()).communicate(timeout=200)
+    said, _ = run.fork(tmp_path / "out", *flags, processes=2).communicate(timeout=200)
     assert "0.png cannot be read as a picture" in said and "1.png cannot be read as a picture" in said
 
 

@@ -90,7 +90,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_loss_of_one_process_that_is_not_finite_stops_both(run, tmp_path):
     wrapper, out = tmp_path / "poisoned.py", tmp_path / "out"
     wrapper.write_text(POISONED.format(root=str(ROOT)))
-    process = run.start(out, "--train_batch_size", "2", launcher=[*two_processes(), str(wrapper)])
+    process = run.fork(out, "--train_batch_size", "2", processes=2, through=[wrapper])
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and said.count("update 4 is not finite") == 1, said
     assert [folder.name for folder in checkpoints.listed(out)] == ["checkpoint-3"]
@@ -389,8 +389,11 @@ def test_a_second_signal_ends_a_run_at_once_and_damages_nothing(run, tmp_path, n
     """The first one makes it write a checkpoint, which takes a minute here."""
     wrapper, out = tmp_path / "slow.py", tmp_path / "out"
     wrapper.write_text(SLOW_SAVE.format(root=str(ROOT)))
-    launcher = [*(two_processes() if processes == 2 else [sys.executable]), str(wrapper)]
-    process = run.start(out, "--max_train_steps", "9000", "--checkpointing_steps", "20", launcher=launcher)
+    flags = ["--max_train_steps", "9000", "--checkpointing_steps", "20"]
+    if processes == 1:
+        process = run.fork(out, *flags, through=[wrapper])
+    else:
+        process = run.start(out, *flags, launcher=[*two_processes(), str(wrapper)])
     began = wait_for(process, out, "checkpoint-20")
     process.send_signal(number)
     wait_for(process, out, ".checkpoint-*.partial")
@@ -463,7 +466,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_what_one_process_alone_meets_is_said(run, tmp_path):
     wrapper = tmp_path / "elsewhere.py"
     wrapper.write_text(ELSEWHERE.format(root=str(ROOT)))
-    said, _ = run.start(tmp_path / "out", launcher=[*two_processes(), str(wrapper)]).communicate(timeout=120)
+    said, _ = run.fork(tmp_path / "out", processes=2, through=[wrapper]).communicate(timeout=120)
     assert said.count("error: base model nowhere/model is neither a folder nor found on the hub") == 1, said
 
 
@@ -540,13 +543,12 @@ def test_killed_six_times_and_equal_to_the_bit(each, tmp_path):
     flags = ["--checkpointing_steps", "4", "--max_train_steps", "300", "--checkpoints_total_limit", "2"]
     run(tmp_path / "whole", *flags)
     for number, (name, moment) in enumerate(MOMENTS.items()):
-        launcher = [sys.executable]
+        through = []
         if moment:
-            wrapper = tmp_path / f"{number}.py"
-            wrapper.write_text(KILLED_AT.format(root=str(ROOT), moment=moment))
-            launcher.append(str(wrapper))
+            through = [tmp_path / f"{number}.py"]
+            through[0].write_text(KILLED_AT.format(root=str(ROOT), moment=moment))
         stood = {folder.name for folder in checkpoints.listed(out)}
-        process = run.start(out, *flags, "--resume_from_checkpoint", "latest", launcher=launcher)
+        process = run.fork(out, *flags, "--resume_from_checkpoint", "latest", through=through)
         if not moment:
             if name == "in its steps":
                 while stood == {folder.name for folder in checkpoints.listed(out)}:
@@ -559,7 +561,7 @@ def test_killed_six_times_and_equal_to_the_bit(each, tmp_path):
         whole = [folder for folder in checkpoints.listed(out) if checkpoints.damage(folder) is None]
         assert whole == checkpoints.listed(out), f"{name}: a half checkpoint stands"
         assert number == 0 or len(whole) >= 1, f"{name}: fewer than the limit less one"
-    process = run.start(out, *flags, "--resume_from_checkpoint", "latest")
+    process = run.fork(out, *flags, "--resume_from_checkpoint", "latest")
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert result_bytes(out) == result_bytes(tmp_path / "whole")

@@ -170,6 +170,12 @@ def test_a_weight_in_bfloat16_keeps_the_hooks_of_its_gradient():
     assert list(optimizer.state) == [weight] and optimizer.param_groups[0]["params"] == [weight]
 
 
+@pytest.mark.parametrize(
+    "full",
+    ["run", pytest.param("run_sdxl", marks=pytest.mark.slow), "run_prior"]
+    + [pytest.param("run_decoder", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_full_bf16(full, tmp_path):
     """Trains like float32 to within rounding, is the same during the backward pass, and saves what it trained."""
     looks = ["--validation_split", "0.2", *TRACKED, "--use_ema", "--ema_decay", "0.9"]
@@ -219,13 +225,13 @@ def test_every_optimizer_follows_a_schedule(run, tmp_path, name):
 
 def test_prodigy_keeps_the_step_size_that_it_found(run, tmp_path, capsys):
     pytest.importorskip("prodigyopt")
-    flags = ["--optimizer", "prodigy", "--checkpointing_steps", "40", "--max_train_steps", "45"]
+    flags = ["--optimizer", "prodigy", "--checkpointing_steps", "15", "--max_train_steps", "18"]
     run(tmp_path / "whole", *flags, "--learning_rate", "1")
-    group = torch.load(tmp_path / "whole/checkpoint-40/optimizer.bin", weights_only=True)["param_groups"][0]
-    assert group["d"] > 2 * group["d0"] and group["k"] == 40
+    group = torch.load(tmp_path / "whole/checkpoint-15/optimizer.bin", weights_only=True)["param_groups"][0]
+    assert group["d"] > 2 * group["d0"] and group["k"] == 15
     said = capsys.readouterr()
     assert "--learning_rate 1" not in said.err and "weight decay" not in said.out
-    shutil.copytree(tmp_path / "whole/checkpoint-40", tmp_path / "cut/checkpoint-40")
+    shutil.copytree(tmp_path / "whole/checkpoint-15", tmp_path / "cut/checkpoint-15")
     run(tmp_path / "cut", *flags, "--learning_rate", "1", "--resume_from_checkpoint", "latest")
     assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
     run(tmp_path / "other", *flags, "--learning_rate", "0.1", "--max_train_steps", "1")

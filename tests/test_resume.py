@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import RUNNERS, logged, relative_difference, result_bytes, two_processes
+from conftest import EACH, logged, relative_difference, result_bytes, two_processes
 
 SETTINGS = {
     "plain": [],
@@ -164,18 +164,12 @@ def kill_when(process, folder, pattern, number):
     return process.wait(120), process.stdout.read()
 
 
-# Where processes are started, some siblings, whose loops are the same lines, stand for all in the ordinary suite.
-QUICK = ["run", "run_lora_sdxl", "run_prior"]
-SIBLINGS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNNERS]
-
-
-@pytest.mark.parametrize("sibling", SIBLINGS)
-def test_sigkill_then_resume(request, tmp_path, capsys, sibling):
-    run = request.getfixturevalue(sibling)
+def test_sigkill_then_resume(each, tmp_path, capsys):
+    run = each
     flags = ["--checkpointing_steps", "5", "--max_train_steps", "90", "--checkpoints_total_limit", "2"]
     run(tmp_path / "whole", *flags)
     out = tmp_path / "killed"
-    code, _ = kill_when(run.start(out, *flags), out, "checkpoint-1*", signal.SIGKILL)
+    code, _ = kill_when(run.fork(out, *flags), out, "checkpoint-1*", signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not (out / "README.md").exists(), "it was killed too late to show anything"
     capsys.readouterr()
@@ -189,7 +183,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(run, tmp_pa
     flags = ["--max_train_steps", "900", "--dataloader_num_workers", "1", "--report_to", "tensorboard"]
     flags += ["--checkpointing_steps", "20", "--hub_token", "hf_secret"]
     out = tmp_path / "stopped"
-    code, said = kill_when(run.start(out, *flags), out, "checkpoint-20", number)
+    code, said = kill_when(run.fork(out, *flags), out, "checkpoint-20", number)
     assert code == 128 + number, said
     stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
     assert 20 <= stopped_after < 900
@@ -292,7 +286,7 @@ def test_one_process_two_and_accumulation_agree(run, tmp_path):
     assert relative_difference(tmp_path / "continued", tmp_path / "one") < 1e-6
 
 
-@pytest.mark.parametrize("sibling", SIBLINGS[1:])
+@pytest.mark.parametrize("sibling", EACH[1:])
 def test_siblings_on_two_processes(request, tmp_path, sibling):
     run = request.getfixturevalue(sibling)
     flags = ["--max_train_steps", "4", *(["--train_text_encoder"] if sibling == "run_lora_sdxl" else [])]
