@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["train_text_to_image", "train_text_to_image_lora_sdxl", "train_text_to_image_lora_prior"]
     + ["train_text_to_image_lora_decoder", "datasets", "torch.utils.tensorboard"]
 )
+GRACE = 30  # seconds for the other processes, when one has failed
 
 
 class Forked:
@@ -23,7 +25,7 @@ class Forked:
     def __init__(self, words, folder, processes=1, port=None):
         with tempfile.NamedTemporaryFile("w", delete=False) as said:
             self.stdout = open(said.name)  # noqa: SIM115
-        self.processes = []
+        self.processes, self.ending = [], None
         for rank in range(processes):
             environment = dict(os.environ)
             if processes > 1:
@@ -43,7 +45,10 @@ class Forked:
         return None if None in codes else next(filter(None, codes), 0)
 
     def poll(self):
-        if any(process.exitcode for process in self.processes):  # as a launcher would
+        if self.ending is None and any(process.exitcode for process in self.processes):  # as a launcher does
+            self.ending = time.monotonic()
+            self.send_signal(signal.SIGTERM)
+        if self.ending is not None and time.monotonic() - self.ending > GRACE:
             self.kill()
         return self.returncode
 
@@ -53,6 +58,8 @@ class Forked:
             if time.monotonic() > until:
                 raise subprocess.TimeoutExpired("a forked script", timeout)
             time.sleep(0.01)
+        with suppress(FileNotFoundError):  # what it said can still be read
+            os.unlink(self.stdout.name)
         return self.returncode
 
     def communicate(self, timeout=None):
