@@ -511,7 +511,7 @@ def parse_args(argv):
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES, help="what to measure")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="left out, the GPU where there is one")
     parser.add_argument("--size", choices=("tiny", "mid", "real"), help="left out, mid on a CPU, real on a GPU")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each run")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each run")
     parser.add_argument("--updates", type=int, help="updates in a turn; left out, 1 on a CPU, 20 on a GPU")
     parser.add_argument(
         "--compiled", action="store_true", help="compiled runs on the CPU too, which take minutes more"

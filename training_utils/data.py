@@ -197,7 +197,8 @@ class Rows:
 
 def upright_rgb(picture):
     """The first frame of a PIL picture, decoded, upright, in RGB."""
-    return to_rgb(ImageOps.exif_transpose(picture))
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return to_rgb(ImageOps.exif_transpose(picture) if turned else picture)  # which copies
 
 
 def upright_size(picture):
