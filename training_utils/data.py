@@ -197,6 +197,7 @@ class Rows:
 
 def upright_rgb(picture):
     """The first frame of a PIL picture, decoded, upright, in RGB."""
+    picture.load()  # which may change its mode
     turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return to_rgb(ImageOps.exif_transpose(picture) if turned else picture)  # which copies
 

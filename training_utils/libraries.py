@@ -12,15 +12,14 @@ def prepare():
 
     diffusers imports scipy.stats, where there is one, for the beta sigmas of some samplers: 0.8 s of start-up, and
     random draws that a reproducible start should not make. diffusers and PEFT import bitsandbytes, for quantized
-    networks, and it torch's compiler: two seconds more; an optimizer of it is imported when it is asked for.
+    networks, and it torch's compiler: one to two seconds more; an optimizer of it is imported when it is asked for.
     transformers reports at each import that torchvision, which nothing here needs, is not installed. Call it before
     anything else of the two is imported.
     """
     if not launch.uses_deepspeed():  # accelerate imports it wherever it is installed: two seconds, and warnings
         sys.modules.setdefault("deepspeed", None)
 
-    unseen = {"bitsandbytes"} - set(sys.modules)
-    sys.modules |= dict.fromkeys(unseen)  # cannot be imported
+    hidden = sys.modules.setdefault("bitsandbytes", None) is None  # it cannot be imported
     import diffusers.utils.import_utils
 
     with suppress(ImportError):  # JAX does without it
@@ -28,8 +27,8 @@ def prepare():
         import peft.import_utils
 
         peft.import_utils.is_bnb_available()  # which remembers what it has found
-    for name in unseen:
-        del sys.modules[name]
+    if hidden:
+        del sys.modules["bitsandbytes"]
 
     diffusers.utils.import_utils._scipy_available = False
     logging.getLogger("transformers.utils.import_utils").addFilter(
