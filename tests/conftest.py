@@ -185,12 +185,6 @@ def free_port():
         return free.getsockname()[1]
 
 
-def two_processes():
-    """The launcher of two processes on this machine's CPU, which meet at a port that is free."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--quiet"]
-    return [*launch, "--main_process_port", str(free_port())]
-
-
 @pytest.fixture(scope="module")
 def machine(hub, tmp_path_factory):
     """A client of the hub that a module's own fixture serves."""

@@ -29,12 +29,9 @@ class Forked:
         for rank in range(processes):
             environment = dict(os.environ)
             if processes > 1:
-                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-                environment |= {
-                    "LOCAL_WORLD_SIZE": str(processes),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                }
+                meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                environment |= {name: str(value) for name, value in meeting.items()}
             self.processes.append(SERVER.Process(target=_run, args=(words, environment, str(folder), said.name)))
             self.processes[-1].start()
         self.pid = self.processes[0].pid

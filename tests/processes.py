@@ -78,10 +78,14 @@ def files(folder):
 
 
 def wait_for(processes, path):
-    while not path.exists():
+    """Wait until there is a file or folder of this name, which may have stars, while the processes run."""
+    for _ in range(12000):
+        if any(path.parent.glob(path.name)):
+            return
         for process in processes:
             assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+        time.sleep(0.01)
+    raise AssertionError(f"no {path}")
 
 
 def trains_as_one_process(run, tmp_path, own, launch):

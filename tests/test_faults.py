@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, RUNNERS, relative_difference, result_bytes, result_weights, two_processes
+from conftest import ROOT, RUNNERS, relative_difference, result_bytes, result_weights
+from processes import launcher, wait_for
 from safetensors.torch import load_file
 from tiny import build_sd
 
@@ -393,10 +394,11 @@ def test_a_second_signal_ends_a_run_at_once_and_damages_nothing(run, tmp_path, n
     if processes == 1:
         process = run.fork(out, *flags, through=[wrapper])
     else:
-        process = run.start(out, *flags, launcher=[*two_processes(), str(wrapper)])
-    began = wait_for(process, out, "checkpoint-20")
+        process = run.start(out, *flags, launcher=[*launcher(2, "--multi_gpu"), str(wrapper)])
+    wait_for([process], out / "checkpoint-20")
+    began = time.monotonic()
     process.send_signal(number)
-    wait_for(process, out, ".checkpoint-*.partial")
+    wait_for([process], out / ".checkpoint-*.partial")
     time.sleep(3)  # within two seconds it would be taken for the same request
     process.send_signal(number)
     process.communicate(timeout=50)
@@ -410,16 +412,6 @@ def test_a_second_signal_ends_a_run_at_once_and_damages_nothing(run, tmp_path, n
         assert result_bytes(out) == result_bytes(tmp_path / "whole")
     else:
         assert relative_difference(out, tmp_path / "whole") < 1e-5
-
-
-def wait_for(process, folder, pattern):
-    """Wait until something of this name exists in a folder; returns the time."""
-    for _ in range(6000):
-        if any(folder.glob(pattern)):
-            return time.monotonic()
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
-    raise AssertionError(f"no {pattern} in {folder}")
 
 
 def running(out):
@@ -438,8 +430,8 @@ def running(out):
 def test_a_process_that_dies_takes_the_others_with_it_in_order(run, tmp_path):
     out = tmp_path / "out"
     flags = ["--max_train_steps", "9000", "--checkpointing_steps", "20", "--train_batch_size", "2"]
-    process = run.start(out, *flags, launcher=two_processes())
-    wait_for(process, out, "checkpoint-20")
+    process = run.start(out, *flags, launcher=launcher(2, "--multi_gpu"))
+    wait_for([process], out / "checkpoint-20")
     ranks = {}
     for pid in running(out):
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -495,7 +487,7 @@ def test_the_token_is_not_in_the_list_of_processes(run, tmp_path):
     flags = ["--max_train_steps", "9000", "--checkpointing_steps", "20", "--hub_token", "hf_do_not_leak_me"]
     process = run.start(out, *flags)
     try:
-        wait_for(process, out, "checkpoint-20")
+        wait_for([process], out / "checkpoint-20")
         words = Path(f"/proc/{process.pid}/cmdline").read_bytes()
         assert str(out).encode() in words and b"hf_do_not_leak_me" not in words
     finally:

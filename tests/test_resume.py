@@ -4,11 +4,10 @@ import os
 import re
 import shutil
 import signal
-import sys
-import time
 
 import pytest
-from conftest import EACH, logged, relative_difference, result_bytes, two_processes
+from conftest import EACH, logged, relative_difference, result_bytes
+from processes import launcher, wait_for
 
 SETTINGS = {
     "plain": [],
@@ -155,11 +154,7 @@ def test_a_new_learning_rate_takes_effect_on_resume(run, tmp_path):
 
 def kill_when(process, folder, pattern, number):
     """Send a signal to a process as soon as something matching `pattern` exists in `folder`."""
-    for _ in range(6000):
-        if any(folder.glob(pattern)):
-            break
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
+    wait_for([process], folder / pattern)
     process.send_signal(number)
     return process.wait(120), process.stdout.read()
 
@@ -238,10 +233,8 @@ def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path, n
     flags = ["--max_train_steps", "3000", "--checkpointing_steps", "20", "--dataloader_num_workers", "1"]
     flags += ["--train_batch_size", "2", "--checkpoints_total_limit", "2"]
     out = tmp_path / "stopped"
-    process = run.start(out, *flags, launcher=two_processes(), start_new_session=True)
-    while not (out / "checkpoint-20").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
+    process = run.start(out, *flags, launcher=launcher(2, "--multi_gpu"), start_new_session=True)
+    wait_for([process], out / "checkpoint-20")
     os.killpg(process.pid, number)
     said, _ = process.communicate(timeout=60)
     stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
@@ -257,12 +250,9 @@ def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path, n
 
 def test_a_single_process_follows_its_launcher(run, tmp_path):
     """`accelerate launch` of one process dies of SIGTERM by itself; the run then stops in order too."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--quiet"]
     out = tmp_path / "stopped"
-    process = run.start(out, "--max_train_steps", "3000", "--checkpointing_steps", "20", launcher=launcher)
-    while not (out / "checkpoint-20").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
+    process = run.start(out, "--max_train_steps", "3000", "--checkpointing_steps", "20", launcher=launcher(1))
+    wait_for([process], out / "checkpoint-20")
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)  # until the last process that holds its output has ended
     assert "stopped after update" in said, said
