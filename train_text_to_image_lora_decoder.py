@@ -353,7 +353,8 @@ def main(argv=None):
         power=args.lr_power,
     )
     ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
-    network, optimizer = accelerator.prepare(unet, optimizer)  # what the loop calls; `unet` stays the bare model
+    # The loop calls `network`; `unet` stays the bare model.
+    network, optimizer, parameters = engine.prepare(accelerator, unet, optimizer)
 
     # --- resume ------------------------------------------------------------------------------------------------------
     saved = engine.TrainingState(

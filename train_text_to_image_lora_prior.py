@@ -338,7 +338,8 @@ def main(argv=None):
         power=args.lr_power,
     )
     ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
-    network, optimizer = accelerator.prepare(prior, optimizer)  # what the loop calls; `prior` stays the bare model
+    # The loop calls `network`; `prior` stays the bare model.
+    network, optimizer, parameters = engine.prepare(accelerator, prior, optimizer)
 
     # --- resume ------------------------------------------------------------------------------------------------------
     saved = engine.TrainingState(

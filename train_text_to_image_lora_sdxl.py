@@ -397,7 +397,8 @@ def main(argv=None):
         power=args.lr_power,
     )
     ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
-    network, optimizer = accelerator.prepare(unet, optimizer)  # what the loop calls; `unet` stays the bare model
+    # The loop calls `network`; `unet` stays the bare model.
+    network, optimizer, parameters = engine.prepare(accelerator, unet, optimizer)
     text_networks = text_encoders
     if args.train_text_encoder:
         text_networks = [accelerator.prepare(text_encoder) for text_encoder in text_encoders]

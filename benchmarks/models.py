@@ -218,7 +218,9 @@ def write(folder, family, size):
     """Write a base model with random weights, the real ones in bfloat16. Returns the flags that name it."""
     torch.manual_seed(0)
     tokenizer, folder = _tokenizer(), Path(folder)
-    parts = {part: make() for part, make in networks(family, size, tokenizer).items()}
+    # A GPU draws billions of weights in a moment.
+    with torch.device("cuda" if size == "real" and torch.cuda.is_available() else "cpu"):
+        parts = {part: make() for part, make in networks(family, size, tokenizer).items()}
     if family == "prior":
         torch.nn.init.ones_(parts["trained"].clip_std)  # the deviation of CLIP's embeddings: zero would be refused
     if size == "real":

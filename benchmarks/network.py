@@ -5,8 +5,9 @@
     python benchmarks/network.py --size mid         without a GPU, float32
 
 It compares what the scripts do with what they might do: channels_last, PEFT's own forward of an adapter, and on a GPU
-forward and backward replayed as CUDA graphs. "host" is the time until Python has issued an update: where it is the
-whole of it, the GPU waits for Python.
+CUDA graphs, as `--dynamo_backend cudagraphs` has them, and the network's blocks compiled by inductor each by itself,
+which takes two minutes. "host" is the time until Python has issued an update: where it is the whole of it, the GPU
+waits for Python.
 """
 
 import argparse
@@ -19,6 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import models  # noqa: E402
 import torch  # noqa: E402
+from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
+from diffusers.models.transformers.transformer_2d import Transformer2DModel  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
 from training_utils import lora  # noqa: E402
@@ -75,16 +78,16 @@ def use_own_forward(unet, own):
         layer.cast_input_dtype_enabled = not own
 
 
-class Captured(torch.nn.Module):
-    """A network whose forward and backward are replayed, for tensors of these shapes (torch.cuda.graphs)."""
+def replayed(network):
+    """The network as CUDA graphs, which are recorded at its first calls."""
+    return torch.compile(network, backend="cudagraphs", dynamic=False)
 
-    def __init__(self, unet):
-        super().__init__()
-        self.unet = unet
 
-    def forward(self, *tensors):
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):  # a cached cast would not be replayed
-            return self.unet(*tensors)[0]
+def compile_blocks(unet):
+    """Have inductor compile each residual and transformer block by itself."""
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D | Transformer2DModel):
+            module.compile(backend="inductor", dynamic=False)
 
 
 def parse_args(argv=None):
@@ -106,6 +109,15 @@ def main(argv=None):
             latents, *rest = inputs(args.size, batch, device)
             tensors = (latents.to(memory_format=layout), *rest)
             measure(f"every weight, {layout}", unet, list(unet.parameters()), tensors, args.updates)
+    if device.type == "cuda":
+        unet.to(memory_format=torch.contiguous_format)
+        parameters = list(unet.parameters())
+        few, many = (inputs(args.size, batch, device) for batch in (args.batches[0], args.batches[-1]))
+        measure("every weight, CUDA graphs", replayed(unet), parameters, few, args.updates)
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64  # the blocks have as many shapes
+        compile_blocks(unet)
+        measure("every weight, blocks compiled", unet, parameters, many, args.updates)
 
     adapted = unet_of(args.size, device)
     if device.type == "cuda":
@@ -119,8 +131,7 @@ def main(argv=None):
     if device.type == "cuda":
         use_own_forward(adapted, True)
         tensors = inputs(args.size, 1, device)
-        captured = torch.cuda.make_graphed_callables(Captured(adapted), tensors)
-        measure("adapters, CUDA graphs", lambda *now: (captured(*now),), parameters, tensors, args.updates)
+        measure("adapters, CUDA graphs", replayed(adapted), parameters, tensors, args.updates)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ import shutil
 import sys
 
 import pytest
+import torch
 from conftest import KANDINSKY, relative_difference, result_bytes
 from tiny import write_pictures
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 
 from training_utils import reporting
 
@@ -81,10 +84,62 @@ def test_compiled_by_inductor(request, name, tmp_path, monkeypatch, nine):
     assert relative_difference(tmp_path / "cut", tmp_path / "compiled") < 1e-3
 
 
+def reusing(graph, _):
+    """A graph whose results lie in the same memory at every call, as those of CUDA graphs do."""
+    kept = []
+
+    def call(*args):
+        made = graph(*args)
+        kept[:] = kept or [None if result is None else torch.empty_like(result) for result in made]
+        return [None if new is None else own.copy_(new).detach() for own, new in zip(kept, made, strict=True)]
+
+    return make_boxed_func(call)
+
+
+def test_gradients_of_replayed_graphs_add_up(first, tmp_path, monkeypatch, nine):
+    """A stand-in for CUDA graphs, which a CPU does not have; what they write over must not be a gradient in use."""
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=reusing)
+    torch._dynamo.lookup_backend("cudagraphs")  # which registers it
+    monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "cudagraphs", backend)
+    flags = ["--train_data_dir", nine, "--train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    first(tmp_path / "plain", *flags)
+    compiled(first, monkeypatch, "cudagraphs", tmp_path / "replayed", *flags)
+    assert relative_difference(tmp_path / "replayed", tmp_path / "plain") < 1e-4
+
+
+def test_regions_are_refused(run, tmp_path, monkeypatch, capsys):
+    """accelerate's cuts fail inside of diffusers' UNet, which asks of a part whether it is there."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    with pytest.raises(SystemExit) as refusal:
+        run(tmp_path / "out")
+    assert refusal.value.code == 2
+    assert "without --dynamo_use_regional_compilation" in capsys.readouterr().err
+
+
+DREAM = ["--dream_training"]
+REPLAYED = {"run": DREAM, "run_lora": DREAM} | {name: [] for name in ["run_sdxl", "run_lora_sdxl", *KANDINSKY]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", REPLAYED)
+def test_replayed_as_cuda_graphs(request, name, tmp_path, monkeypatch, nine):
+    """Gradients add up over micro-batches and are not those of the last replay; each size has graphs of its own."""
+    run = request.getfixturevalue(name)
+    flags = ["--train_data_dir", nine, *REPLAYED[name], "--use_ema", "--gradient_accumulation_steps", "2"]
+    run(tmp_path / "plain", *flags, "--train_batch_size", "2")
+    compiled(run, monkeypatch, "cudagraphs", tmp_path / "replayed", *flags, "--train_batch_size", "2")
+    assert not counters["inductor"]["cudagraph_skips"]
+    assert relative_difference(tmp_path / "replayed", tmp_path / "plain") < 1e-2
+
+
 def test_the_command_that_continues_compiles_too(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert "--mixed_precision no --dynamo_backend inductor train.py" in reporting.resume_command([])
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "reduce-overhead")
+    assert "--dynamo_backend inductor --dynamo_mode reduce-overhead" in reporting.resume_command([])
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     assert "dynamo" not in reporting.resume_command([])

@@ -346,10 +346,37 @@ def make_optimizer(
 
 
 def prepare(accelerator, model, optimizer):
-    """What the loop calls of a model whose weights are all trained, its optimizer, and the parameters that this one
-    updates from now on, which are others where the processes share them out."""
+    """What the loop calls of a model, its optimizer, and the parameters that this one updates from now on, which are
+    others where the processes share them out."""
     network, optimizer = sharding.prepare(accelerator, model, optimizer)
-    return network, optimizer, sharding.trained(optimizer)
+    parameters = sharding.trained(optimizer)
+    if accelerator.gradient_accumulation_steps > 1 and _replays_graphs(accelerator.state.dynamo_plugin):
+        own_gradients(parameters)
+    return network, optimizer, parameters
+
+
+def _replays_graphs(plugin):
+    """Whether a launch with this TorchDynamoPlugin has the network replayed as CUDA graphs."""
+    if plugin.backend == DynamoBackend.INDUCTOR:
+        return plugin.mode in ("reduce-overhead", "max-autotune")
+    return plugin.backend == DynamoBackend.CUDAGRAPHS
+
+
+def own_gradients(parameters):
+    """Have gradients add up in memory of their own from now on.
+
+    Autograd takes the first gradient of a window as it is, and a CUDA graph writes the next one to the same place.
+    """
+    own = {}
+
+    def keep(parameter):
+        if parameter not in own:
+            own[parameter] = torch.empty_like(parameter)
+        if parameter.grad is not own[parameter]:
+            parameter.grad = own[parameter].copy_(parameter.grad)
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(keep)
 
 
 def restart_schedule(optimizer, lr_scheduler, step):

@@ -180,6 +180,8 @@ def _launcher():
         several += [word for flag, name in names.items() for word in (f"--{flag}", os.environ.get(name, "0"))]
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower()
     compiled = ["--dynamo_backend", backend] if backend != "no" else []
+    mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
+    compiled += ["--dynamo_mode", mode] if compiled and mode != "default" else []
     return ["accelerate", "launch", *several, "--mixed_precision", precision, *compiled]
 
 
