@@ -107,7 +107,15 @@ def test_gradients_of_replayed_graphs_add_up(first, tmp_path, monkeypatch, nine)
     assert relative_difference(tmp_path / "replayed", tmp_path / "plain") < 1e-4
 
 
-def test_regions_are_refused(run, tmp_path, monkeypatch, capsys):
+def test_the_prior_compiled_by_regions(run_prior, tmp_path, monkeypatch, nine):
+    flags = ["--train_data_dir", nine, "--use_ema"]
+    run_prior(tmp_path / "plain", *flags)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    assert compiled(run_prior, monkeypatch, "eager", tmp_path / "compiled", *flags) > 3
+    assert result_bytes(tmp_path / "compiled") == result_bytes(tmp_path / "plain")
+
+
+def test_regions_of_a_unet_are_refused(run, tmp_path, monkeypatch, capsys):
     """accelerate's cuts fail inside of diffusers' UNet, which asks of a part whether it is there."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")

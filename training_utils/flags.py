@@ -584,8 +584,9 @@ def _data_problem(args):
 
 def _launch_problem(args):
     """The first thing that is wrong with how accelerate has launched this run, beside its flags, or None."""
-    if os.environ.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "false").lower() in ("1", "true"):
-        return "accelerate cannot compile these networks by regions; launch without --dynamo_use_regional_compilation"
+    regional = os.environ.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "false").lower() in ("1", "true")
+    if regional and "aspect_ratio_bucketing" in vars(args):  # a UNet, which asks whether its parts are there
+        return "accelerate cannot compile this network by regions; launch without --dynamo_use_regional_compilation"
     if launch.uses_deepspeed():
         return _sharing_problem(args, "DeepSpeed") or _deepspeed_problem(args)
     if launch.uses_fsdp():
