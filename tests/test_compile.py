@@ -96,14 +96,14 @@ def reusing(graph, _):
     return make_boxed_func(call)
 
 
-def test_gradients_of_replayed_graphs_add_up(first, tmp_path, monkeypatch, nine):
+def test_gradients_of_replayed_graphs_add_up(run_lora_prior, tmp_path, monkeypatch, nine):
     """A stand-in for CUDA graphs, which a CPU does not have; what they write over must not be a gradient in use."""
     backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=reusing)
     torch._dynamo.lookup_backend("cudagraphs")  # which registers it
     monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "cudagraphs", backend)
     flags = ["--train_data_dir", nine, "--train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    first(tmp_path / "plain", *flags)
-    compiled(first, monkeypatch, "cudagraphs", tmp_path / "replayed", *flags)
+    run_lora_prior(tmp_path / "plain", *flags)
+    compiled(run_lora_prior, monkeypatch, "cudagraphs", tmp_path / "replayed", *flags)
     assert relative_difference(tmp_path / "replayed", tmp_path / "plain") < 1e-4
 
 
