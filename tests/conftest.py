@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "quickstart"), str(ROOT / "tests")]
 pytest.register_assert_rewrite("processes")  # whose assertions then show their values
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+if "TEST_ON_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # JAX compiles twice as fast
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started: sums over threads round by their number
 

@@ -130,7 +130,7 @@ REPLAYED = {"run": DREAM, "run_lora": DREAM} | {name: [] for name in ["run_sdxl"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and TEST_ON_GPU=1")
 @pytest.mark.parametrize("name", REPLAYED)
 def test_replayed_as_cuda_graphs(request, name, tmp_path, monkeypatch, nine):
     """Gradients add up over micro-batches and are not those of the last replay; each size has graphs of its own."""
@@ -149,5 +149,7 @@ def test_the_command_that_continues_compiles_too(monkeypatch):
     assert "--mixed_precision no --dynamo_backend inductor train.py" in reporting.resume_command([])
     monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "reduce-overhead")
     assert "--dynamo_backend inductor --dynamo_mode reduce-overhead" in reporting.resume_command([])
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    assert "--dynamo_use_regional_compilation train.py" in reporting.resume_command([])
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     assert "dynamo" not in reporting.resume_command([])

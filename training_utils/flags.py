@@ -584,8 +584,7 @@ def _data_problem(args):
 
 def _launch_problem(args):
     """The first thing that is wrong with how accelerate has launched this run, beside its flags, or None."""
-    regional = os.environ.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "false").lower() in ("1", "true")
-    if regional and "aspect_ratio_bucketing" in vars(args):  # a UNet, which asks whether its parts are there
+    if launch.compiles_by_regions() and "aspect_ratio_bucketing" in vars(args):  # a UNet, which asks if it has a part
         return "accelerate cannot compile this network by regions; launch without --dynamo_use_regional_compilation"
     if launch.uses_deepspeed():
         return _sharing_problem(args, "DeepSpeed") or _deepspeed_problem(args)
@@ -599,7 +598,7 @@ def _sharing_problem(args, engine):
     get, told = vars(args).get, os.environ.get
     if "rank" in vars(args):
         return f"adapters are too few weights to share out with {engine}; launch with --multi_gpu"
-    if told("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+    if launch.dynamo_backend() != "no":
         return f"a network whose weights {engine} shares out is not compiled; launch without --dynamo_backend"
     if (args.mixed_precision or told("ACCELERATE_MIXED_PRECISION")) == "fp16":
         return f"weights that {engine} shares out are trained in bf16 or without --mixed_precision, not in fp16"

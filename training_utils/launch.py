@@ -1,4 +1,5 @@
-"""What accelerate was told of FSDP and DeepSpeed: its variables and DeepSpeed's own file, read without any library."""
+"""What accelerate was told of FSDP, DeepSpeed and torch.compile: its variables and DeepSpeed's own file, read without
+any library."""
 
 import json
 import os
@@ -23,6 +24,31 @@ def uses_fsdp():
 def uses_deepspeed():
     """Whether this run was launched with --use_deepspeed, or with a configuration that says so."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def dynamo_backend():
+    """What compiles the network, in --dynamo_backend's words; "no" where nothing does."""
+    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+
+
+def compiles_by_regions():
+    """Whether the network's repeated blocks are compiled one by one."""
+    return dynamo_backend() != "no" and _dynamo_switch("regional_compilation")
+
+
+def dynamo_words():
+    """The words that say again how the network is compiled."""
+    if dynamo_backend() == "no":
+        return []
+    words = ["--dynamo_backend", dynamo_backend()]
+    mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
+    words += ["--dynamo_mode", mode] if mode != "default" else []
+    switches = ("fullgraph", "dynamic", "regional_compilation")
+    return words + [f"--dynamo_use_{switch}" for switch in switches if _dynamo_switch(switch)]
+
+
+def _dynamo_switch(name):
+    return os.environ.get(f"ACCELERATE_DYNAMO_USE_{name.upper()}", "false").lower() in ("1", "true")
 
 
 def deepspeed_file():

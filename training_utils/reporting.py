@@ -178,11 +178,7 @@ def _launcher():
         several += ["--num_machines", machines]
         several += ["--deepspeed_multinode_launcher", "standard"] if launch.uses_deepspeed() else []
         several += [word for flag, name in names.items() for word in (f"--{flag}", os.environ.get(name, "0"))]
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower()
-    compiled = ["--dynamo_backend", backend] if backend != "no" else []
-    mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
-    compiled += ["--dynamo_mode", mode] if compiled and mode != "default" else []
-    return ["accelerate", "launch", *several, "--mixed_precision", precision, *compiled]
+    return ["accelerate", "launch", *several, "--mixed_precision", precision, *launch.dynamo_words()]
 
 
 def announce(about, base, device, output_dir, parameters, updates, held_out_rows, total, state):
