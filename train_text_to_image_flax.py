@@ -395,6 +395,7 @@ def main(argv=None):
     def not_finite(step, loss, before):
         def keep():
             folder = save(before)
+            uploads.finish(engine.from_main)
             engine.finish(trackers)
             return folder
 
@@ -493,7 +494,7 @@ def main(argv=None):
             if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
                 validate()
         if stopped_by:
-            engine.from_main(uploads.finish)
+            uploads.finish(engine.from_main)
     progress.close()
     if args.dry_run:
         plan = (rows, held_out_rows, updates, planned, progress)

@@ -366,8 +366,9 @@ def main(argv=None):
         accelerator,
         optimizer,
         args.on_nan == "stop",
-        lambda good: uploads.add(
-            saved.keep(args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step)
+        lambda good: uploads.add_last(
+            saved.keep(args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step),
+            partial(engine.from_main, accelerator),
         ),
         lambda before: updates.names(rows, before.position),
     )
@@ -471,7 +472,7 @@ def main(argv=None):
             if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
                 validate()
         if stopped_by:
-            engine.from_main(accelerator, uploads.finish)
+            uploads.finish(partial(engine.from_main, accelerator))
     progress.close()
     if args.dry_run:
         plan = (rows, held_out_rows, updates, planned, progress)

@@ -47,6 +47,21 @@ def test_oldest_go_once_the_new_one_stands(tmp_path):
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-3"]
 
 
+def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1), save(tmp_path, 2)
+    rename = os.rename
+
+    def busy(source, target):
+        if Path(source).name == "checkpoint-2":
+            raise OSError(16, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", busy)
+    assert save(tmp_path, 3, limit=1).name == "checkpoint-3"
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+    assert "checkpoint-2 is one checkpoint too many, but could not be removed" in capsys.readouterr().err
+
+
 def test_the_one_just_written_stays_and_is_the_latest(tmp_path):
     """A run that went back, or began anew in the folder of one that got further, is the one that goes on."""
     for step in (2, 3, 4, 5):
@@ -185,12 +200,15 @@ def test_a_damaged_one_is_named_skipped_and_kept(tmp_path, how, file, capsys):
     assert damaged.is_dir() or how == "flipped"  # rotation looks at sizes, not at contents
 
 
-def test_every_way_to_name_one(tmp_path, monkeypatch):
+def test_every_way_to_name_one(tmp_path, monkeypatch, capsys):
     folder = save(tmp_path / "out", 5)
     monkeypatch.chdir(tmp_path)
     for wanted in ("latest", "checkpoint-5", "checkpoint-5/", "out/checkpoint-5", str(folder), f"{folder}/"):
         assert checkpoints.find(Path("out"), wanted).resolve() == folder.resolve(), wanted
     assert checkpoints.find(tmp_path / "elsewhere", str(folder)) == folder
+    assert capsys.readouterr().err == ""
+    assert checkpoints.find(Path("out"), "elsewhere/checkpoint-5") == Path("out/checkpoint-5")
+    assert "elsewhere/checkpoint-5 is no checkpoint; out/checkpoint-5 is taken" in capsys.readouterr().err
 
 
 def test_one_that_is_not_there(tmp_path):
@@ -297,18 +315,23 @@ def test_a_half_written_checkpoint_of_the_original_script_is_skipped(run, tmp_pa
 
 
 class Bomb:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
     def __reduce__(self):
-        return (os.system, ("touch /tmp/a-checkpoint-ran-code",))
+        return (Path.touch, (self.mark,))
 
 
 def test_a_checkpoint_cannot_run_code(run, tmp_path):
-    folder = foreign(run, tmp_path)
-    shutil.rmtree("/tmp/a-checkpoint-ran-code", ignore_errors=True)
+    folder, mark = foreign(run, tmp_path), tmp_path / "code-ran"
     for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
-        torch.save(Bomb(), folder / name)
+        torch.save(Bomb(mark), folder / name)
     sentence, _ = run.fails(tmp_path, "--resume_from_checkpoint", "latest")
-    assert "cannot be read" in sentence
-    assert not os.path.exists("/tmp/a-checkpoint-ran-code")
+    assert "cannot be read" in sentence and not mark.exists()
+    torch.load(folder / "optimizer.bin", weights_only=False)
+    assert mark.exists(), "the file would have run code"
 
 
 def test_left_overs_of_a_killed_run_go(run, tmp_path):

@@ -349,6 +349,16 @@ def test_hold_out(pictures):
         data.hold_out(rows.select([0]), 0.5, seed=1)
 
 
+def test_all_captions_of_a_picture_are_held_out_with_it(tmp_path):
+    lines = [{"file_name": f"{at % 20}.png", "text": f"caption {at}"} for at in range(100)]
+    folder_with(tmp_path, lines, count=20)
+    parts = data.hold_out(rows_of(tmp_path), 0.1, seed=1)
+    names = [{part.name(index) for index in range(len(part))} for part in parts]
+    assert [len(part) for part in parts] == [90, 10] and len(names[1]) == 2 and not names[0] & names[1]
+    with pytest.raises(UserError, match="0.5 of 1 pictures leaves none"):
+        data.hold_out(rows_of(tmp_path).select([0, 20]), 0.5, seed=1)
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------
 
 

@@ -189,7 +189,10 @@ def _prune(root, limit):
     whole = [folder for folder in listed(root) if damage(folder, contents=False) is None]
     for folder in whole[limit:] if limit else []:
         doomed = root / _names(step_of(folder))[2]
-        os.rename(folder, doomed)
+        try:
+            os.rename(folder, doomed)
+        except OSError as error:  # in use, or removed by somebody else meanwhile
+            warn(f"{folder} is one checkpoint too many, but could not be removed ({reason_of(error)})")
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -329,12 +332,16 @@ def find(root, wanted):
             warn(f"{folder} is damaged and is skipped: {problem}")
         say(f"{root} holds no whole checkpoint; this run starts from the beginning")
         return None
-    places = [Path(wanted), root / Path(wanted).name] if os.sep in wanted else [root / wanted, Path(wanted)]
+    places = [root / wanted, Path(wanted)]
+    if os.sep in wanted.rstrip(os.sep):
+        places = [Path(wanted), root / Path(wanted).name]
     for folder in places:
         if folder.is_dir() and step_of(folder.resolve()) is not None:
             problem = damage(folder)
             if problem:
                 raise UserError(f"--resume_from_checkpoint {wanted} is damaged: {problem}")
+            if folder != places[0]:
+                warn(f"--resume_from_checkpoint: {places[0]} is no checkpoint; {folder} is taken")
             return folder
     have = ", ".join(folder.name for folder in listed(root)) or "none"
     raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {root} holds {have}")

@@ -146,6 +146,13 @@ class Rows:
         """Whether every picture is a file by itself, whose header can be read without all the rest."""
         return all(chunk.field("bytes").null_count == len(chunk) for chunk in self.stored.chunks)
 
+    def pictures(self):
+        """A number for the picture of each row, int64, shape (N,): rows that name the same file have the same one."""
+        if not self.are_files():
+            return np.arange(len(self))
+        paths = np.concatenate([chunk.field("path").to_numpy(False) for chunk in self.stored.chunks])
+        return np.unique(paths[self.numbers].astype(str), return_inverse=True)[1]
+
     def without_picture(self):
         """The indices of the rows whose picture is null."""
         null = np.concatenate([np.zeros(0, bool), *(chunk.is_null().to_numpy(False) for chunk in self.stored.chunks)])
@@ -706,14 +713,21 @@ def warn_of_long_captions(rows, tokenizer, most=100_000):
 
 
 def hold_out(rows, fraction, seed):
-    """Split rows into (training, held-out) by a draw from the seed; the second is None when `fraction` is 0. The first
-    are `repeated`, so that no picture is in both."""
+    """Split rows into (training, held-out) by a draw from the seed; the second is None when `fraction` is 0.
+
+    No picture is in both: the rows that name one file go together, and the first are `repeated` only then.
+    """
     if not fraction:
         return repeated(rows), None
-    count = max(1, round(len(rows) * fraction))
-    if count >= len(rows):
-        raise UserError(f"--validation_split {fraction} of {len(rows)} pictures leaves none to train on")
-    held_out = np.sort(rows.drawn(count, draws.generator(seed, "holdout")))
+    pictures = np.arange(len(rows)) if rows.stream is not None else rows.pictures()
+    total, generator = len(np.unique(pictures)), draws.generator(seed, "holdout")
+    count = max(1, round(total * fraction))
+    if count >= total:
+        raise UserError(f"--validation_split {fraction} of {total} pictures leaves none to train on")
+    if total == len(rows):
+        held_out = np.sort(rows.drawn(count, generator))
+    else:
+        held_out = np.flatnonzero(np.isin(pictures, generator.permutation(total)[:count]))
     return repeated(rows.without(held_out)), rows.select(held_out)
 
 

@@ -216,21 +216,38 @@ class Uploads:
             with self.lock:
                 self.waiting.append(Path(checkpoint))
                 if self.thread is None:
-                    # Not a daemon: a run that ends in an error still ends what it uploads.
+                    # Not a daemon: a run of one process that ends in an error still ends what it uploads.
                     self.thread = threading.Thread(target=self._work)
                     self.thread.start()
         return checkpoint
 
-    def finish(self):
-        """Wait until all is uploaded, or has failed."""
+    def finish(self, ask=lambda make: make()):
+        """Wait until all is uploaded, or has failed.
+
+        Of several processes the main one alone calls it, or every one does with `ask`, a collective call that gives
+        each what a function returns in the main one. It is asked every few seconds: a single wait for as long as the
+        upload takes would outlast what the process group allows.
+        """
+        if self.thread is not None:
+            say("waiting for the upload of checkpoints, which another signal ends")
+        while ask(self._goes_on):
+            pass
+
+    def add_last(self, checkpoint, ask):
+        """`add`, for a run that ends with this checkpoint, and `finish`."""
+        self.add(checkpoint)
+        self.finish(ask)
+        return checkpoint
+
+    def _goes_on(self, seconds=5):
         thread = self.thread
         if thread is None:
-            return
-        say("waiting for the upload of checkpoints, which another signal ends")
+            return False
         try:
-            thread.join()
+            thread.join(seconds)
         except KeyboardInterrupt:
             os._exit(130)  # the thread would hold back any other end
+        return thread.is_alive()
 
     def _work(self):
         while True:
