@@ -180,9 +180,7 @@ def load_models(args, accelerator):
     unet_base = base
     if args.non_ema_revision is not None:
         unet_base = engine.model_folder(name, StableDiffusionPipeline, args.non_ema_revision, variant, args.cache_dir)
-    changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
-    if args.rescale_betas_zero_snr:
-        changes["rescale_betas_zero_snr"] = True
+    changes = flags.schedule_changes(args)
     schedule = engine.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(args, schedule.config)
     sampler = engine.sampling_scheduler(base, changes)
@@ -212,10 +210,10 @@ def check_prediction_type(args, config):
     if args.dream_training and config.prediction_type != "epsilon":
         raise UserError("--dream_training is defined for epsilon prediction only, and this model predicts v")
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-        warn(
-            "with zero terminal SNR the last timestep is pure noise, from which epsilon prediction learns nothing; "
-            "add --prediction_type v_prediction"
-        )
+        problem = "with zero terminal SNR the last timestep is pure noise, from which epsilon cannot be predicted"
+        if args.rescale_betas_zero_snr:
+            raise UserError(f"{problem}; add --prediction_type v_prediction")
+        warn(f"{problem}, and this base model has such a schedule; --prediction_type v_prediction goes with it")
 
 
 def save_result(args, base, unet, sampler):

@@ -233,12 +233,10 @@ def load_models(args):
     base = engine.model_folder(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, args.single_file_config
     )
-    changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
-    if args.rescale_betas_zero_snr:
-        changes["rescale_betas_zero_snr"] = True
+    changes = flags.schedule_changes(args)
     config = engine.load_scheduler_config(base)
     schedule = FlaxDDPMScheduler.from_config(config | changes)
-    check_prediction_type(schedule.config)
+    check_prediction_type(args, schedule.config)
     steps = args.validation_num_inference_steps if args.validation_prompts else None
     parts = {"scheduler": engine.sampling_scheduler(config, changes, steps), "tokenizer": engine.load_tokenizer(base)}
     parameters, half = {}, engine.TYPES[args.mixed_precision]
@@ -249,15 +247,15 @@ def load_models(args):
     return engine.make_pipeline(base, args.variant, parts), parameters, schedule
 
 
-def check_prediction_type(config):
+def check_prediction_type(args, config):
     """Objections that need the model's own scheduler, beyond those that the flags alone raise."""
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"the model predicts '{config.prediction_type}'; this script trains epsilon and v_prediction")
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-        warn(
-            "with zero terminal SNR the last timestep is pure noise, from which epsilon prediction learns nothing; "
-            "add --prediction_type v_prediction"
-        )
+        problem = "with zero terminal SNR the last timestep is pure noise, from which epsilon cannot be predicted"
+        if args.rescale_betas_zero_snr:
+            raise UserError(f"{problem}; add --prediction_type v_prediction")
+        warn(f"{problem}, and this base model has such a schedule; --prediction_type v_prediction goes with it")
 
 
 def main(argv=None):

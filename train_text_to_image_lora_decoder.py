@@ -88,8 +88,8 @@ UPLOADED = ["README.md", "pytorch_lora_weights.safetensors", "validation/*.png"]
 USAGE = """
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
-prior = KandinskyV22PriorPipeline.from_pretrained("{prior}")
-decoder = KandinskyV22Pipeline.from_pretrained("{decoder}")
+prior = KandinskyV22PriorPipeline.{prior}
+decoder = KandinskyV22Pipeline.{decoder}
 decoder.unet.load_lora_adapter("{model}", prefix="unet", use_safetensors=True)
 decoder(**prior("what to draw")).images[0].save("picture.png")
 """
@@ -238,6 +238,15 @@ def latents_of(movq, unet, **sides):
             nearest = max(1, round(side / multiple)) * multiple
             raise UserError(f"--{name} {side} is not a multiple of {multiple}, the decoder's; try {nearest}")
     return movq.config.latent_channels, factor
+
+
+def usage(args, model, public=False):
+    """The lines that draw with the result in the folder or repository `model`."""
+    prior = hub.loading(args.pretrained_prior_model_name_or_path, args.prior_revision, args.variant, public=public)
+    decoder = hub.loading(
+        args.pretrained_decoder_model_name_or_path, args.decoder_revision, args.variant, public=public
+    )
+    return USAGE.format(prior=prior, decoder=decoder, model=model)
 
 
 def main(argv=None):
@@ -505,22 +514,13 @@ def main(argv=None):
                 data=args.dataset_name,
                 tags=["kandinsky", "lora"],
                 facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
-                usage=USAGE.format(
-                    prior=hub.public_name(args.pretrained_prior_model_name_or_path),
-                    decoder=hub.public_name(args.pretrained_decoder_model_name_or_path),
-                    model=repository or args.output_dir,
-                ),
+                usage=usage(args, repository or args.output_dir, public=True),
                 pictures=[(grid, prompts) for grid in grids],
                 licence=hub.base_licence(args.pretrained_decoder_model_name_or_path, args.hub_token)
                 if repository
                 else None,
             )
-        usage = USAGE.format(
-            prior=args.pretrained_prior_model_name_or_path,
-            decoder=args.pretrained_decoder_model_name_or_path,
-            model=args.output_dir,
-        )
-        reporting.conclude(args.output_dir, progress, usage)
+        reporting.conclude(args.output_dir, progress, usage(args, args.output_dir))
         if repository:
             uploads.finish()
             hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)

@@ -70,12 +70,12 @@ from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
 from training_utils.reporting import UserError, say, warn  # noqa: E402
 
-UPLOADED = ["README.md", "pytorch_lora_weights*.safetensors", "validation/*.png"]
+UPLOADED = ["README.md", "pytorch_lora_weights*.safetensors", "scheduler/*.json", "validation/*.png"]
 USAGE = """
-from diffusers import StableDiffusionXLPipeline
+from diffusers import {classes}
 
-pipeline = StableDiffusionXLPipeline.from_pretrained("{base}")
-pipeline.load_lora_weights("{model}")
+pipeline = StableDiffusionXLPipeline.{base}
+{sampler}pipeline.load_lora_weights("{model}")
 pipeline("what to draw").images[0].save("picture.png")
 """
 
@@ -202,9 +202,7 @@ def load_models(args, accelerator, seed):
     base = engine.model_folder(
         name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
     )
-    changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
-    if args.rescale_betas_zero_snr:
-        changes["rescale_betas_zero_snr"] = True
+    changes = flags.schedule_changes(args)
     schedule = engine.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(args, schedule.config)
     sampler = engine.sampling_scheduler(base, changes)
@@ -256,10 +254,10 @@ def check_prediction_type(args, config):
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"the model predicts '{config.prediction_type}'; this script trains epsilon and v_prediction")
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-        warn(
-            "with zero terminal SNR the last timestep is pure noise, from which epsilon prediction learns nothing; "
-            "add --prediction_type v_prediction"
-        )
+        problem = "with zero terminal SNR the last timestep is pure noise, from which epsilon cannot be predicted"
+        if args.rescale_betas_zero_snr:
+            raise UserError(f"{problem}; add --prediction_type v_prediction")
+        warn(f"{problem}, and this base model has such a schedule; --prediction_type v_prediction goes with it")
 
 
 def timestep_probabilities(args, timesteps):
@@ -277,11 +275,22 @@ def timestep_probabilities(args, timesteps):
         raise UserError(f"--timestep_bias_strategy {args.timestep_bias_strategy}: {error}") from None
 
 
-def save_result(args, adapted):
-    """Write the adapters into --output_dir."""
+def save_result(args, adapted, sampler):
+    """Write the adapters into --output_dir, and the sampler where it is not the one that the base model has."""
     lora.save(args.output_dir, adapted)
     if args.save_kohya_format:
         lora.save_kohya(args.output_dir, adapted)
+    if flags.schedule_changes(args):
+        sampler.save_pretrained(Path(args.output_dir) / "scheduler")
+
+
+def usage(args, sampler, model, public=False):
+    """The lines that draw with the adapters in the folder or repository `model`."""
+    base = hub.loading(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.single_file_config, public
+    )
+    saved = type(sampler).__name__ if flags.schedule_changes(args) else None
+    return USAGE.format(base=base, model=model, **lora.words_of_sampler("StableDiffusionXLPipeline", saved, model))
 
 
 def main(argv=None):
@@ -562,7 +571,7 @@ def main(argv=None):
     if accelerator.is_main_process:
         with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):
-                save_result(args, adapted)
+                save_result(args, adapted, sampler)
             hub.write_card(
                 args.output_dir,
                 title=repository or Path(args.output_dir).resolve().name,
@@ -570,14 +579,11 @@ def main(argv=None):
                 data=args.dataset_name,
                 tags=["stable-diffusion-xl", "stable-diffusion-xl-diffusers", "lora"],
                 facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
-                usage=USAGE.format(
-                    base=hub.public_name(args.pretrained_model_name_or_path), model=repository or args.output_dir
-                ),
+                usage=usage(args, sampler, repository or args.output_dir, public=True),
                 pictures=[(grid, prompts) for grid in grids],
                 licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
             )
-        usage = USAGE.format(base=args.pretrained_model_name_or_path, model=args.output_dir)
-        reporting.conclude(args.output_dir, progress, usage)
+        reporting.conclude(args.output_dir, progress, usage(args, sampler, args.output_dir))
         if repository:
             uploads.finish()
             hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)

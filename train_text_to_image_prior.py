@@ -81,7 +81,7 @@ USAGE = """
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 prior = KandinskyV22PriorPipeline.from_pretrained("{model}", use_safetensors=True)
-decoder = KandinskyV22Pipeline.from_pretrained("{decoder}")
+decoder = KandinskyV22Pipeline.{decoder}
 decoder(**prior("what to draw")).images[0].save("picture.png")
 """
 
@@ -229,6 +229,14 @@ def save_result(args, base, prior):
     precision = {part: engine.stored_type(base / part, args.variant) for part in parts} | {"default": torch.float32}
     pipeline = KandinskyV22PriorPipeline.from_pretrained(base, prior=prior, variant=args.variant, dtype=precision)
     engine.save_pipeline(pipeline, args.output_dir)
+
+
+def usage(args, model, public=False):
+    """The lines that draw with the result in the folder or repository `model`."""
+    decoder = hub.loading(
+        args.pretrained_decoder_model_name_or_path, args.decoder_revision, args.variant, public=public
+    )
+    return USAGE.format(decoder=decoder, model=model)
 
 
 def main(argv=None):
@@ -515,17 +523,13 @@ def main(argv=None):
                 data=args.dataset_name,
                 tags=["kandinsky"],
                 facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
-                usage=USAGE.format(
-                    model=repository or args.output_dir,
-                    decoder=hub.public_name(args.pretrained_decoder_model_name_or_path),
-                ),
+                usage=usage(args, repository or args.output_dir, public=True),
                 pictures=[(grid, prompts) for grid in grids],
                 licence=hub.base_licence(args.pretrained_prior_model_name_or_path, args.hub_token)
                 if repository
                 else None,
             )
-        usage = USAGE.format(model=args.output_dir, decoder=args.pretrained_decoder_model_name_or_path)
-        reporting.conclude(args.output_dir, progress, usage)
+        reporting.conclude(args.output_dir, progress, usage(args, args.output_dir))
         if repository:
             uploads.finish()
             hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)

@@ -196,9 +196,7 @@ def load_models(args, accelerator):
     base = engine.model_folder(
         name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
     )
-    changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
-    if args.rescale_betas_zero_snr:
-        changes["rescale_betas_zero_snr"] = True
+    changes = flags.schedule_changes(args)
     schedule = engine.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(args, schedule.config)
     sampler = engine.sampling_scheduler(base, changes)
@@ -244,10 +242,10 @@ def check_prediction_type(args, config):
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"the model predicts '{config.prediction_type}'; this script trains epsilon and v_prediction")
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-        warn(
-            "with zero terminal SNR the last timestep is pure noise, from which epsilon prediction learns nothing; "
-            "add --prediction_type v_prediction"
-        )
+        problem = "with zero terminal SNR the last timestep is pure noise, from which epsilon cannot be predicted"
+        if args.rescale_betas_zero_snr:
+            raise UserError(f"{problem}; add --prediction_type v_prediction")
+        warn(f"{problem}, and this base model has such a schedule; --prediction_type v_prediction goes with it")
 
 
 def timestep_probabilities(args, timesteps):

@@ -52,6 +52,21 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures") / "train")
 
 
+@pytest.fixture
+def recomputed(monkeypatch):
+    """A list that grows by each part of a network whose activations are recomputed in the backward pass."""
+    import torch.utils.checkpoint
+
+    parts, checkpoint = [], torch.utils.checkpoint.checkpoint
+
+    def counted(function, *args, **options):
+        parts.append(function)
+        return checkpoint(function, *args, **options)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counted)
+    return parts
+
+
 def reset_accelerate():
     """Let one process hold one run after the other: accelerate keeps its state for the life of a process."""
     from accelerate.state import AcceleratorState, GradientState

@@ -85,6 +85,8 @@ def wait_for(processes, path):
         for process in processes:
             assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
+    for process in processes:
+        process.kill()
     raise AssertionError(f"no {path}")
 
 

@@ -469,9 +469,11 @@ def test_every_setting_that_shapes_the_result_does(full, tmp_path):
     assert len(set(results.values())) == len(results)
 
 
-def test_gradient_checkpointing_changes_nothing(any_script, tmp_path):
-    any_script(tmp_path / "with", "--gradient_checkpointing")
+def test_gradient_checkpointing_changes_nothing(any_script, tmp_path, recomputed):
     any_script(tmp_path / "without")
+    assert not recomputed
+    any_script(tmp_path / "with", "--gradient_checkpointing")
+    assert recomputed, "the flag is dead"
     assert result_bytes(tmp_path / "with") == result_bytes(tmp_path / "without")
 
 

@@ -79,9 +79,11 @@ def test_offloaded_average_is_the_same(run, tmp_path):
         torch.testing.assert_close(result_weights(tmp_path / "host")[name], weight, rtol=1e-6, atol=1e-8)
 
 
-def test_gradient_checkpointing_changes_nothing(run, tmp_path):
-    run(tmp_path / "with", "--gradient_checkpointing")
+def test_gradient_checkpointing_changes_nothing(run, tmp_path, recomputed):
     run(tmp_path / "without")
+    assert not recomputed
+    run(tmp_path / "with", "--gradient_checkpointing")
+    assert recomputed, "the flag is dead"
     assert result_bytes(tmp_path / "with") == result_bytes(tmp_path / "without")
 
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 import uuid
@@ -225,6 +226,13 @@ def open_store(store, wanted, team):
             store.drop(path)
     team.gather([])  # until here some process may still be checking
     store.look()
+
+
+def team_of(rank, gather, on_cpu):
+    """The Team of the process `rank` and of all others that call this."""
+    machine = f"{platform.node()} {uuid.getnode()}"  # containers on two machines may have the same name
+    machines = gather([machine])
+    return Team(rank, len(machines), machines[:rank].count(machine), machines.count(machine), gather, on_cpu)
 
 
 def fill(store, wanted, make, encode, team, batch_size, what):
@@ -470,7 +478,10 @@ def keep_pictures(store, sets, encode, team=None, batch_size=None, crops=1, blan
             for place in pictures.unusable if len(usable) else ():
                 index = int(usable[np.searchsorted(usable, place) % len(usable)])  # as data.Samples goes on from there
                 stand_ins |= _views(samples, index, sized(place))
-        fill(store, stand_ins, _show, encode, team, batch_size, "views of pictures that stand in for others")
+        failed = fill(store, stand_ins, _show, encode, team, batch_size, "views of pictures that stand in for others")
+        if failed:
+            reason = next(iter(failed.values()))
+            raise UserError(f"a picture that stands in for another cannot be used either: {reason}", everywhere=True)
 
 
 def _views(samples, index, size):

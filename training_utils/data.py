@@ -354,9 +354,7 @@ def files_of(folder):
         kind = "pictures" if ending in PICTURE_ENDINGS else {".tar": "shards", ".parquet": "tables"}.get(ending)
         if COMPRESSED.search(path.name.lower()):
             kind = "compressed"
-        # Editors and systems leave thumbnails and copies in such folders, which nobody sees.
-        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-        if kind and path.name != "metadata.parquet" and not hidden and os.path.isfile(path):
+        if kind and path.name != "metadata.parquet" and not _is_hidden(path, folder) and os.path.isfile(path):
             kinds[kind].append(path)
     compressed = kinds.pop("compressed")
     present = [kind for kind, paths in kinds.items() if paths]
@@ -380,6 +378,11 @@ def files_of(folder):
             "--train_data_config names several data sets"
         )
     return kinds[present[0]], present[0]
+
+
+def _is_hidden(path, folder):
+    """Whether a file is out of sight in a folder: editors and systems leave thumbnails, copies and what was deleted."""
+    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
 
 
 def _read_shards(folder, found, caption_column, findings, words_of=None):
@@ -478,6 +481,7 @@ def _read_captions(folder, found, caption_column, findings, words_of=None):
     added to the findings."""
     named, malformed = [], findings.malformed
     tables = [table for ending in ("jsonl", "csv", "parquet") for table in sorted(folder.rglob(f"metadata.{ending}"))]
+    tables = [table for table in tables if not _is_hidden(table, folder)]
     for table in tables:
         lacking, lines, word = [], 0, "row" if table.suffix == ".parquet" else "line"
         for line, entry in _read_table(table, malformed):

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from .reporting import _first_process
+from .reporting import first_process
 
 UPDATES = 3  # that are made; the first one also compiles, allocates and warms up, and is not counted
 
@@ -32,7 +32,7 @@ def report(rows, held_out_rows, updates, total, progress, networks, device, memo
     that are trained, that are not)}}; `device`, its name; `memory`, {what takes it: bytes}, of one process, and the
     `peak` that was measured there, in bytes.
     """
-    if not _first_process():
+    if not first_process():
         return
     blocks = [
         _data(rows, held_out_rows, updates, total, progress.first),

@@ -12,6 +12,7 @@ import torch
 import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
 
 from . import checkpoints, data, dry_run, hub, metrics, optimizers, sharding, single_file, zero
 from .data import collate
@@ -223,7 +224,7 @@ def load_part(cls, folder, subfolder="", variant=None, **options):
         options["variant"] = variant
     try:
         return cls.from_pretrained(folder, subfolder=subfolder, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = reason_of(error)
         raise UserError(f"part '{subfolder}' of base model {folder} cannot be loaded: {reason}") from None
 
@@ -247,8 +248,6 @@ def stored_type(folder, variant=None):
     Of several stored copies it is the one that is read: `variant` where the folder has it, else the plain one, whose
     file names hold one dot.
     """
-    from safetensors import safe_open
-
     files = sorted(Path(folder).glob("*.safetensors"))
     chosen = [path for path in files if variant is not None and f".{variant}" in path.name]
     for path in chosen or [path for path in files if path.name.count(".") == 1]:
@@ -272,7 +271,10 @@ def sampling_scheduler(folder, changes):
         config = dict(diffusers.DDPMScheduler.load_config(folder, subfolder="scheduler"))
     except OSError as error:
         raise UserError(f"part 'scheduler' of base model {folder} cannot be loaded: {reason_of(error)}") from None
-    cls = getattr(diffusers, config.get("_class_name", "DDPMScheduler"))
+    name = config.get("_class_name", "DDPMScheduler")
+    cls = getattr(diffusers, name, None)
+    if cls is None:
+        raise UserError(f"part 'scheduler' of base model {folder} is a {name}, which this diffusers does not have")
     if changes.get("rescale_betas_zero_snr"):
         if "rescale_betas_zero_snr" not in inspect.signature(cls.__init__).parameters:
             cls = diffusers.DDIMScheduler

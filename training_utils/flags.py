@@ -708,6 +708,12 @@ def public(args):
     return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given", "notices", "helps"}}
 
 
+def schedule_changes(args):
+    """What the flags change in the configuration of the base model's scheduler, a dict."""
+    changes = {"prediction_type": args.prediction_type, "rescale_betas_zero_snr": args.rescale_betas_zero_snr}
+    return {name: value for name, value in changes.items() if value}
+
+
 def data_source(args):
     """Where the data are, as data.load_rows takes it; the Kandinsky decoders read no captions."""
     return {

@@ -5,7 +5,6 @@ See cache.py for what is kept and how it is found again.
 
 import ctypes
 import gc
-import socket
 import sys
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -97,10 +96,7 @@ def _team(accelerator):
     on_cpu = accelerator.device.type == "cpu"
     if accelerator.num_processes == 1:
         return cache.Team(0, 1, 0, 1, lambda items: items, on_cpu)
-    hosts = gather_object([socket.gethostname()])
-    rank = accelerator.process_index
-    here = [at for at, host in enumerate(hosts) if host == hosts[rank]]
-    return cache.Team(rank, len(hosts), here.index(rank), len(here), gather_object, on_cpu)
+    return cache.team_of(accelerator.process_index, gather_object, on_cpu)
 
 
 def _identity(networks, device, settings=None):

@@ -104,6 +104,26 @@ def public_name(name):
     return os.path.basename(os.path.abspath(name)) if name and os.path.exists(name) else name
 
 
+def loading(name, revision=None, variant=None, config=None, public=False):
+    """The method call, as Python text, by which a pipeline class loads what a run loaded under this name, a folder, a
+    file or a hub id; `public` as public_name has it. A folder or file has no revisions, and of a folder the `variant`
+    is read where it holds it. `config` belongs to a file."""
+    shown = public_name if public else lambda name: name
+    if os.path.isfile(name):
+        options, method = {"config": config and shown(config)}, "from_single_file"
+    elif os.path.isdir(name):
+        held = variant and any(Path(name).glob(f"*/*.{variant}*"))
+        options, method = {"variant": variant if held else None}, "from_pretrained"
+    else:
+        options, method = {"revision": revision, "variant": variant}, "from_pretrained"
+    given = [f"{option}={_quoted(value)}" for option, value in options.items() if value]
+    return f"{method}({', '.join([_quoted(shown(name)), *given])})"
+
+
+def _quoted(text):
+    return json.dumps(text, ensure_ascii=False)
+
+
 def base_licence(base_model, token):
     """The licence that the hub states for the base model, a dict of the card's fields, or None: a fine-tuned model is
     under its base's licence."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import buckets, data
 from .problems import KINDS, open_picture, problem_of, shortened
-from .reporting import _first_process, bar
+from .reporting import first_process, bar
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 means upright
 SIDES = [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096]
@@ -44,7 +44,7 @@ def check_data(source, resolution, limits=None):
     to, None where the script does not resize them; `limits` is what buckets.make takes, None where they are cut to
     squares. Of several processes only the first one looks. Raises UserError for a data set that cannot be opened.
     """
-    if not _first_process():
+    if not first_process():
         return 0
     rows = data.load_rows(**source)
     looks, problems, bad = look_at_pictures(rows)

@@ -11,10 +11,8 @@ import logging
 import math
 import os
 import pickle
-import platform
 import shutil
 import time
-import uuid
 import warnings
 from collections import deque
 from contextlib import suppress
@@ -489,10 +487,7 @@ def _together(batch_size):
 
 
 def _team():
-    machine = f"{platform.node()} {uuid.getnode()}"
-    machines, rank = gather([machine]), jax.process_index()
-    local_rank, local_world = machines[:rank].count(machine), machines.count(machine)
-    return cache.Team(rank, jax.process_count(), local_rank, local_world, gather, jax.default_backend() == "cpu")
+    return cache.team_of(jax.process_index(), gather, jax.default_backend() == "cpu")
 
 
 def _store(root, kind, encoder, params, settings=None):

@@ -94,6 +94,18 @@ def _facts(model):
     return {key: sorted(value) if isinstance(value, set | list) else value for key, value in facts.items()}
 
 
+def words_of_sampler(pipeline, saved, model):
+    """What the lines that use adapters say of their sampler: {"classes": what is imported, "sampler": a line or ""}.
+
+    `pipeline` and `saved` are names of classes; the latter is that of the sampler beside the adapters in `model`, a
+    folder or repository, or None where the base model's own one is right.
+    """
+    if saved is None:
+        return {"classes": pipeline, "sampler": ""}
+    line = f'pipeline.scheduler = {saved}.from_pretrained("{model}", subfolder="scheduler")\n'
+    return {"classes": ", ".join(sorted([pipeline, saved])), "sampler": line}
+
+
 def save(folder, adapted):
     """Write the adapters of `adapted` ({"unet": model, ...}) as one file that `load_lora_weights(folder)` takes.
 

@@ -38,13 +38,13 @@ class UserError(Exception):
 at_the_end = []  # functions that `run` calls before it leaves: processes of several leave without atexit's
 
 
-def _first_process():
+def first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(message, everywhere=False):
     """Print a line without breaking a progress bar: once, whatever the number of processes, or `everywhere`."""
-    if everywhere or _first_process():
+    if everywhere or first_process():
         from tqdm import tqdm
 
         tqdm.write(str(message), file=sys.stderr)
@@ -62,7 +62,7 @@ def bar(items, what, total, delay=1):
     from tqdm import tqdm
 
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds
-    return tqdm(items, what, total, dynamic_ncols=True, mininterval=pause, delay=delay, disable=not _first_process())
+    return tqdm(items, what, total, dynamic_ncols=True, mininterval=pause, delay=delay, disable=not first_process())
 
 
 def reason_of(error):
@@ -83,9 +83,9 @@ def run(main):
     try:
         code = main(argv)
     except UserError as error:
-        if error.everywhere is None and not _first_process():
+        if error.everywhere is None and not first_process():
             time.sleep(2)  # where all have met it, the first one says so, and the launcher ends this one meanwhile
-        if _first_process() or not error.everywhere:
+        if first_process() or not error.everywhere:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except Exception as error:
@@ -164,21 +164,30 @@ def resume_command(argv):
 def _launcher():
     """The words that start this script the way it was started, as far as the environment tells."""
     processes, precision = os.environ.get("WORLD_SIZE", "1"), os.environ.get("ACCELERATE_MIXED_PRECISION")
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    if precision is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["python"]
     if precision is None:
-        return ["torchrun", "--nproc_per_node", processes] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
+        names = {"node_rank": "GROUP_RANK", "master_addr": "MASTER_ADDR", "master_port": "MASTER_PORT"}
+        here = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", processes)]
+        return [*here, "--nnodes", machines, *_told(names)] if machines != "1" else here
     kind = ["--multi_gpu"]
     if launch.uses_fsdp():
         kind = ["--use_fsdp", "--fsdp_version", os.environ.get("FSDP_VERSION", "1")]
     if launch.uses_deepspeed():
         kind = ["--use_deepspeed", *launch.deepspeed_words()]
-    several = [*kind, "--num_processes", processes] if processes != "1" else []
-    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    several = [*(kind if processes != "1" else []), "--num_processes", processes]  # else it would take every GPU
     if machines != "1":  # as on the first one, which prints it
         names = {"machine_rank": "GROUP_RANK", "main_process_ip": "MASTER_ADDR", "main_process_port": "MASTER_PORT"}
         several += ["--num_machines", machines]
         several += ["--deepspeed_multinode_launcher", "standard"] if launch.uses_deepspeed() else []
-        several += [word for flag, name in names.items() for word in (f"--{flag}", os.environ.get(name, "0"))]
+        several += _told(names)
     return ["accelerate", "launch", *several, "--mixed_precision", precision, *launch.dynamo_words()]
+
+
+def _told(names):
+    """The words of flags whose values the environment has, {flag: variable}."""
+    return [word for flag, name in names.items() for word in (f"--{flag}", os.environ.get(name, "0"))]
 
 
 def announce(about, base, device, output_dir, parameters, updates, held_out_rows, total, state):
@@ -257,15 +266,16 @@ def conclude(output_dir, progress, usage):
 
 def _contents(folder):
     """What a finished run's output folder holds, {name: what it is}."""
-    checkpoints = [path.name for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    checkpoints.sort(key=lambda name: int(name.rpartition("-")[2]))
+    from .checkpoints import step_of  # which has its warnings from here
+
+    steps = sorted(step for path in folder.glob("checkpoint-*") if (step := step_of(path)) is not None)
     grids = len(list(folder.glob("validation/step-*.png")))
     rows = {path.name: "the adapters" for path in sorted(folder.glob("pytorch_lora_weights*.safetensors"))}
     if (folder / "model_index.json").exists() and not rows:
         rows["model_index.json"] = "and the folders beside it: the pipeline"
-    if checkpoints:
-        name = checkpoints[0] if len(checkpoints) == 1 else f"{checkpoints[0]} … {checkpoints[-1].rpartition('-')[2]}"
-        count = f"{len(checkpoints)} checkpoints" if len(checkpoints) > 1 else "a checkpoint"
+    if steps:
+        name = f"checkpoint-{steps[0]}" + (f" … {steps[-1]}" if len(steps) > 1 else "")
+        count = f"{len(steps)} checkpoints" if len(steps) > 1 else "a checkpoint"
         rows[name] = f"{count}, to continue from with --resume_from_checkpoint"
     if grids:
         rows["validation"] = f"{grids} grids of pictures" if grids > 1 else "a grid of pictures"
@@ -362,7 +372,7 @@ class Progress:
             dynamic_ncols=True,
             smoothing=0.05,
             mininterval=0.1 if self.live else 10,
-            disable=not _first_process(),
+            disable=not first_process(),
         )
 
     def update(self, state, loss, grad_norm, learning_rate):
