@@ -416,7 +416,7 @@ def main(argv=None):
         partial(engine.memory, accelerator),
     )
 
-    grids = []  # the last one that this run drew
+    grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
 
     def validate():
         """Held-out loss and pictures with the weights that would be saved now."""
@@ -452,7 +452,8 @@ def main(argv=None):
         return uploads.add(folder)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
+    keep = None if args.dry_run else checkpoint
+    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     update_loss, stopped_by, planned = 0.0, 0, args.max_train_steps

@@ -412,7 +412,7 @@ def main(argv=None):
     )
 
     prompts = args.validation_prompts or []
-    grids = []  # the last one that this run drew
+    grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
     objective = dict(unet=unet, schedule=schedule, scaling_factor=vae.config.scaling_factor)
     evaluate = engine.over_devices(partial(held_out_step, **objective), in_axes=(None, 0))
 
@@ -465,7 +465,8 @@ def main(argv=None):
         in_axes=(None, 0, None),
         donate=(0,),
     )
-    batches = engine.training_batches(samples, updates, state, mesh, args.dataloader_num_workers)
+    keep = None if args.dry_run else checkpoint
+    batches = engine.training_batches(samples, updates, state, mesh, args.dataloader_num_workers, keep)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     pace, stopped_by, planned = engine.Pace(), 0, args.max_train_steps

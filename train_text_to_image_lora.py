@@ -398,7 +398,7 @@ def main(argv=None):
         num_inference_steps=args.validation_num_inference_steps,
         guidance_scale=args.validation_guidance_scale,
     )
-    grids = []  # the last one that this run drew
+    grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
 
     def validate():
         """Held-out loss and pictures with the weights that would be saved now."""
@@ -437,7 +437,8 @@ def main(argv=None):
         return uploads.add(folder)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
+    keep = None if args.dry_run else checkpoint
+    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
     dream_p = args.dream_detail_preservation if args.dream_training else None
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)

@@ -199,6 +199,7 @@ def load_models(args, accelerator):
     changes = flags.schedule_changes(args)
     schedule = engine.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(args, schedule.config)
+    timestep_probabilities(args, schedule.config.num_train_timesteps)  # what it refuses is refused before weights load
     sampler = engine.sampling_scheduler(base, changes)
     half = engine.frozen_type(accelerator)
     tokenizers = [engine.load_part(CLIPTokenizer, base, part) for part in ("tokenizer", "tokenizer_2")]
@@ -225,16 +226,19 @@ def load_models(args, accelerator):
 
 
 def load_vae(args, base, half):
-    """The base's VAE in float32, since its activations overflow in half precision; another one in `half`."""
-    if args.pretrained_vae_model_name_or_path is not None:
-        other = engine.folder_of_model(args.pretrained_vae_model_name_or_path, args.cache_dir)
-        return engine.load_part(AutoencoderKL, other, dtype=half)
-    if half != torch.float32:
-        warn(
-            "SDXL's own VAE overflows in half precision and runs in float32; --pretrained_vae_model_name_or_path "
-            "madebyollin/sdxl-vae-fp16-fix gives one that does not, and is faster"
-        )
-    return engine.load_part(AutoencoderKL, base, "vae", args.variant, dtype=torch.float32)
+    """The base's VAE in float32, since its activations overflow in half precision; another one in `half`, unless its
+    configuration says the same of it."""
+    other = args.pretrained_vae_model_name_or_path
+    place = (base, "vae", args.variant) if other is None else (engine.folder_of_model(other, args.cache_dir),)
+    vae = engine.load_part(AutoencoderKL, *place, dtype=half)
+    if half == torch.float32 or (other is not None and not vae.config.force_upcast):
+        return vae
+    name = "SDXL's own VAE" if other is None else f"the VAE {other}"
+    warn(
+        f"{name} overflows in half precision and runs in float32; --pretrained_vae_model_name_or_path "
+        "madebyollin/sdxl-vae-fp16-fix gives one that does not, and is faster"
+    )
+    return engine.load_part(AutoencoderKL, *place, dtype=torch.float32)
 
 
 def check_prediction_type(args, config):
@@ -444,7 +448,7 @@ def main(argv=None):
         num_inference_steps=args.validation_num_inference_steps,
         guidance_scale=args.validation_guidance_scale,
     )
-    grids = []  # the last one that this run drew
+    grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
 
     def validate():
         """Held-out loss and pictures with the weights that would be saved now."""
@@ -483,7 +487,8 @@ def main(argv=None):
         return uploads.add(folder)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers)
+    keep = None if args.dry_run else checkpoint
+    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
     looks = prompts or held_out_rows is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     update_loss, stopped_by, planned = 0.0, 0, args.max_train_steps

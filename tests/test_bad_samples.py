@@ -2,6 +2,7 @@
 --check_data tells everything about a data set without a model."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import relative_difference, result_bytes
 from PIL import Image
 from tiny import picture, png, write_pictures
 
-from training_utils import data, inspection
+from training_utils import data, draws, inspection
 from training_utils.draws import SampleDraws
 from training_utils.problems import BadSample
 from training_utils.reporting import UserError
@@ -177,6 +178,25 @@ def test_a_run_that_skips_is_exact(run, partly_damaged, tmp_path, capsys):
     run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
     whole = result_bytes(tmp_path / "whole")
     assert whole == result_bytes(tmp_path / "workers") == result_bytes(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("accumulation", ["1", "2"])
+def test_what_was_trained_before_a_bad_picture_is_kept(run, pictures, tmp_path, accumulation):
+    """The last update before it, from which the run goes on once the picture is mended."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    bad = folder / f"{draws.order(7, 0, 10)[5]}.png"
+    whole = bad.read_bytes()
+    cut_off(bad)
+    flags = ["--train_data_dir", folder, "--train_batch_size", "1", "--gradient_accumulation_steps", accumulation]
+    sentence, code = run.fails(tmp_path / "out", *flags)
+    last = 5 // int(accumulation)
+    assert code == 2 and bad.name in sentence
+    assert f"what was trained until then is in {tmp_path / 'out'}/checkpoint-{last}" in sentence
+    bad.write_bytes(whole)
+    run(tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")
+    run(tmp_path / "whole", *flags)
+    assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
 
 
 def test_held_out_pictures_are_skipped_too(run, partly_damaged, tmp_path, capsys):

@@ -29,7 +29,7 @@ from tiny import UNET
 
 import train_text_to_image_flax as script
 from flax_diffusion import FlaxStableDiffusionPipeline
-from training_utils import charts, checkpoints, jax_engine, report, reporting
+from training_utils import charts, checkpoints, draws, jax_engine, report, reporting
 from training_utils.metrics import Log
 
 TRACKED = ["--report_to", "tensorboard"]
@@ -734,15 +734,20 @@ def test_a_base_model_that_cannot_be_used(run_flax, tmp_path, sd, what):
     assert BAD_BASES[what] in sentence and code == 2
 
 
-def test_a_picture_that_cannot_be_read_is_named(run_flax, pictures, tmp_path):
+def test_a_picture_that_cannot_be_read_is_named_and_what_was_trained_is_kept(run_flax, plain, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "pictures")
-    path = tmp_path / "pictures" / "3.png"
-    path.write_bytes(path.read_bytes()[:200])
+    path = tmp_path / "pictures" / f"{draws.order(7, 0, 10)[8]}.png"  # in the third batch of the run
+    whole = path.read_bytes()
     for workers in (0, 2):
-        sentence, _ = run_flax.fails(
-            *(tmp_path / "out", "--train_data_dir", tmp_path / "pictures", "--dataloader_num_workers", workers)
-        )
-        assert "3.png cannot be read" in sentence
+        path.write_bytes(whole[:200])
+        out, flags = tmp_path / str(workers), ["--train_data_dir", tmp_path / "pictures"]
+        flags += ["--dataloader_num_workers", workers]
+        sentence, _ = run_flax.fails(out, *flags)
+        assert f"{path.name} cannot be read" in sentence
+        assert f"what was trained until then is in {out}/checkpoint-2" in sentence
+        path.write_bytes(whole)
+        run_flax(out, *flags, "--resume_from_checkpoint", "latest")
+        assert result_bytes(out) == result_bytes(plain)
 
 
 def test_memory_that_runs_out_gets_a_sentence(monkeypatch, capsys):

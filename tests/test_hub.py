@@ -347,6 +347,23 @@ def test_an_upload_holds_back_neither_the_run_nor_rotation(tmp_path, line):
     assert not (tmp_path / ".uploads").exists()
 
 
+def test_processes_wait_for_an_upload_a_little_at_a_time(tmp_path, line, monkeypatch):
+    """A collective call that is as long as an upload would run into the process group's timeout."""
+    uploads, asked = Uploads("me/model", None, tmp_path), []
+    (tmp_path / "checkpoint-1").mkdir()
+    join = threading.Thread.join
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout=None: join(thread, timeout and timeout / 100))
+
+    def ask(make):
+        asked.append(make())
+        if len(asked) == 3:
+            line.open.set()
+        return asked[-1]
+
+    assert uploads.add_last(tmp_path / "checkpoint-1", ask) == tmp_path / "checkpoint-1"
+    assert asked[:3] == [True] * 3 and asked[-1] is False and "checkpoint-1" in line.sent
+
+
 def test_without_hard_links_a_checkpoint_is_uploaded_from_its_place(tmp_path, line, monkeypatch):
     def refuse(*_, **__):
         raise OSError("Operation not supported")

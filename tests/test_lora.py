@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from conftest import logged, result_weights
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.tuners.lora.layer import LoraLayer
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -238,6 +241,23 @@ def test_card_and_upload(either, tmp_path, monkeypatch):
     }
     card = (tmp_path / "README.md").read_text()
     assert "load_lora_weights" in card and "lora" in card and str(either.base) not in card
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_the_lines_of_the_card_draw_with_the_sampler_of_the_training(either, tmp_path, monkeypatch, changed):
+    flags = ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"] if changed else []
+    either(tmp_path / "out", "--max_train_steps", "1", *flags)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    folders = {"out": tmp_path / "out", Path(either.base).name: either.base}
+    for name, folder in folders.items():
+        code = code.replace(f'"{name}"', f'"{folder}"')
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert Image.open("picture.png").size[0] > 0
+    config = names["pipeline"].scheduler.config
+    assert config.prediction_type == ("v_prediction" if changed else "epsilon")
+    assert bool(config.get("rescale_betas_zero_snr")) == changed == (tmp_path / "out" / "scheduler").exists()
 
 
 def test_no_pictures_asked_for(either, tmp_path):

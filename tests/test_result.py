@@ -1,6 +1,7 @@
 """What a run leaves behind: a pipeline that draws, grids to look at, curves, a card, an upload without secrets."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from conftest import logged, result_bytes, result_weights
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+
+from training_utils import hub as hub_of_ours
 
 PROMPTS = [
     "--validation_prompts",
@@ -237,8 +240,6 @@ BAD_BASES = {
 
 @pytest.mark.parametrize("what", BAD_BASES)
 def test_a_base_model_that_cannot_be_used(run, tmp_path, sd, what):
-    import shutil
-
     base = tmp_path / "base"
     if what != "nowhere":
         shutil.copytree(sd, base)
@@ -258,6 +259,51 @@ def test_a_base_model_that_cannot_be_used(run, tmp_path, sd, what):
     flags = ["--variant", "fp61"] if what == "no such variant" else []
     sentence, code = run.fails(tmp_path / "out", "--pretrained_model_name_or_path", base, *flags)
     assert BAD_BASES[what] in sentence and code == 2
+
+
+@pytest.mark.parametrize("what", ["garbage", "empty", "cut off"])
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_part_whose_weights_are_damaged(run, tmp_path, sd, part, what):
+    """Of diffusers' and of transformers' own errors."""
+    base = tmp_path / "base"
+    shutil.copytree(sd, base)
+    (weights,) = (base / part).glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes({"garbage": b"garbage" * 9, "empty": b"", "cut off": content[: len(content) // 2]}[what])
+    sentence, code = run.fails(tmp_path / "out", "--pretrained_model_name_or_path", base)
+    assert f"part '{part}' of base model {base} cannot be loaded" in sentence and code == 2
+
+
+def test_a_sampler_that_diffusers_does_not_have(run, tmp_path, sd):
+    base = tmp_path / "base"
+    shutil.copytree(sd, base)
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("PNDMScheduler", "TomorrowScheduler"))
+    sentence, code = run.fails(tmp_path / "out", "--pretrained_model_name_or_path", base)
+    assert "is a TomorrowScheduler, which this diffusers does not have" in sentence and code == 2
+
+
+def test_a_finished_run_that_is_continued_keeps_the_pictures_of_its_card(run, tmp_path):
+    flags = [*PROMPTS, "--validation_steps", "6", "--checkpointing_steps", "6"]
+    run(tmp_path, *flags)
+    card = (tmp_path / "README.md").read_text()
+    run(tmp_path, *flags, "--resume_from_checkpoint", "latest")
+    assert "validation/step-000006.png" in card and (tmp_path / "README.md").read_text() == card
+
+
+def test_how_a_base_model_is_loaded(tmp_path):
+    """As Python text: from a folder with a variant or without, from a file, from the hub."""
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "model.fp16.safetensors").touch()
+    (tmp_path / "one.safetensors").touch()
+    folder, file = str(tmp_path), str(tmp_path / "one.safetensors")
+    given = ("main", "fp16", "sdxl")
+    assert hub_of_ours.loading(folder, *given) == f'from_pretrained("{folder}", variant="fp16")'
+    assert hub_of_ours.loading(folder, "main", "bf16", public=True) == f'from_pretrained("{tmp_path.name}")'
+    assert hub_of_ours.loading(file, *given) == f'from_single_file("{file}", config="sdxl")'
+    assert hub_of_ours.loading(file, public=True) == 'from_single_file("one.safetensors")'
+    assert hub_of_ours.loading("me/model") == 'from_pretrained("me/model")'
+    assert hub_of_ours.loading("me/model", *given) == 'from_pretrained("me/model", revision="main", variant="fp16")'
 
 
 def test_preview_leaves_the_training_copies_alone(run, tmp_path):

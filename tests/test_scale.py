@@ -284,10 +284,29 @@ def test_a_command_names_its_engine_and_machines(monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train_text_to_image.py"])
-    assert reporting.resume_command(["--seed", "1"]) == (
+    command = reporting.resume_command(["--seed", "1"])
+    assert command == (
         "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 --num_machines 2 --machine_rank 0 "
         "--main_process_ip 10.0.0.1 --main_process_port 29500 --mixed_precision bf16 train_text_to_image.py --seed 1 "
         "--resume_from_checkpoint latest"
+    )
+    for name in ("GROUP_WORLD_SIZE", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # without a number accelerate would start one process for each GPU
+    assert reporting.resume_command([]).startswith("accelerate launch --num_processes 1 --mixed_precision bf16 train")
+
+
+def test_a_command_of_torchrun_names_each_machines_processes(monkeypatch):
+    environment = {
+        **{"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "0"},
+        **{"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"},
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train_text_to_image.py"])
+    assert reporting.resume_command([]) == (
+        "torchrun --nproc_per_node 8 --nnodes 2 --node_rank 0 --master_addr 10.0.0.1 --master_port 29500 "
+        "train_text_to_image.py --resume_from_checkpoint latest"
     )
 
 

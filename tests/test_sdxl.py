@@ -214,20 +214,23 @@ def test_a_range_beyond_the_schedule_is_one_sentence(run_sdxl, run_lora_sdxl, tm
         assert "--timestep_bias_strategy range: the timesteps 0 to 2000 are not within" in sentence and code == 2
 
 
-def test_the_vae_stays_in_float32_and_says_why(run_sdxl, run_lora_sdxl, tmp_path, capsys, monkeypatch):
-    seen = []
-    real = AutoencoderKL.encode
+def test_the_vae_stays_in_float32_where_it_must_and_says_why(run_sdxl, run_lora_sdxl, tmp_path, capsys, monkeypatch):
+    seen, real = [], AutoencoderKL.encode
+    mended = AutoencoderKL.from_pretrained(run_sdxl.base, subfolder="vae")
+    mended.register_to_config(force_upcast=False)
+    mended.save_pretrained(tmp_path / "mended")
+    own = f"{run_sdxl.base}/vae"
+    vaes = {None: "SDXL's own VAE overflows", own: f"the VAE {own} overflows", tmp_path / "mended": None}
     monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x, **kw: (seen.append(x.dtype), real(self, x, **kw))[1])
     for run in (run_sdxl, run_lora_sdxl):
-        run(tmp_path / run.script, "--mixed_precision", "bf16", "--max_train_steps", "1")
-        assert set(seen) == {torch.float32}
-        assert "overflows in half precision and runs in float32" in capsys.readouterr().err
-        vae = f"{run.base}/vae"
-        run(tmp_path / run.script, "--mixed_precision", "bf16", "--pretrained_vae_model_name_or_path", vae,
-            "--max_train_steps", "1")  # fmt: skip
-        assert seen[-1] == torch.bfloat16
-        assert "overflows" not in capsys.readouterr().err
-        seen.clear()
+        for vae, sentence in vaes.items():
+            other = [] if vae is None else ["--pretrained_vae_model_name_or_path", vae]
+            run(tmp_path / run.script, "--mixed_precision", "bf16", "--max_train_steps", "1", *other)
+            said = capsys.readouterr().err
+            assert set(seen) == {torch.float32 if sentence else torch.bfloat16}
+            assert (f"{sentence} in half precision and runs in float32" if sentence else "") in said
+            assert bool(sentence) == ("runs in float32" in said)
+            seen.clear()
 
 
 def test_another_vae_is_saved_with_the_result(run_sdxl, tmp_path):
@@ -294,13 +297,15 @@ def test_sd_given_to_sdxl_and_the_other_way_round(run_lora, run_lora_sdxl, tmp_p
         assert "this script trains" in sentence and code == 2
 
 
-def test_debug_loss_logs_each_pictures_own_loss(run_lora_sdxl, tmp_path):
+def test_debug_loss_logs_each_pictures_own_loss_with_its_update(run_lora_sdxl, tmp_path):
     run_lora_sdxl(tmp_path, "--debug_loss", "--report_to", "tensorboard", "--max_train_steps", "3")
-    values = []
+    values = {1: [], 2: [], 3: []}
     for index in range(10):
         [name] = [f"loss_for_{path}" for path in sorted(pictures_of(run_lora_sdxl)) if path.endswith(f"/{index}.png")]
-        values += logged(tmp_path, name).values()
-    assert len(values) == 10 and len({round(value, 6) for value in values}) == 10
+        for step, value in logged(tmp_path, name).items():
+            values[step].append(value)
+    assert len({round(value, 6) for several in values.values() for value in several}) == 10
+    assert logged(tmp_path) == pytest.approx({step: np.mean(several) for step, several in values.items()}, rel=1e-5)
 
 
 def pictures_of(run):

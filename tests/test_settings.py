@@ -114,10 +114,20 @@ def test_zero_terminal_snr_trains_and_samples(run, tmp_path):
     assert np.isfinite(pipeline("x", num_inference_steps=2, output_type="np").images).all()
 
 
-def test_zero_terminal_snr_with_epsilon_is_finite_and_warned_of(run, tmp_path, capsys):
-    run(tmp_path, *TRACKED, "--rescale_betas_zero_snr", "--snr_gamma", "5", "--max_train_steps", "12")
-    assert "add --prediction_type v_prediction" in capsys.readouterr().err
-    assert np.isfinite(list(logged(tmp_path).values())).all()
+def test_zero_terminal_snr_with_epsilon_is_refused(run, run_lora, run_sdxl, run_lora_sdxl, tmp_path):
+    for script in (run, run_lora, run_sdxl, run_lora_sdxl):
+        sentence, code = script.fails(tmp_path, "--rescale_betas_zero_snr")
+        assert "add --prediction_type v_prediction" in sentence and code == 2
+
+
+def test_a_base_model_with_zero_terminal_snr_and_epsilon_is_finite_and_warned_of(run, tmp_path, capsys):
+    base = build_sd(tmp_path / "base")
+    path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}))
+    flags = ["--pretrained_model_name_or_path", base, "--snr_gamma", "5", "--max_train_steps", "12"]
+    run(tmp_path / "out", *TRACKED, *flags)
+    assert "--prediction_type v_prediction goes with it" in capsys.readouterr().err
+    assert np.isfinite(list(logged(tmp_path / "out").values())).all()
 
 
 def test_dream_is_refused_for_a_model_that_predicts_v(run, tmp_path):

@@ -22,6 +22,7 @@ PATHS = {
     "run": "--use_ema --snr_gamma 5 --noise_offset 0.1 --gradient_accumulation_steps 2 --lr_scheduler cosine".split(),
     "run during the backward pass": LESS_MEMORY,
     "run in bfloat16": [*LESS_MEMORY, "--full_bf16"],
+    "run with adafactor during the backward pass": ["--optimizer", "adafactor", *LESS_MEMORY],
     "run with adafactor": ["--optimizer", "adafactor", "--on_nan", "skip"],
     "run_lora": ["--use_ema", "--train_text_encoder"],
     "run_sdxl": [*LESS_MEMORY, "--full_bf16"],
@@ -31,7 +32,8 @@ PATHS = {
     "run_decoder": LESS_MEMORY,
     "run_lora_decoder": ["--use_ema"],
 }
-WAITS = ["run with adafactor"]  # for the norm of each gradient: it has no switch in its kernel
+# For the norm of the gradient, during the backward pass of each: its kernel has no switch.
+WAITS = ["run with adafactor", "run with adafactor during the backward pass"]
 
 
 def fetches(run, out, flags, updates):

@@ -381,7 +381,7 @@ def files_of(folder):
 
 
 def _is_hidden(path, folder):
-    """Whether a file is out of sight in a folder: editors and systems leave thumbnails, copies and what was deleted."""
+    """Whether a file is one that nobody sees: editors and systems leave thumbnails, copies and what was deleted."""
     return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
 
 
@@ -613,13 +613,23 @@ def header_problems(rows):
     """
     problems = {int(at): Problem("no picture", rows.name(int(at))) for at in rows.without_picture()}
     if rows.are_files():
-        for index, (name, cell) in enumerate(rows.cells()):
-            try:
-                with open_picture(cell):
-                    pass
-            except Exception as error:
-                problems.setdefault(index, problem_of(error, name))
+        for index, problem in enumerate(read_ahead(_header_problem, rows.cells(), _threads())):
+            if problem:
+                problems.setdefault(index, problem)
     return problems
+
+
+def _header_problem(named_cell):
+    name, cell = named_cell
+    try:
+        with open_picture(cell):
+            return None
+    except Exception as error:
+        return problem_of(error, name)
+
+
+def _threads():
+    return min(16, 4 * (os.cpu_count() or 1))  # they wait for the disk
 
 
 def picture_sizes(rows):
@@ -627,8 +637,7 @@ def picture_sizes(rows):
 
     Headers are read, in threads, and no pixels. A picture that cannot be opened gets zeros.
     """
-    threads = min(16, 4 * (os.cpu_count() or 1))  # they wait for the disk
-    sizes = bar(read_ahead(_size_of, rows.cells(), threads), "sizes of pictures", len(rows))
+    sizes = bar(read_ahead(_size_of, rows.cells(), _threads()), "sizes of pictures", len(rows))
     return np.array(list(sizes), dtype=np.int64).reshape(-1, 2)
 
 

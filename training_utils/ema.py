@@ -53,9 +53,10 @@ class EMAWeights(EMAModel):
             torch._foreach_lerp_(self.shadow_params, parameters, weights)
             return
         for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
-            moved = shadow.to(parameter.device, non_blocking=True).lerp_(parameter.float(), weight)
+            beside = parameter.is_cuda  # from and into pinned memory; the stream keeps the order
+            moved = shadow.to(parameter.device, non_blocking=beside).lerp_(parameter.float(), weight)
             if self.offload:
-                shadow.copy_(moved, non_blocking=True)  # into the same pinned memory; the stream keeps the order
+                shadow.copy_(moved, non_blocking=beside)
 
     def _settle(self):
         """Wait for copies to the host that are still under way, before the host reads them."""

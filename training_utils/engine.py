@@ -5,7 +5,8 @@ import inspect
 import os
 import signal
 from contextlib import redirect_stdout
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from . import checkpoints, data, dry_run, hub, metrics, optimizers, sharding, single_file, zero
 from .data import collate
 from .interruption import SIGNALS
-from .reporting import UserError, not_finite, reason_of, tell_trackers, warn
+from .reporting import UserError, cut_short, not_finite, reason_of, tell_trackers, warn
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -229,8 +230,10 @@ def load_part(cls, folder, subfolder="", variant=None, **options):
         raise UserError(f"part '{subfolder}' of base model {folder} cannot be loaded: {reason}") from None
 
 
+@cache
 def folder_of_model(name, cache_dir=None):
-    """The local folder of a model that is no part of a pipeline, fetched from the hub where `name` is an id."""
+    """The local folder of a model that is no part of a pipeline, fetched from the hub where `name` is an id; the same
+    one for a whole run, whatever is uploaded there meanwhile."""
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -484,10 +487,24 @@ def batches(samples, batch_sampler, device, workers=0):
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def training_batches(samples, updates, state, accelerator, workers):
-    """The endless batches of this process, as data.Updates has them from a RunState's position on."""
+def training_batches(samples, updates, state, accelerator, workers, keep=None):
+    """The endless batches of this process, as data.Updates has them from a RunState's position on.
+
+    Before a picture that cannot be used ends a run of one process, `keep()` writes the state after the last update;
+    several would wait for each other in it.
+    """
     sampler = updates.batches(state.position, accelerator.process_index)
-    return batches(samples, sampler, accelerator.device, workers)
+    begun, whole = state.step, replace(state)
+    try:
+        for batch in batches(samples, sampler, accelerator.device, workers):
+            yield batch
+            if state.position != whole.position:
+                whole = replace(state)
+    except UserError as error:
+        if keep is None or accelerator.num_processes > 1 or state.step == begun:
+            raise
+        state.micro_step = whole.micro_step
+        raise cut_short(error, keep) from None
 
 
 def say_skipped(accelerator, skipped):

@@ -265,8 +265,8 @@ LESS_MEMORY = [
          "their memory, slightly less exact"),
 ]
 KANDINSKY_DEFAULTS = {"train_batch_size": 1, "adam_weight_decay": 0.0, "validation_guidance_scale": 4.0}
-KANDINSKY_RESOLUTION = Flag("resolution", whole(1), 512, "side of the validation pictures; CLIP's image processor "
-                            "sizes the training pictures")
+KANDINSKY_RESOLUTION = Flag("resolution", whole(1), 512, "side of the validation pictures, which the decoder rounds "
+                            "up to a multiple of 64; CLIP's image processor sizes the training pictures")
 KANDINSKY_DECODER = [
     Flag("train_data_dir", help="folder of pictures; captions are neither needed nor read; with --dataset_name it is "
          "passed on as data_dir"),
@@ -323,10 +323,16 @@ NOT_IN_A_FILE = {
 HANDED_ON = "TRAINING_HUB_TOKEN"  # the environment variable in which `hide_secrets` hands the token on
 
 
-def suggestion(word, known, quote=""):
+def suggestion(word, known, quote="", cutoff=0.6):
     """What to add to the sentence that a word is not known: the nearest of those that are, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f"; did you mean {quote}{close[0]}{quote}?" if close else ""
+
+
+def _known_somewhere():
+    """The names of the flags above, of which each script has some."""
+    groups = [group for group in globals().values() if isinstance(group, list)]
+    return {flag.name for group in groups for flag in group if isinstance(flag, Flag)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -334,7 +340,9 @@ class _Parser(argparse.ArgumentParser):
         """One sentence and exit code 2, instead of a screen of usage."""
         if message.startswith("unrecognized arguments: --"):
             wrong = message.split(": ", 1)[1].split()[0].split("=")[0]
-            message = f"there is no flag {wrong}" + suggestion(wrong, self._option_string_actions)
+            elsewhere = wrong.removeprefix("--") in _known_somewhere()
+            message = f"there is no flag {wrong}" + (" here, only in others of these scripts" if elsewhere else "")
+            message += suggestion(wrong, self._option_string_actions, cutoff=0.8 if elsewhere else 0.6)
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
@@ -473,6 +481,11 @@ def _notices(args):
     notices = []
     if args.lr_scheduler == "constant" and "lr_warmup_steps" in args.given and args.lr_warmup_steps:
         notices.append("--lr_scheduler constant has no warm-up; use constant_with_warmup for --lr_warmup_steps")
+    elif args.lr_scheduler != "constant" and args.lr_warmup_steps >= (args.max_train_steps or float("inf")):
+        notices.append(
+            f"--lr_warmup_steps {args.lr_warmup_steps} leaves nothing after the warm-up in {args.max_train_steps} "
+            "updates: the learning rate never gets to --learning_rate"
+        )
     if getattr(args, "optimizer", None) == "prodigy" and args.learning_rate != 1:
         notices.append(
             f"--optimizer prodigy multiplies the step size that it finds by --learning_rate {args.learning_rate:g}; "

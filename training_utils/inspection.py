@@ -9,7 +9,7 @@ import numpy as np
 
 from . import buckets, data
 from .problems import KINDS, open_picture, problem_of, shortened
-from .reporting import first_process, bar
+from .reporting import bar, first_process
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 means upright
 SIDES = [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096]

@@ -34,7 +34,7 @@ from flax_diffusion import FlaxStableDiffusionPipeline, ModelError, schedulers, 
 from flax_diffusion.pipeline import LATENTS, fetch
 
 from . import cache, data, dry_run, hub, metrics
-from .reporting import UserError, reason_of, tell_trackers, warn
+from .reporting import UserError, cut_short, reason_of, tell_trackers, warn
 
 AXIS = "batch"
 TYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -385,19 +385,27 @@ def _stacked(batches, lead, rows):
     }
 
 
-def training_batches(samples, updates, state, mesh, workers):
+def training_batches(samples, updates, state, mesh, workers, keep=None):
     """The endless updates of this host from a RunState's position on: arrays (devices, accumulation, batch_size, ...).
 
     Each device is a process of data.Updates. Every batch has the same shape, so a step compiles once; where an epoch's
-    last update has fewer samples, it is filled up with samples of weight 0.
+    last update has fewer samples, it is filled up with samples of weight 0. Before a picture that cannot be used ends
+    a run of one process, `keep()` writes a checkpoint.
     """
+    begun = state.step
     first = jax.process_index() * mesh.size
     ranks = [updates.batches(state.position, rank) for rank in range(first, first + mesh.size)]
     keys = (next(rank) for _ in itertools.count() for rank in ranks for _ in range(updates.accumulation))
     batches = _read_ahead(_reader(samples, updates.batch_size), keys, workers)
     while True:
         update = list(itertools.islice(batches, mesh.size * updates.accumulation))
-        yield split_over_devices(_stacked(update, (mesh.size, updates.accumulation), samples.rows), mesh)
+        try:
+            arrays = _stacked(update, (mesh.size, updates.accumulation), samples.rows)
+        except UserError as error:
+            if keep is None or jax.process_count() > 1 or state.step == begun:
+                raise
+            raise cut_short(error, keep) from None
+        yield split_over_devices(arrays, mesh)
 
 
 def held_out_batches(samples, batch_size, mesh):

@@ -126,6 +126,14 @@ def not_finite(step, loss, names, stop, keep):
     )
 
 
+def cut_short(error, keep):
+    """The UserError of a picture that ends a run of one process. `keep()` writes what was trained until then, and
+    returns its folder, or None."""
+    folder = keep()
+    kept = f"what was trained until then is in {folder}" if folder else "what was trained until then was not written"
+    return UserError(f"{error}; {kept}", exit_code=error.exit_code, everywhere=error.everywhere)
+
+
 def _diagnosis(error):
     """A sentence for an error that is no fault of this code but no UserError either, or None.
 
@@ -359,7 +367,8 @@ class Progress:
             samples_per_update,
         )
         self.fetch, self.log, self.not_finite, self.memory = fetch, log, not_finite, memory
-        self.waiting, self.clock, self.last_loss = [], time.perf_counter(), None
+        self.waiting, self.beside = [], {}
+        self.clock, self.last_loss = time.perf_counter(), None
         self.began, self.first, self.skipped = self.clock, step, 0
         self.busy = 0.0  # seconds, without validation and checkpoints
         self.seconds = deque(maxlen=8)  # that an update took, at each of the last looks
@@ -377,11 +386,16 @@ class Progress:
 
     def update(self, state, loss, grad_norm, learning_rate):
         """Count the update that led to a RunState; `loss` and `grad_norm` may be tensors on a device."""
-        self.waiting.append((replace(state), loss, grad_norm, learning_rate))
+        self.waiting.append((replace(state), loss, grad_norm, learning_rate, self.beside))
+        self.beside = {}
         self.bar.update(state.step - self.step)
         self.step, self.skipped = state.step, 0
         if len(self.waiting) >= self.logging_steps:
             self.flush()
+
+    def note(self, values):
+        """Have numbers by name logged together with the coming update."""
+        self.beside |= values
 
     def skip(self, checkpoint):
         """Count an update that was not made because the fp16 gradients overflowed; the loss scale goes down by it.
@@ -409,8 +423,8 @@ class Progress:
         if not self.waiting:
             return
         waiting, self.waiting = self.waiting, []
-        losses = self.fetch([loss for _, loss, _, _ in waiting])
-        norms = self.fetch([norm for _, _, norm, _ in waiting])
+        losses = self.fetch([loss for _, loss, _, _, _ in waiting])
+        norms = self.fetch([norm for _, _, norm, _, _ in waiting])
         took, memory = time.perf_counter() - self.clock, self.memory()
         self.busy += took
         self.seconds.append(took / len(waiting))
@@ -418,9 +432,9 @@ class Progress:
         self.last_loss = losses[-1]
         words = f"loss {losses[-1]:.4f}, lr {waiting[-1][3]:.2e}, {speed:.3g} pictures/s"
         self.bar.set_postfix_str(words, refresh=self.live)
-        for (state, _, _, rate), loss, norm in zip(waiting, losses, norms, strict=True):
+        for (state, _, _, rate, beside), loss, norm in zip(waiting, losses, norms, strict=True):
             values = {"train_loss": loss, "lr": rate, "samples_per_second": speed, "grad_norm": norm}
-            self.log(values | memory, state.step)
+            self.log(values | memory | beside, state.step)
             if not math.isfinite(norm):
                 self.not_finite(state.step, loss, self.before)
             self.before = state
@@ -530,6 +544,11 @@ def tell_trackers(trackers, action):
 def grid_name(step):
     """Where the validation pictures of an update lie inside the output folder."""
     return f"validation/step-{step:06d}.png"
+
+
+def standing_grids(output_dir, step):
+    """The grids of validation pictures that an earlier run left at this update, as names: one or none."""
+    return [name for name in [grid_name(step)] if (Path(output_dir) / name).is_file()]
 
 
 def publish_pictures(trackers, pictures, prompts, step, output_dir):
