@@ -46,7 +46,7 @@ def spoiled(tmp_path):
 KINDS_IN_A_SENTENCE = [
     "1 pictures named in the metadata do not exist: ",
     "4 captions are neither a string nor a list of strings: ",
-    "0.png (None)",
+    "0.png (nothing)",
     "3 files cannot be read as pictures: ",
     "5.png (zero bytes)",
     "6.png (not a picture)",
@@ -361,7 +361,7 @@ def test_a_report_on_a_table(tmp_path, capsys):
     code, report = report_on(None, None, capsys, **source)
     assert code == 2 and "samples    6, 4 of which cannot be used" in report
     for part in (
-        "no usable caption: 1\n      row 3  (None)",
+        "no usable caption: 1\n      row 3  (nothing)",
         "no picture: 1\n      row 1\n",
         "zero bytes: 1\n      row 2",
     ):
@@ -372,7 +372,7 @@ def test_a_report_on_a_table(tmp_path, capsys):
     assert unusable == [1, 3]  # the rest shows when a picture is read
     rest = rows.without(unusable)
     assert [rest.name(index) for index in range(len(rest))] == ["row 0", "row 2", "row 4", "row 5"]
-    with pytest.raises(UserError, match="1 rows hold no picture: row 1; 1 captions are .*: row 3 .None."):
+    with pytest.raises(UserError, match="1 rows hold no picture: row 1; 1 captions are .*: row 3 .nothing."):
         data.check(rows)
     assert data.check(rows.select([0, 5])) == []
 
@@ -382,4 +382,4 @@ def test_names_cannot_break_a_report(tmp_path, capsys):
     picture(1).save(tmp_path / "two\nlines \x1b[31m.png")
     add_line(tmp_path, file_name="two\nlines \x1b[31m.png", text=None)
     code, report = report_on(tmp_path, capsys=capsys)
-    assert code == 2 and "\n      two\\nlines \\x1b[31m.png  (None)\n" in report and "\x1b" not in report
+    assert code == 2 and "\n      two\\nlines \\x1b[31m.png  (nothing)\n" in report and "\x1b" not in report

@@ -340,7 +340,7 @@ def test_time_ids_name_the_picture_the_corner_and_the_bucket(script, run_sdxl, t
         image.save(tmp_path / f"{index}.png")
         (tmp_path / f"{index}.txt").write_text("a handwritten one")
     flags = [*SMALL, "--train_data_dir", tmp_path, "--random_flip"]
-    rows, sample = prepared(script, run_sdxl, tmp_path, *flags)
+    rows, sample = prepared(script, run_sdxl, tmp_path / "out", *flags)
     for index, ((width, height), target) in enumerate(sizes.items()):
         for epoch in range(6):
             got = sample(epoch, index)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def entry(index, text="a caption"):
 
 
 BAD_METADATA = {
-    "null caption": ([entry(0), entry(1, None), entry(2)], ["1.png (None)", "give each picture a caption"]),
+    "null caption": ([entry(0), entry(1, None), entry(2)], ["1.png (nothing)", "give each picture a caption"]),
     "number": ([entry(0, 3)], ["0.png (3)"]),
     "empty list": ([entry(0, [])], ["0.png (an empty list)"]),
     "list with null": ([entry(0, ["a", None])], ["0.png (['a', None])"]),
@@ -88,8 +89,9 @@ def test_other_captions_that_are_not_utf8(tmp_path, name):
 
 BAD_CSV = {
     "file_name,title\n0.png,x\n": "metadata.csv line 2 has no caption column 'text' (--caption_column); it has title",
-    "file,text\n0.png,x\n": 'metadata.csv line 2 has no "file_name"',
-    "file_name,text\n0.png\n": "0.png (None)",  # the line ends early
+    "file,text\n0.png,x\n": 'metadata.csv has no column "file_name", which names the pictures, only file, text',
+    "file_name,text\n0.png\n": "0.png (nothing)",  # the line ends early
+    "file_name;text\n0.png;x\n": "only file_name;text; columns are to be separated by commas",
     f'file_name,text\n0.png,"{"x" * 200_000}"\n': "metadata.csv line 1 is not CSV: field larger than field limit",
 }
 
@@ -102,6 +104,50 @@ def test_a_csv_that_lacks_something(tmp_path, text):
     with pytest.raises(UserError) as caught:
         rows_of(tmp_path)
     assert BAD_CSV[text] in str(caught.value)
+
+
+def test_paths_as_windows_writes_them(tmp_path):
+    (tmp_path / "more").mkdir()
+    folder_with(tmp_path, [{"file_name": ".\\0.png", "text": "x"}, {"file_name": "more\\1.png", "text": "y"}])
+    os.rename(tmp_path / "1.png", tmp_path / "more" / "1.png")
+    rows = rows_of(tmp_path)
+    assert [rows.name(index) for index in range(2)] == [str(tmp_path / "0.png"), str(tmp_path / "more" / "1.png")]
+
+
+def test_what_is_passed_over_or_read_twice_is_said(tmp_path, capsys):
+    folder_with(tmp_path, [entry(0), entry(1)], count=2)
+    (tmp_path / "photo.HEIC").touch()
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,again\n")
+    (tmp_path / ".Trash").mkdir()
+    shutil.copy(tmp_path / "metadata.jsonl", tmp_path / ".Trash")
+    assert len(rows_of(tmp_path)) == 3
+    said = capsys.readouterr().err
+    assert f"pictures of a kind that is not read (.heic) are passed over: {tmp_path}/photo.HEIC" in said
+    assert f"{tmp_path} holds metadata.jsonl and metadata.csv, and both are read" in said
+
+
+@pytest.mark.parametrize(
+    ("picture", "caption", "advice"),
+    [
+        ("0.png", "0.png.txt", "belongs in 0.txt, and there is a 0.png.txt"),
+        (
+            "10_sks dog/0.png",
+            None,
+            "with --repeats_from_folders the words in the names of its folders are the captions",
+        ),
+        ("0.png", None, "write a metadata.jsonl with lines like"),
+    ],
+)
+def test_where_captions_might_be(tmp_path, picture, caption, advice):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / picture).parent.mkdir(exist_ok=True)
+    os.rename(tmp_path / "0.png", tmp_path / picture)
+    if caption:
+        (tmp_path / caption).write_text("x")
+    with pytest.raises(UserError) as caught:
+        rows_of(tmp_path)
+    assert advice in str(caught.value)
 
 
 def test_an_empty_caption_is_one(tmp_path, capsys):

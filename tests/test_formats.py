@@ -82,7 +82,7 @@ def test_metadata_parquet_may_hold_lists(tmp_path):
 
 
 BAD_METADATA = {
-    "a null": ({"file_name": ["0.png", "1.png"], "text": ["x", None]}, "1.png (None)"),
+    "a null": ({"file_name": ["0.png", "1.png"], "text": ["x", None]}, "1.png (nothing)"),
     "numbers": ({"file_name": ["0.png", "1.png"], "text": [1, 2]}, "0.png (1)"),
     "no file_name": ({"picture": ["0.png"], "text": ["x"]}, 'metadata.parquet row 0 has no "file_name"; each row'),
     "no caption": ({"file_name": ["0.png", "1.png"], "title": ["x", "y"]}, "row 0 has no caption column 'text'"),
@@ -289,7 +289,7 @@ def test_members_that_are_not_meant(tmp_path):
     assert len(rows_of(tmp_path, caption_column=None)) == 3
 
 
-@pytest.mark.parametrize("ending", ["tiff", "bmp", "webp", "gif", "jpg"])
+@pytest.mark.parametrize("ending", ["tiff", "bmp", "webp", "gif", "jpg", "avif"])
 def test_every_format_is_read_at_its_place(tmp_path, ending):
     content = io.BytesIO()
     Image.new("RGB", (20, 16), (0, 128, 255)).save(content, {"jpg": "jpeg"}.get(ending, ending))

@@ -33,7 +33,8 @@ from .problems import (
 )
 from .reporting import UserError, bar, reason_of, say, warn
 
-PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+OTHER_ENDINGS = {".heic", ".heif", ".jxl", ".psd", ".svg"}  # of pictures that Pillow does not read, or not well
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$")
 REPEATED = re.compile(r"([1-9]\d{0,2})_(.+)")  # 2024_photos is none
 TRANSPARENT_BECOMES = (255, 255, 255)  # what lies under transparent pixels is arbitrary; white is what viewers show
@@ -348,15 +349,19 @@ def column_of(columns, name, default, place, flag):
 
 def files_of(folder):
     """What a folder holds: (sorted paths, "pictures", "shards" or "tables"). Raises UserError for none of them."""
-    kinds = {"pictures": [], "shards": [], "tables": [], "compressed": []}
+    kinds = {"pictures": [], "shards": [], "tables": [], "compressed": [], "others": []}
+    others = dict.fromkeys(OTHER_ENDINGS, "others") | {".tar": "shards", ".parquet": "tables"}
     for path in sorted(folder.rglob("*")):
         ending = path.suffix.lower()
-        kind = "pictures" if ending in PICTURE_ENDINGS else {".tar": "shards", ".parquet": "tables"}.get(ending)
+        kind = "pictures" if ending in PICTURE_ENDINGS else others.get(ending)
         if COMPRESSED.search(path.name.lower()):
             kind = "compressed"
         if kind and path.name != "metadata.parquet" and not _is_hidden(path, folder) and os.path.isfile(path):
             kinds[kind].append(path)
-    compressed = kinds.pop("compressed")
+    compressed, unread = kinds.pop("compressed"), kinds.pop("others")
+    if unread:
+        endings = ", ".join(sorted({path.suffix.lower() for path in unread}))
+        warn(f"pictures of a kind that is not read ({endings}) are passed over: {shortened(unread)}; make them PNG")
     present = [kind for kind, paths in kinds.items() if paths]
     if compressed and present in ([], ["shards"]):
         raise UserError(
@@ -482,6 +487,10 @@ def _read_captions(folder, found, caption_column, findings, words_of=None):
     named, malformed = [], findings.malformed
     tables = [table for ending in ("jsonl", "csv", "parquet") for table in sorted(folder.rglob(f"metadata.{ending}"))]
     tables = [table for table in tables if not _is_hidden(table, folder)]
+    for place in sorted({table.parent for table in tables}):
+        beside = [table.name for table in tables if table.parent == place]
+        if len(beside) > 1:
+            warn(f"{place} holds {' and '.join(beside)}, and both are read; remove one")
     for table in tables:
         lacking, lines, word = [], 0, "row" if table.suffix == ".parquet" else "line"
         for line, entry in _read_table(table, malformed):
@@ -514,16 +523,28 @@ def _read_captions(folder, found, caption_column, findings, words_of=None):
         elif words_of and words_of(place) is not None:
             named.append((place, words_of(place)))
     if not named and not malformed:
-        malformed.append(
-            f"{folder} has no captions: write a metadata.jsonl with lines like "
-            f'{{"file_name": "{found[0].name}", "{caption_column}": "what it shows"}}, '
-            f"or a {found[0].stem}.txt beside each picture"
-        )
+        named_so = next((path for path in found if path.with_name(f"{path.name}.txt").is_file()), None)
+        repeated = any(REPEATED.fullmatch(name) for path in found for name in path.relative_to(folder).parts[:-1])
+        if named_so:
+            advice = (
+                f"the caption of {named_so.name} belongs in {named_so.stem}.txt, and there is a {named_so.name}.txt"
+            )
+        elif repeated and not words_of:
+            advice = "with --repeats_from_folders the words in the names of its folders are the captions"
+        else:
+            advice = (
+                "write a metadata.jsonl with lines like "
+                f'{{"file_name": "{found[0].name}", "{caption_column}": "what it shows"}}, '
+                f"or a {found[0].stem}.txt beside each picture"
+            )
+        malformed.append(f"{folder} has no captions: {advice}")
     return named
 
 
 def _place(folder, name):
     try:
+        if "\\" in name and not (folder / name).exists():  # written on Windows
+            name = name.replace("\\", "/")
         return os.path.realpath(folder / name)
     except ValueError:  # a zero byte or half a character, which no file's name can hold
         return f"{folder}{os.sep}{name}"
@@ -549,6 +570,12 @@ def _read_table(path, malformed):
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
         try:
+            header = reader.fieldnames or []
+            if header and "file_name" not in header:
+                hint = "; columns are to be separated by commas" if set(";\t") & set(header[0]) else ""
+                have = f"only {', '.join(header)}{hint}"
+                malformed.append(f'{path} has no column "file_name", which names the pictures, {have}')
+                return
             for row in reader:
                 if None in row:
                     malformed.append(

@@ -261,6 +261,8 @@ def _histogram(title, labels, counts):
 def _verdict(samples, unusable, malformed):
     if malformed:
         return "The metadata have to be mended before anything can be trained."
+    if unusable == samples:
+        return "Not one sample can be used: mend them before anything is trained."
     if unusable:
         return f"{unusable:,} of {samples:,} samples cannot be used: mend them, or train with --on_bad_sample skip."
     return "Every sample can be used."

@@ -133,7 +133,7 @@ def caption_fault(value):
     texts = [value] if isinstance(value, str) else value
     if isinstance(texts, list) and texts and all(isinstance(text, str) and is_unicode(text) for text in texts):
         return None
-    return "an empty list" if value == [] else repr(value)[:80]
+    return "an empty list" if value == [] else "nothing" if value is None else repr(value)[:80]
 
 
 def listing(problems):
