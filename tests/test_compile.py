@@ -62,11 +62,13 @@ SLOW = {name: ["--use_ema"] for name in ["run_sdxl", "run_lora_sdxl", *KANDINSKY
 def test_every_script_compiled(request, name, tmp_path, monkeypatch, nine):
     run = request.getfixturevalue(name)
     flags = ["--train_data_dir", nine, *SLOW[name], "--checkpointing_steps", "2"]
+    # aot_eager is quicker, but of this UNet some CPUs lay out a convolution's result as it does not foresee.
+    backend = "inductor" if "decoder" in name else "aot_eager"
     run(tmp_path / "plain", *flags)
-    assert compiled(run, monkeypatch, "aot_eager", tmp_path / "compiled", *flags) <= 3
+    assert compiled(run, monkeypatch, backend, tmp_path / "compiled", *flags) <= 3
     assert relative_difference(tmp_path / "compiled", tmp_path / "plain") < (1e-2 if name == "run" else 1e-4)
     shutil.copytree(tmp_path / "compiled" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
-    compiled(run, monkeypatch, "aot_eager", tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
+    compiled(run, monkeypatch, backend, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
     assert relative_difference(tmp_path / "cut", tmp_path / "compiled") < (1e-2 if name == "run" else 1e-4)
 
 

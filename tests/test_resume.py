@@ -6,7 +6,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import EACH, logged, relative_difference, result_bytes
+from conftest import EACH, RUNNERS, logged, relative_difference, result_bytes
 from processes import launcher, wait_for
 
 SETTINGS = {
@@ -159,8 +159,11 @@ def kill_when(process, folder, pattern, number):
     return process.wait(120), process.stdout.read()
 
 
-def test_sigkill_then_resume(each, tmp_path, capsys):
-    run = each
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("run", "run_prior") else pytest.mark.slow) for name in RUNNERS]
+)
+def test_sigkill_then_resume(request, name, tmp_path, capsys):
+    run = request.getfixturevalue(name)
     flags = ["--checkpointing_steps", "5", "--max_train_steps", "90", "--checkpoints_total_limit", "2"]
     run(tmp_path / "whole", *flags)
     out = tmp_path / "killed"

@@ -507,7 +507,7 @@ def test_a_run_downloads_what_it_trains_on(run, hub, machine, tmp_path):
     assert sum(size for path, size in hub.sent if path.startswith("/lfs/")) == fetched - 20 * 2**16
 
 
-@pytest.mark.parametrize("name", ["me/tables", "some/shards"])
+@pytest.mark.parametrize("name", [pytest.param("me/tables", marks=pytest.mark.slow), "some/shards"])
 def test_a_run_that_is_killed_while_it_fetches(run, hub, machine, tmp_path, name):
     """... leaves nothing that is taken for a whole chunk, and goes on to the same weights to the bit, over a line that
     breaks now and then."""
