@@ -56,7 +56,9 @@ def test_what_was_trained_is_what_loads(either, tmp_path, monkeypatch, form):
     script = importlib.import_module(either.script)
     trained = {}
     real = script.save_result
-    monkeypatch.setattr(script, "save_result", lambda args, adapted: (trained.update(adapted), real(args, adapted)))
+    monkeypatch.setattr(
+        script, "save_result", lambda args, adapted, sampler: (trained.update(adapted), real(args, adapted, sampler))
+    )
     either(tmp_path, *LARGE, *FORMS[form], "--save_kohya_format")
     own = pipeline_of(either)
     before = draw(own)
@@ -74,7 +76,8 @@ def test_what_was_trained_is_what_loads(either, tmp_path, monkeypatch, form):
         np.testing.assert_allclose(draw(kohya), after, atol=2e-4)
 
 
-def test_kohya_layout_is_the_one_that_webui_reads(run_lora, run_lora_sdxl, tmp_path):
+def test_kohya_layout_is_the_one_that_webui_reads(run_lora, run_lora_sdxl, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "BASES", {16: "tiny", 32: "tiny"})
     flags = [*WITH_TEXT, "--save_kohya_format", "--rank", "2", "--lora_alpha", "6"]
     run_lora(tmp_path / "sd", *flags)
     run_lora_sdxl(tmp_path / "xl", *flags)
@@ -88,6 +91,9 @@ def test_kohya_layout_is_the_one_that_webui_reads(run_lora, run_lora_sdxl, tmp_p
             assert state[f"{layer}.lora_down.weight"].shape[0] == state[f"{layer}.lora_up.weight"].shape[1] == 2
             assert state[f"{layer}.alpha"] == 6
         assert {key.split("_", 2)[1] for key in state} <= {"unet", "te", "te1", "te2"}
+        with safe_open(tmp_path / name / "pytorch_lora_weights_kohya.safetensors", "pt") as file:
+            about = {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "6.0"}
+            assert file.metadata() == {"format": "pt", "ss_base_model_version": "tiny"} | about
 
 
 def test_layout_and_metadata(either, tmp_path):
@@ -203,6 +209,12 @@ def test_resume_with_another_rank_or_part_is_refused(either, tmp_path):
     assert "holds adapters of rank 4, this run has --rank 8" in sentence and code == 2
     sentence, code = either.fails(tmp_path, "--resume_from_checkpoint", "checkpoint-3", *WITH_TEXT)
     assert "does not hold the adapters of this run's text_encoder" in sentence and code == 2
+
+
+def test_resume_without_a_part_that_was_trained_is_refused(either, tmp_path):
+    either(tmp_path, "--train_text_encoder", "--max_train_steps", "1", "--checkpointing_steps", "1")
+    sentence, code = either.fails(tmp_path, "--resume_from_checkpoint", "latest")
+    assert "holds adapters of text_encoder" in sentence and "use the same flags" in sentence and code == 2
 
 
 def test_a_checkpoint_in_the_original_scripts_names_continues(run_lora, tmp_path, capsys):

@@ -145,6 +145,23 @@ def test_so_does_one_of_sdxl(sdxl, pictures, tmp_path):
     assert result_bytes(tmp_path / "file") == result_bytes(tmp_path / "folder")
 
 
+def test_a_vae_of_one_file_or_of_a_whole_model(sdxl, pictures, tmp_path):
+    """kohya's --vae is such a file; the other VAE of the three is the base's own."""
+    whole = load_file(as_one_file(sdxl, tmp_path / "model.safetensors"))
+    prefix = "first_stage_model."
+    vae = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+    save_file(vae, tmp_path / "vae.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "not.safetensors")
+    run = Runner("train_text_to_image_sdxl", sdxl, pictures)
+    flag = "--pretrained_vae_model_name_or_path"
+    run(tmp_path / "own", "--max_train_steps", "1")
+    for name, other in (("file", tmp_path / "vae.safetensors"), ("pipeline", sdxl)):
+        run(tmp_path / name, "--max_train_steps", "1", flag, other)
+        assert result_bytes(tmp_path / name) == result_bytes(tmp_path / "own")
+    sentence, code = run.fails(tmp_path / "none", flag, tmp_path / "not.safetensors")
+    assert "not.safetensors cannot be loaded as a 'vae'" in sentence and code == 2
+
+
 def refused(path, tmp_path, config):
     from diffusers import StableDiffusionPipeline
 

@@ -197,11 +197,9 @@ def model_folder(
         except Exception as error:  # the hub client raises a dozen kinds, its transport more
             if variant is not None and "`variant=" in str(error):
                 raise UserError(f"base model {name} has no weights of --variant {variant}") from None
-            reason = hub.reason(error)
+            reason = hub.not_found(name, error)
             raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
-    family, wanted = str(hub.read_index(folder).get("_class_name", "")), pipeline_class.__name__
-    if any((word in family) != (word in wanted) for word in ("XL", "Kandinsky", "V22", "Prior")):
-        raise UserError(f"base model {name} is for {family}; this script trains {wanted} models")
+    hub.refuse_another_family(name, folder, pipeline_class.__name__)
     if trained and variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(f"base model {name} has no weights of --variant {variant}")
     return folder
@@ -215,19 +213,52 @@ def load_part(cls, folder, subfolder="", variant=None, **options):
     part = Path(folder) / subfolder
     if not part.is_dir():
         raise UserError(f"base model {folder} has no part '{subfolder}'; there must be a folder of that name")
-    pickles = sorted(part.glob("*.bin"))
-    if pickles and not any(part.glob("*.safetensors")):
+    what = f"part '{subfolder}' of base model {folder}" if subfolder else f"model {folder}"
+    pickles, weights = sorted(part.glob("*.bin")), sorted(part.glob("*.safetensors"))
+    if pickles and not weights:
         raise UserError(
-            f"part '{subfolder}' of base model {folder} has its weights as a pickle only ({pickles[0].name}), which "
-            "could run code; where you trust it, load the model with diffusers and save it again, as safetensors"
+            f"{what} has its weights as a pickle only ({pickles[0].name}), which could run code; where you trust it, "
+            "load the model with diffusers and save it again, as safetensors"
         )
+    if issubclass(cls, torch.nn.Module):
+        for kind, there in (("settings, config.json", (part / "config.json").is_file()), ("weights", weights)):
+            if not there:
+                raise UserError(f"{what} has no {kind}; {part} must hold config.json and .safetensors files")
     if variant is not None and any(part.glob(f"*.{variant}*")):
         options["variant"] = variant
     try:
         return cls.from_pretrained(folder, subfolder=subfolder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = reason_of(error)
-        raise UserError(f"part '{subfolder}' of base model {folder} cannot be loaded: {reason}") from None
+        reason = next(filter(None, map(_damage, weights)), reason_of(error))
+        raise UserError(f"{what} cannot be loaded: {reason}") from None
+
+
+def _damage(path):
+    """What is wrong with a .safetensors file as far as its header tells, as a clause, or None."""
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except SafetensorError as error:
+        return f"{path.name} is damaged or cut off at {path.stat().st_size:,} bytes ({reason_of(error)})"
+
+
+def load_instead(cls, name, base, subfolder, cache_dir=None, dtype=None):
+    """A network in place of a part of a base model. Raises UserError.
+
+    `name` is the network's folder or hub id, that of a whole model with such a part, or a .safetensors file, which is
+    read with the settings of the base model's. `dtype` None means that of its weights.
+    """
+    if os.path.isfile(name):
+        options = dict(config=str(base), subfolder=subfolder, local_files_only=True)
+        try:
+            with safe_open(name, framework="pt") as file:
+                stored = file.get_tensor(next(iter(file.keys()))).dtype
+            return cls.from_single_file(name, dtype=dtype or stored, **options)
+        except Exception as error:  # no .safetensors, or weights of something else: diffusers' own kinds
+            raise UserError(f"{name} cannot be loaded as a '{subfolder}': {reason_of(error)}") from None
+    folder = folder_of_model(name, cache_dir)
+    inner = subfolder if (folder / subfolder).is_dir() and not (folder / "config.json").is_file() else ""
+    return load_part(cls, folder, inner, dtype=dtype or stored_type(folder / inner))
 
 
 @cache
@@ -241,7 +272,7 @@ def folder_of_model(name, cache_dir=None):
     try:
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
-        reason = hub.reason(error)
+        reason = hub.not_found(name, error)
         raise UserError(f"model {name} is neither a folder nor found on the hub: {reason}") from None
 
 
@@ -260,6 +291,12 @@ def stored_type(folder, variant=None):
                 if dtype.is_floating_point:
                     return dtype
     return torch.float32
+
+
+def stored_types(folder, variant=None):
+    """The torch.dtype of each part of a model folder, {part: dtype}, as pipelines take it."""
+    parts = [path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return {part.name: stored_type(part, variant) for part in parts} | {"default": torch.float32}
 
 
 def sampling_scheduler(folder, changes):

@@ -45,6 +45,32 @@ def reason(error):
     return reason_of(link)
 
 
+def not_found(name, error):
+    """Why a model that is no folder was not found on the hub either: `reason`, but for a name that can only be a path,
+    of which the client says no more than how names of repositories look."""
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".safetensors"):
+        return "there is nothing at this path"
+    return reason(error)
+
+
+# Words of the pipeline's class that tell apart what the scripts train, and the scripts.
+FAMILIES = {
+    "XL": "train_text_to_image_sdxl.py",
+    "Prior": "train_text_to_image_prior.py",
+    "Kandinsky": "train_text_to_image_decoder.py",
+    "StableDiffusion": "train_text_to_image.py",
+}
+
+
+def refuse_another_family(name, folder, wanted):
+    """Raise UserError where the base model in a folder is not one that the pipeline class `wanted` loads."""
+    family = str(read_index(folder).get("_class_name", ""))
+    if any((word in family) != (word in wanted) for word in ("XL", "Kandinsky", "V22", "Prior")):
+        script = next((script for word, script in FAMILIES.items() if word in family), None)
+        advice = f"; {script}, or its twin for LoRA, trains those" if script else ""
+        raise UserError(f"base model {name} is for {family}; this script trains {wanted} models{advice}")
+
+
 def open_repository(name, output_dir, token, private=False, checkpoints=False):
     """Create the repository, or find it there; returns its id. With `checkpoints` it gets a branch for them.
 

@@ -229,11 +229,9 @@ def model_folder(name, revision=None, variant=None, cache_dir=None, config=None)
             _converted(name, config, cache_dir) if os.path.isfile(name) else fetch(name, revision, variant, cache_dir)
         )
     except ModelError as error:
-        reason = hub.reason(error.__context__)
+        reason = hub.not_found(name, error.__context__)
         raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
-    family = str(hub.read_index(folder).get("_class_name", ""))
-    if "XL" in family or "Kandinsky" in family:
-        raise UserError(f"base model {name} is for {family}; this script trains StableDiffusionPipeline models")
+    hub.refuse_another_family(name, folder, "StableDiffusionPipeline")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(f"base model {name} has no weights of --variant {variant}")
     return folder

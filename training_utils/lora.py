@@ -15,6 +15,8 @@ from .reporting import UserError, warn
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 AVERAGE = "ema.bin"
+# What kohya's trainers call the base model in a file, by which WebUI sorts it: by the width of the text states.
+BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 ADDED_KV_LAYERS = ["add_k_proj", "add_v_proj"]  # Kandinsky's UNet: keys and values from the picture's embedding
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -126,6 +128,10 @@ def load(folder, adapted):
     state = load_file(folder / FILE)
     if not any(".lora_A." in name for name in state):  # the originals write diffusers' older names
         state = convert_all_state_dict_to_peft(state)
+    others = {key.split(".")[0] for key in state} - set(adapted)
+    if others and not adapted.keys() - {key.split(".")[0] for key in state}:
+        what = ", ".join(sorted(others))
+        raise UserError(f"{folder} holds adapters of {what} too, which this run does not train; use the same flags")
     for name, model in adapted.items():
         part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         if _is_flat_text_encoder(model):
@@ -159,7 +165,7 @@ def load_with_average(folder, adapted, ema):
 
 
 def save_kohya(folder, adapted):
-    """Write the adapters once more with the names that WebUI and ComfyUI read."""
+    """Write the adapters once more with the names that WebUI and ComfyUI read, and the facts that they show."""
     state = {f"{name}.{key}": value for name, model in adapted.items() for key, value in _state(model).items()}
     converted = convert_state_dict_to_kohya(state)
     if "text_encoder" in adapted and "text_encoder_2" not in adapted:  # with one encoder its prefix has no number
@@ -171,4 +177,9 @@ def save_kohya(folder, adapted):
     converted = {
         key: alpha.clone() if key.endswith(".alpha") else value.contiguous() for key, value in converted.items()
     }
-    save_file(converted, Path(folder) / KOHYA_FILE, metadata={"format": "pt"})
+    rank, width = adapted["unet"].peft_config["default"].r, adapted["unet"].config.cross_attention_dim
+    about = {"network_module": "networks.lora", "network_dim": rank, "network_alpha": alpha.item()}
+    if width in BASES:
+        about["base_model_version"] = BASES[width]
+    metadata = {f"ss_{name}": str(value) for name, value in about.items()}
+    save_file(converted, Path(folder) / KOHYA_FILE, metadata={"format": "pt"} | metadata)

@@ -82,9 +82,10 @@ def _convert(path, pipeline_class, config, cache_dir, folder):
             if not config:
                 advice = "--single_file_config can name a folder of such a model, to take its settings from"
             raise UserError(f"base model {path} cannot be converted ({reason_of(error)}); {advice}") from None
-        missing = [name for name in ("unet", "vae", "text_encoder") if getattr(pipeline, name, None) is None]
-        if missing:
-            raise UserError(f"base model {path} has no {missing[0]}")
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            part = getattr(pipeline, name, None)
+            if (part is None and hasattr(pipeline, name)) or (part and any(p.is_meta for p in part.parameters())):
+                raise UserError(f"base model {path} has no {name}")
         whole = os.path.join(place, "model")
         pipeline.save_pretrained(whole)
         os.replace(whole, folder)
