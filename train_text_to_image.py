@@ -218,8 +218,7 @@ def check_prediction_type(args, config):
 
 def save_result(args, base, unet, sampler):
     """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
-    parts = [path.name for path in base.iterdir() if path.is_dir()]
-    precision = {part: engine.stored_type(base / part, args.variant) for part in parts} | {"default": torch.float32}
+    precision = engine.stored_types(base, args.variant)
     pipeline = StableDiffusionPipeline.from_pretrained(
         base, unet=unet, scheduler=sampler, variant=args.variant, dtype=precision
     )
@@ -435,6 +434,8 @@ def main(argv=None):
         batches = engine.begin_dry_run(accelerator, batches, samples, updates)
         args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        if args.validation_at_start and looks and state.step == 0:
+            validate()
         while state.step < args.max_train_steps and not stopped_by:
             batch = next(batches)
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))

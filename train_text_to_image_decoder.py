@@ -240,8 +240,7 @@ def latents_of(movq, unet, **sides):
 
 def save_result(args, base, unet):
     """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
-    parts = [path.name for path in base.iterdir() if path.is_dir()]
-    precision = {part: engine.stored_type(base / part, args.variant) for part in parts} | {"default": torch.float32}
+    precision = engine.stored_types(base, args.variant)
     pipeline = KandinskyV22Pipeline.from_pretrained(base, unet=unet, variant=args.variant, dtype=precision)
     engine.save_pipeline(pipeline, args.output_dir)
 
@@ -461,6 +460,8 @@ def main(argv=None):
         batches = engine.begin_dry_run(accelerator, batches, samples, updates)
         args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        if args.validation_at_start and looks and state.step == 0:
+            validate()
         while state.step < args.max_train_steps and not stopped_by:
             batch = next(batches)
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))

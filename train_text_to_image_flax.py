@@ -474,6 +474,8 @@ def main(argv=None):
         batches = engine.begin_dry_run(batches, samples)
         args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
     with Interruption(engine.largest_of_processes(mesh)) as interruption:
+        if args.validation_at_start and looks and state.step == 0:
+            validate()
         while state.step < args.max_train_steps and not stopped_by:
             rate = np.float32(learning_rate(state.step))
             trained, seen = step(trained, encode(next(batches)), rate)

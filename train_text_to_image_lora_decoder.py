@@ -454,6 +454,8 @@ def main(argv=None):
         batches = engine.begin_dry_run(accelerator, batches, samples, updates)
         args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        if args.validation_at_start and looks and state.step == 0:
+            validate()
         while state.step < args.max_train_steps and not stopped_by:
             batch = next(batches)
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))

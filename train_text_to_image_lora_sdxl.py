@@ -241,8 +241,10 @@ def load_vae(args, base, half):
     """The base's VAE in float32, since its activations overflow in half precision; another one in `half`, unless its
     configuration says the same of it."""
     other = args.pretrained_vae_model_name_or_path
-    place = (base, "vae", args.variant) if other is None else (engine.folder_of_model(other, args.cache_dir),)
-    vae = engine.load_part(AutoencoderKL, *place, dtype=half)
+    load = partial(engine.load_part, AutoencoderKL, base, "vae", args.variant)
+    if other is not None:
+        load = partial(engine.load_instead, AutoencoderKL, other, base, "vae", args.cache_dir)
+    vae = load(dtype=half)
     if half == torch.float32 or (other is not None and not vae.config.force_upcast):
         return vae
     name = "SDXL's own VAE" if other is None else f"the VAE {other}"
@@ -250,7 +252,7 @@ def load_vae(args, base, half):
         f"{name} overflows in half precision and runs in float32; --pretrained_vae_model_name_or_path "
         "madebyollin/sdxl-vae-fp16-fix gives one that does not, and is faster"
     )
-    return engine.load_part(AutoencoderKL, *place, dtype=torch.float32)
+    return load(dtype=torch.float32)
 
 
 def check_prediction_type(args, config):
@@ -518,6 +520,8 @@ def main(argv=None):
         batches = engine.begin_dry_run(accelerator, batches, samples, updates)
         args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        if args.validation_at_start and looks and state.step == 0:
+            validate()
         while state.step < args.max_train_steps and not stopped_by:
             batch = next(batches)
             torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))

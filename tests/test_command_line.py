@@ -1,6 +1,7 @@
 """The command line that users know is the one they get, and a wrong one is answered at once in one sentence."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ OURS = {
     "lr_power": (float, 1.0),
     "optimizer": (str, "adamw"),
     "validation_steps": (int, None),
+    "validation_at_start": (bool, False),
     "validation_num_inference_steps": (int, 20),
     "validation_guidance_scale": (float, 7.5),
     "validation_split": (float, 0.0),
@@ -293,6 +295,15 @@ REFUSED = {
     "--keep_tokens 1": "--keep_tokens says nothing without --shuffle_tags",
     "--shuffle_tags --cache_text_embeddings": "which --shuffle_tags changes",
     f"--output_dir {ROOT / 'README.md'}": "is a file",
+    "--output_dir=": "--output_dir is empty; is a variable of the shell not set?",
+    "--pretrained_model_name_or_path=": "--pretrained_model_name_or_path is empty",
+    f"--output_dir {ROOT} --train_data_dir {ROOT}/tests/..": "are one folder",
+    f"--output_dir {ROOT} --pretrained_model_name_or_path {ROOT}": "would write over the model that it begins with",
+    "--use_ema true": "'true' belongs to no flag: one that is on or off takes no value",
+    "--enable_bucket": "there is no flag --enable_bucket; here it is --aspect_ratio_bucketing",
+    "--network_dim 8": "there is no flag --network_dim (",
+    "--rank 8": "there is no flag --rank here, only in others of these scripts (",
+    "--validation_prompt x": "only in others of these scripts; did you mean --validation_prompts?",
 }
 
 
@@ -332,6 +343,7 @@ REFUSED_IN_JAX = {
     "--report_to comet_ml": "invalid choice: 'comet_ml'",
     "--report_to wandb": "pip install wandb, or give --report_to none",
     "--use_8bit_adam": "there is no flag --use_8bit_adam",
+    "--dream_training": "there is no flag --dream_training here, only in others of these scripts (",
     "--mixed_precision fp8": "invalid choice",
     "--resolution 65": "not a multiple of 8; the nearest is 64",
 }
@@ -341,6 +353,33 @@ REFUSED_IN_JAX = {
 def test_a_wrong_command_line_for_jax_gets_its_sentence(words, capsys, monkeypatch):
     monkeypatch.setattr(flags, "_missing", lambda package: package == "wandb")
     assert REFUSED_IN_JAX[words] in refusal(capsys, *words.split(), script=train_text_to_image_flax)
+
+
+TOLD = {
+    "--lr_scheduler cosine --max_train_steps 500": "500 leaves nothing after the warm-up in 500 updates",
+    "--lr_warmup_steps 3": "--lr_scheduler constant has no warm-up",
+    "--validation_steps 5": "--validation_steps says nothing without a validation prompt",
+    f"--train_data_dir {ROOT} --output_dir {ROOT}/out": "lies in --train_data_dir",
+    "--optimizer prodigy": "it is made for --learning_rate 1",
+    "--lr_scheduler cosine --max_train_steps 501": None,
+    "--validation_steps 5 --validation_split 0.1": None,
+    "--output_dir tests_out --resume_from_checkpoint=": None,
+}
+
+
+@pytest.mark.parametrize("words", TOLD)
+def test_what_is_surely_not_meant_is_told(words, monkeypatch):
+    monkeypatch.setattr(flags, "_missing", lambda package: False)
+    notices = train_text_to_image.parse_args([*MINIMUM, "--train_data_dir", "tests", *words.split()]).notices
+    assert TOLD[words] in notices[0] if TOLD[words] else not notices
+
+
+def test_kohyas_flags_are_called_what_the_docs_say(monkeypatch):
+    table = (ROOT / "docs/from_the_originals.md").read_text().split("| kohya's flag")[1]
+    options = (ROOT / "docs/options.md").read_text()
+    for theirs, ours in flags.KOHYA.items():
+        (line,) = [line for line in table.splitlines() if re.search(rf"`--{theirs}[ `]", line)]
+        assert f"`--{ours}" in line and f"| `--{ours}` |" in options, line
 
 
 def test_no_data_at_all(capsys):

@@ -633,15 +633,17 @@ def test_a_variant_a_safety_checker_and_a_changed_scheduler(run_flax, plain, tmp
 
 def test_grids_and_held_out_loss_of_the_same_weights_are_equal(run_flax, tmp_path):
     """The noise of a prompt is the same each time, so what changes between two grids is what was learned."""
-    run_flax(tmp_path, *EVERY_DRAW, "--learning_rate", "0", *PROMPTS, *TRACKED, "--validation_steps", "3")
-    one, two = (np.asarray(Image.open(tmp_path / "validation" / f"step-00000{step}.png")) for step in (3, 6))
+    looks = ["--validation_steps", "3", "--validation_at_start"]
+    run_flax(tmp_path, *EVERY_DRAW, "--learning_rate", "0", *PROMPTS, *TRACKED, *looks)
+    one, two, three = (np.asarray(Image.open(tmp_path / "validation" / f"step-00000{step}.png")) for step in (0, 3, 6))
     assert np.array_equal(one[50:], two[50:])  # below the title, which names the update
+    assert np.array_equal(one[50:], three[50:])
     assert one.shape[1] > 2 * 256 and one.std() > 10
     assert len(set(logged(tmp_path, "val_loss").values())) == 1
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")))).Reload()
-    assert len(log.Images("validation")) == 2 and log.Images("validation")[0].width == 2 * 16
+    assert len(log.Images("validation")) == 3 and log.Images("validation")[0].width == 2 * 16
 
 
 SECRET = "hf_do_not_leak_me"
@@ -702,7 +704,7 @@ BAD_BASES = {
     "no index": "has no model_index.json",
     "no such variant": "has no weights of --variant fp61",
     "x0": "this script trains epsilon and v_prediction",
-    "pure noise": "needs prediction_type = 'v_prediction'",
+    "pure noise": "from which epsilon cannot be predicted; add --prediction_type v_prediction",
     "inpainting": "only text-to-image models are supported",
 }
 

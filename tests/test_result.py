@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from training_utils import hub as hub_of_ours
 
+TRACKED = ["--report_to", "tensorboard"]
 PROMPTS = [
     "--validation_prompts",
     "a handwritten one",
@@ -227,9 +228,11 @@ def test_model_card(run, tmp_path):
 
 
 BAD_BASES = {
-    "nowhere": "neither a folder nor found on the hub",
+    "no weights": "has no weights; ",
+    "no settings": "has no settings, config.json; ",
+    "nowhere": "neither a folder nor found on the hub: there is nothing at this path",
     "no unet": "has no part 'unet'",
-    "sdxl": "is for StableDiffusionXLPipeline",
+    "sdxl": "StableDiffusionPipeline models; train_text_to_image_sdxl.py, or its twin for LoRA, trains those",
     "broken": "part 'unet' of base model",
     "no index": "has no model_index.json",
     "no such variant": "has no weights of --variant fp61",
@@ -245,6 +248,10 @@ def test_a_base_model_that_cannot_be_used(run, tmp_path, sd, what):
         shutil.copytree(sd, base)
     if what == "no unet":
         shutil.rmtree(base / "unet")
+    if what == "no weights":
+        (base / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    if what == "no settings":
+        (base / "unet" / "config.json").unlink()
     if what == "broken":
         (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
     if what == "no index":
@@ -271,7 +278,8 @@ def test_a_part_whose_weights_are_damaged(run, tmp_path, sd, part, what):
     content = weights.read_bytes()
     weights.write_bytes({"garbage": b"garbage" * 9, "empty": b"", "cut off": content[: len(content) // 2]}[what])
     sentence, code = run.fails(tmp_path / "out", "--pretrained_model_name_or_path", base)
-    assert f"part '{part}' of base model {base} cannot be loaded" in sentence and code == 2
+    assert f"part '{part}' of base model {base} cannot be loaded: {weights.name} is damaged or cut off" in sentence
+    assert code == 2
 
 
 def test_a_sampler_that_diffusers_does_not_have(run, tmp_path, sd):
@@ -281,6 +289,23 @@ def test_a_sampler_that_diffusers_does_not_have(run, tmp_path, sd):
     path.write_text(path.read_text().replace("PNDMScheduler", "TomorrowScheduler"))
     sentence, code = run.fails(tmp_path / "out", "--pretrained_model_name_or_path", base)
     assert "is a TomorrowScheduler, which this diffusers does not have" in sentence and code == 2
+
+
+def test_a_look_before_the_first_update_shows_the_base_model(run, tmp_path):
+    flags = [*PROMPTS, "--validation_split", "0.2", "--validation_at_start", "--validation_steps", "3", *TRACKED]
+    run(tmp_path / "out", *flags, "--checkpointing_steps", "3")
+    assert sorted(logged(tmp_path / "out", "val_loss")) == [0, 3, 6]
+    grids = sorted(path.name for path in (tmp_path / "out" / "validation").iterdir())
+    assert grids == [f"step-{step:06d}.png" for step in (0, 3, 6)]
+    run(tmp_path / "still", *flags, "--learning_rate", "0", "--max_train_steps", "3")
+    still = [(tmp_path / "still" / "validation" / f"step-{step:06d}.png") for step in (0, 3)]
+    looks = [np.asarray(Image.open(path))[60:] for path in still]  # below the title
+    assert (
+        np.array_equal(*looks) and logged(tmp_path / "still", "val_loss")[0] == logged(tmp_path / "out", "val_loss")[0]
+    )
+    shutil.rmtree(tmp_path / "out" / "validation")
+    run(tmp_path / "out", *flags, "--resume_from_checkpoint", "checkpoint-3")
+    assert [path.name for path in (tmp_path / "out" / "validation").iterdir()] == ["step-000006.png"]
 
 
 def test_a_finished_run_that_is_continued_keeps_the_pictures_of_its_card(run, tmp_path):

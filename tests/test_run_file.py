@@ -38,6 +38,14 @@ def test_a_config_stands_for_the_command_line(tmp_path):
     assert args.given == {*words.split(), "config"}
 
 
+def test_a_file_of_another_script_is_named(tmp_path, capsys):
+    lora = importlib.import_module("train_text_to_image_lora")
+    args = lora.parse_args(["--pretrained_model_name_or_path", "model", "--train_data_dir", str(ROOT / "tests")])
+    with pytest.raises(SystemExit):
+        parsed(tmp_path, flags.as_file(args, "train_text_to_image_lora.py", 7))
+    assert "there is no flag rank; the file was written by train_text_to_image_lora.py" in capsys.readouterr().err
+
+
 def test_the_command_line_wins(tmp_path):
     text = MODEL + "learning_rate: 1\nuse_ema: true\nvalidation_prompts: [a, b]\n"
     words = ["--learning_rate", "2", "--no_use_ema", "--validation_prompts", "c"]
@@ -182,7 +190,9 @@ def test_every_flag_is_in_it_once(script, tmp_path, monkeypatch):
     module = importlib.import_module(script.removesuffix(".py"))
     kandinsky = "prior" in script or "decoder" in script
     words = [] if kandinsky else ["--pretrained_model_name_or_path", "model"]
-    args = module.parse_args([*words, "--train_data_dir", str(ROOT), "--hub_token", "hf_secret", "--random_flip"])
+    args = module.parse_args(
+        [*words, "--train_data_dir", str(ROOT / "tests"), "--hub_token", "hf_secret", "--random_flip"]
+    )
     args.max_train_steps = args.max_train_steps or 800  # as a run does
     written = flags.as_file(args, script, 7)
     once = flags.ONCE | flags.SECRETS

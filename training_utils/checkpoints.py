@@ -93,7 +93,9 @@ def save(root, state, write, about, limit=None, main=True, any_of=lambda failed:
     for action in (prepare, lambda: write(partial), publish):
         attempt(action)
     if failure is not None:
-        warn(f"{final} could not be written ({failure}); earlier checkpoints stand")
+        free = shutil.disk_usage(root).free
+        full = f"; its disk has {free / 2**20:,.0f} MiB left" if free < 2**30 else ""
+        warn(f"{final} could not be written ({failure}{full}); earlier checkpoints stand")
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         return None

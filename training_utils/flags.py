@@ -219,6 +219,7 @@ EMA = ("EMA weights", [
 VALIDATION = ("Validation", [
     Flag("validation_epochs", whole(0), 5, "validate every so many epochs; 0 means never"),
     Flag("validation_steps", whole(0), None, "validate every so many updates instead"),
+    Flag("validation_at_start", bool, False, "validate before the first update too, to see what the model did before"),
     Flag("validation_num_inference_steps", whole(1), 20, "sampler steps of a validation picture"),
     Flag("validation_guidance_scale", number(), 7.5, "guidance scale of the validation pictures; 1 or less means off"),
     Flag("validation_split", number(0, 0.9), 0.0, "share of the pictures held out for val_loss"),
@@ -329,21 +330,66 @@ def suggestion(word, known, quote="", cutoff=0.6):
     return f"; did you mean {quote}{close[0]}{quote}?" if close else ""
 
 
+# What kohya's flags are called here; a test holds docs/from_the_originals.md against it.
+KOHYA = {
+    "network_dim": "rank",
+    "network_alpha": "lora_alpha",
+    "network_dropout": "lora_dropout",
+    "enable_bucket": "aspect_ratio_bucketing",
+    "shuffle_caption": "shuffle_tags",
+    "caption_dropout_rate": "caption_dropout",
+    "flip_aug": "random_flip",
+    "cache_latents_to_disk": "cache_latents",
+    "cache_text_encoder_outputs_to_disk": "cache_text_embeddings",
+    "min_snr_gamma": "snr_gamma",
+    "v_parameterization": "prediction_type",
+    "zero_terminal_snr": "rescale_betas_zero_snr",
+    "optimizer_type": "optimizer",
+    "save_every_n_steps": "checkpointing_steps",
+    "save_state": "checkpointing_steps",
+    "resume": "resume_from_checkpoint",
+    "sample_prompts": "validation_prompt",
+    "sample_every_n_steps": "validation_steps",
+    "sample_at_first": "validation_at_start",
+    "max_train_epochs": "num_train_epochs",
+    "xformers": "enable_xformers_memory_efficient_attention",
+    "vae": "pretrained_vae_model_name_or_path",
+}
+
+
 def _known_somewhere():
     """The names of the flags above, of which each script has some."""
-    groups = [group for group in globals().values() if isinstance(group, list)]
-    return {flag.name for group in groups for flag in group if isinstance(flag, Flag)}
+
+    def names(value):
+        if isinstance(value, Flag):
+            return {value.name}
+        return set().union(*map(names, value)) if isinstance(value, list | tuple) else set()
+
+    return names(list(globals().values()))
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """One sentence and exit code 2, instead of a screen of usage."""
-        if message.startswith("unrecognized arguments: --"):
+        if message.startswith("unrecognized arguments: "):
             wrong = message.split(": ", 1)[1].split()[0].split("=")[0]
-            elsewhere = wrong.removeprefix("--") in _known_somewhere()
-            message = f"there is no flag {wrong}" + (" here, only in others of these scripts" if elsewhere else "")
-            message += suggestion(wrong, self._option_string_actions, cutoff=0.8 if elsewhere else 0.6)
+            message = self._without_a_flag(wrong)
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def _without_a_flag(self, wrong):
+        """What to say of a word of the command line that is no flag of this script."""
+        known = self._option_string_actions
+        if not wrong.startswith("-"):
+            return (
+                f"'{wrong}' belongs to no flag: one that is on or off takes no value, and a value with spaces, quotes"
+            )
+        ours = f"--{KOHYA.get(wrong.removeprefix('--'))}"
+        if ours in known:
+            return f"there is no flag {wrong}; here it is {ours}"
+        if wrong.removeprefix("--") in _known_somewhere():
+            others = f"there is no flag {wrong} here, only in others of these scripts"
+            return others + suggestion(wrong, known, cutoff=0.8)
+        return f"there is no flag {wrong}" + suggestion(wrong, known)
 
 
 class _Help(argparse.HelpFormatter):
@@ -398,6 +444,9 @@ def parse(argv, description, groups, defaults=None):
     missing = [f"--{name}" for name, flag in known.items() if flag.required and name not in given]
     if missing and not given.get("check_data"):  # which looks at no model
         parser.error(f"the following arguments are required: {', '.join(missing)}")
+    for name in ("train_data_dir", "resume_from_checkpoint"):  # an unset variable of the shell: not given, as ever
+        if given.get(name) == "":
+            del given[name]
     values = {name: flag.default for name, flag in known.items()} | (defaults or {}) | given
     args = argparse.Namespace(**values, given=frozenset(name for name in given if given[name] is not False))
     args.helps = [(title, {flag.name: flag.help for flag in flags}) for title, flags in groups]
@@ -417,7 +466,7 @@ def parse(argv, description, groups, defaults=None):
     args.notices = _notices(args)
     if args.dry_run:  # look at each update, and leave nothing behind
         args.logging_steps, args.validation_steps, args.checkpointing_steps = 1, 0, 0
-        args.report_to, args.push_to_hub = "none", False
+        args.report_to, args.push_to_hub, args.validation_at_start = "none", False, False
         if getattr(args, "cache_latents", False) or getattr(args, "cache_text_embeddings", False):
             args.dataloader_num_workers = 0  # the frozen networks run where the samples are made
     if not (vars(args).get("cache_latents") and _crops_at_random(args)):
@@ -463,13 +512,21 @@ def as_file(args, script, seed):
         "A relative path begins in the folder that the command is called in. A flag that is commented out follows",
         "from the others, or says nothing beside them.",
     ]
-    silent = {"max_train_steps"}
+    silent = {"max_train_steps"} | _silent_looks(args)
     if args.lr_scheduler == "constant":
         silent.add("lr_warmup_steps")
     if not getattr(args, "aspect_ratio_bucketing", False):
         silent.add("bucket_reso_steps")
     values = {name: value for name, value in public(args).items() if name not in ONCE} | {"seed": seed}
     return run_file.text(about, args.helps, values, silent - args.given)
+
+
+def _silent_looks(args):
+    """The flags about validation that say nothing, since there is nothing to draw or to look at."""
+    if vars(args).get("validation_prompts") or vars(args).get("validation_prompt"):
+        return set()
+    looks = {"validation_steps", "validation_epochs", "validation_at_start"}
+    return {"num_validation_images"} | (set() if args.validation_split else looks)
 
 
 def _crops_at_random(args):
@@ -486,6 +543,14 @@ def _notices(args):
             f"--lr_warmup_steps {args.lr_warmup_steps} leaves nothing after the warm-up in {args.max_train_steps} "
             "updates: the learning rate never gets to --learning_rate"
         )
+    for name in sorted(args.given & _silent_looks(args)):
+        notices.append(f"--{name} says nothing without a validation prompt or, for the loss, a --validation_split")
+    folder, out = args.train_data_dir and os.path.realpath(args.train_data_dir), args.output_dir
+    if folder and out and os.path.realpath(out).startswith(os.path.join(folder, "")):
+        notices.append(
+            f"--output_dir {out} lies in --train_data_dir: a later run would take the pictures that this one draws "
+            "for data, unless metadata name those that are meant"
+        )
     if getattr(args, "optimizer", None) == "prodigy" and args.learning_rate != 1:
         notices.append(
             f"--optimizer prodigy multiplies the step size that it finds by --learning_rate {args.learning_rate:g}; "
@@ -501,7 +566,7 @@ def _missing(package):
 def _contradiction(args):
     """The first thing that is wrong with flags which are each right by themselves, as a sentence, or None."""
     get = vars(args).get
-    problem = _data_problem(args) or _bucket_problem(args) or _launch_problem(args)
+    problem = _folder_problem(args) or _data_problem(args) or _bucket_problem(args) or _launch_problem(args)
     if problem:
         return problem
     if get("single_file_config") is not None:
@@ -560,8 +625,22 @@ def _contradiction(args):
     report_to = get("report_to")
     if report_to not in (None, "all", "none") and _missing(report_to):
         return f"--report_to {report_to} needs {report_to}: pip install {report_to}, or give --report_to none"
-    if get("output_dir") and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+    return None
+
+
+def _folder_problem(args):
+    """The first thing that is wrong with where the run reads and where it writes, or None."""
+    get = vars(args).get
+    for name, value in vars(args).items():
+        if value == "" and (name == "output_dir" or name.endswith("_name_or_path")):
+            return f"--{name} is empty; is a variable of the shell not set?"
+    if args.output_dir and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         return f"--output_dir {args.output_dir} is a file"
+    read = {"train_data_dir"} | {name for name in vars(args) if name.endswith("model_name_or_path")}
+    for name in sorted(name for name in read if args.output_dir and get(name)):
+        if os.path.realpath(get(name)) == os.path.realpath(args.output_dir):
+            what = "its own data" if name == "train_data_dir" else "the model that it begins with"
+            return f"--output_dir and --{name} are one folder, {get(name)}: the run would write over {what}"
     return None
 
 

@@ -1,10 +1,13 @@
 """Settings that must be made before diffusers and transformers are imported."""
 
 import logging
+import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from . import launch
+from .reporting import first_process
 
 
 def prepare():
@@ -16,6 +19,12 @@ def prepare():
     transformers reports at each import that torchvision, which nothing here needs, is not installed. Call it before
     anything else of the two is imported.
     """
+    if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name.startswith("train_text_to_image"):
+        if sys.stderr.isatty() and first_process():
+            print("loading libraries …", file=sys.stderr)  # for ten seconds nothing else is said
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            # Ctrl-C ends the imports without their stack trace; `reporting.run` takes it back.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not launch.uses_deepspeed():  # accelerate imports it wherever it is installed: two seconds, and warnings
         sys.modules.setdefault("deepspeed", None)
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 import os
 import shlex
+import signal
 import sys
 import textwrap
 import threading
@@ -61,8 +62,29 @@ def bar(items, what, total, delay=1):
     for what takes longer than `delay` seconds. Into a file it writes a line now and then."""
     from tqdm import tqdm
 
-    pause = 0.1 if sys.stderr.isatty() else 10  # seconds
-    return tqdm(items, what, total, dynamic_ncols=True, mininterval=pause, delay=delay, disable=not first_process())
+    return tqdm(items, what, total, delay=delay, disable=not first_process(), **_place_of_a_bar())
+
+
+def _place_of_a_bar():
+    """Where a bar is shown and how often, as tqdm takes it."""
+    live = sys.stderr.isatty()
+    return dict(file=sys.stderr if live else _Lines(), mininterval=0.1 if live else 10, dynamic_ncols=True)  # seconds
+
+
+class _Lines:
+    """Takes what a bar writes to standard error where that is no terminal: each of its states on a line of its own,
+    instead of all of them on one, behind carriage returns."""
+
+    last = None
+
+    def write(self, text):
+        for state in filter(None, map(str.rstrip, text.split("\r"))):
+            if state != self.last:
+                sys.stderr.write(f"{state}\n")
+            self.last = state
+
+    def __getattr__(self, name):
+        return getattr(sys.stderr, name)
 
 
 def reason_of(error):
@@ -77,6 +99,8 @@ def run(main):
     """
     argv = sys.argv[1:]
     sys.argv[1:] = without_secrets(argv)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as libraries.prepare has left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     follow_launcher()
     # A tracker writes its files in the background; when it cannot any more, the run goes on without it.
     threading.excepthook = lambda failed: warn(f"a background thread failed ({reason_of(failed.exc_value)})")
@@ -112,7 +136,7 @@ def not_finite(step, loss, names, stop, keep):
     When to `stop`, `keep()` writes the state before it and returns its folder, or None; then raises UserError.
     """
     pictures = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    what = f"the loss or the gradient of update {step} is not finite (loss {loss}; its pictures: {pictures})"
+    what = f"the loss or the gradient of update {step} is not finite (loss {loss:.6g}; its pictures: {pictures})"
     if not stop:
         warn(f"{what}; this update was left out")
         return
@@ -268,8 +292,14 @@ def conclude(output_dir, progress, usage):
             rows["held-out loss"] = f"{best[1]:.4f} after update {best[0]:,} is the lowest, {last}"
     say("\n".join(["", _strong(heading), *_table(rows)]))
     say("\n".join(["", _strong(f"{folder} holds"), *_table(_contents(folder))]))
-    say("\n".join(["", _strong("look at it"), f"    python -m training_utils.report {shlex.quote(str(folder))}"]))
+    say("\n".join(["", _strong("look at it"), f"    {_report_command()} {shlex.quote(str(folder))}"]))
     say("\n".join(["", _strong("use it"), textwrap.indent(usage.strip(), "    ")]))
+
+
+def _report_command():
+    """The words that start report.py from the current folder."""
+    root, words = Path(__file__).parent.parent, "python -m training_utils.report"
+    return words if Path.cwd() == root else f"PYTHONPATH={shlex.quote(str(root))} {words}"
 
 
 def _contents(folder):
@@ -278,7 +308,8 @@ def _contents(folder):
 
     steps = sorted(step for path in folder.glob("checkpoint-*") if (step := step_of(path)) is not None)
     grids = len(list(folder.glob("validation/step-*.png")))
-    rows = {path.name: "the adapters" for path in sorted(folder.glob("pytorch_lora_weights*.safetensors"))}
+    rows = {path.name: "the adapters" for path in folder.glob("pytorch_lora_weights.safetensors")}
+    rows |= {path.name: "the same for WebUI and ComfyUI" for path in folder.glob("pytorch_lora_weights_*.safetensors")}
     if (folder / "model_index.json").exists() and not rows:
         rows["model_index.json"] = "and the folders beside it: the pipeline"
     if steps:
@@ -372,16 +403,15 @@ class Progress:
         self.began, self.first, self.skipped = self.clock, step, 0
         self.busy = 0.0  # seconds, without validation and checkpoints
         self.seconds = deque(maxlen=8)  # that an update took, at each of the last looks
-        self.live = sys.stderr.isatty()  # into a file, a line now and then is enough
+        self.live = sys.stderr.isatty()
         self.bar = tqdm(
             total=total,
             initial=step,
             desc="updates",
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",  # fits 80 columns
-            dynamic_ncols=True,
             smoothing=0.05,
-            mininterval=0.1 if self.live else 10,
             disable=not first_process(),
+            **_place_of_a_bar(),
         )
 
     def update(self, state, loss, grad_norm, learning_rate):

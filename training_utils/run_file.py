@@ -4,6 +4,7 @@ A value is the text that one would write on the command line, and goes through t
 and `no` a word, whatever YAML makes of them, and nothing that a file holds can run.
 """
 
+import re
 from pathlib import Path
 
 from .flags import suggestion
@@ -42,7 +43,10 @@ def read(path, known, refused, convert):
             raise ValueError(f"{file}, line {line}: {name} stands in line {lines[name]} already")
         lines[name] = line
         if name not in known:
-            raise ValueError(f"{file}, line {line}: there is no flag {name}{suggestion(name, known)}")
+            writer = re.match(r"# The flags of a run of (\S+)\. ", Path(path).read_text(encoding="utf-8-sig"))
+            advice = suggestion(name, known, cutoff=0.8 if writer else 0.6)
+            advice += f"; the file was written by {writer[1]}" if writer else ""
+            raise ValueError(f"{file}, line {line}: there is no flag {name}{advice}")
         if name in refused:
             raise ValueError(f"{file}, line {line}: {name} {refused[name]}")
         try:
