@@ -382,6 +382,11 @@ def test_kohyas_flags_are_called_what_the_docs_say(monkeypatch):
         assert f"`--{ours}" in line and f"| `--{ours}` |" in options, line
 
 
+def test_adapters_may_lie_beside_their_base_model():
+    words = ["--output_dir", str(ROOT), "--pretrained_model_name_or_path", str(ROOT), "--train_data_dir", "tests"]
+    train_text_to_image_lora_sdxl.parse_args(words)
+
+
 def test_no_data_at_all(capsys):
     with pytest.raises(SystemExit) as left:
         train_text_to_image.parse_args(["--pretrained_model_name_or_path", "model"])

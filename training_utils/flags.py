@@ -636,7 +636,9 @@ def _folder_problem(args):
             return f"--{name} is empty; is a variable of the shell not set?"
     if args.output_dir and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         return f"--output_dir {args.output_dir} is a file"
-    read = {"train_data_dir"} | {name for name in vars(args) if name.endswith("model_name_or_path")}
+    read = {"train_data_dir"}
+    if "rank" not in vars(args):  # adapters may lie beside the model that they are for
+        read |= {name for name in vars(args) if name.endswith("model_name_or_path")}
     for name in sorted(name for name in read if args.output_dir and get(name)):
         if os.path.realpath(get(name)) == os.path.realpath(args.output_dir):
             what = "its own data" if name == "train_data_dir" else "the model that it begins with"
