@@ -38,15 +38,16 @@ def load_part(folder, part, dtype=jnp.float32, variant=None):
     return module, to_params(module, tensors)
 
 
-def save_part(folder, part, params, config):
-    """Write config.json and safetensors of one part into folder/part, as diffusers or transformers write them.
+def save_part(folder, part, params, config, name=None):
+    """Write config.json and safetensors of one part into folder/name, by default folder/part, as diffusers or
+    transformers write them.
 
     Args: params, nested dict of arrays, stored in the type that they have; config, a mapping. Raises ModelError when
     the parameters are not those of a network of this configuration.
     """
     from safetensors.numpy import save_file
 
-    folder = Path(folder) / part
+    folder = Path(folder) / (name or part)
     module = PARTS[part].from_config(config)
     tensors = to_tensors(module, params)
     folder.mkdir(parents=True, exist_ok=True)

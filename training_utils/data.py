@@ -339,6 +339,8 @@ def train_of(title, splits):
 
 
 def column_of(columns, name, default, place, flag):
+    """The column of this name or, where it is the `default` and missing, the one at this `place`, with a warning.
+    Raises UserError where there is none."""
     if name in columns:
         return name
     if name != default or place >= len(columns):

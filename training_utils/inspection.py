@@ -6,12 +6,12 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
+from PIL import ExifTags
 
 from . import buckets, data
 from .problems import KINDS, open_picture, problem_of, shortened
 from .reporting import bar, first_process
 
-ORIENTATION = 0x0112  # the EXIF tag; 1 means upright
 SIDES = [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096]
 RATIOS = {  # upper bound of width / height: what to call it
     1 / 2: "below 1:2, tall",
@@ -109,7 +109,7 @@ def _look(named_cell):
     name, cell = named_cell
     try:
         with open_picture(cell) as picture:
-            rgb, turned = data.upright_rgb(picture), picture.getexif().get(ORIENTATION) in range(2, 9)
+            rgb, turned = data.upright_rgb(picture), picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
             transparent = data.is_transparent(picture)  # of the first frame
             return Look(name, rgb.size, _digest(rgb), _is_animated(picture), transparent, turned)
     except Exception as error:  # Pillow raises a dozen kinds for a damaged file

@@ -658,10 +658,8 @@ def save_state(folder, trained, unet):
     config = dict(unet.config)
     if "average" in trained:
         average = jax.device_get(trained["average"])
-        weights.save_part(folder, "unet", average["weights"], config)
         facts = {"optimization_step": int(average["updates"])}  # where diffusers' EMAModel keeps it
-        (folder / "unet" / "config.json").write_text(json.dumps(config | facts, indent=2, sort_keys=True) + "\n")
-        os.rename(folder / "unet", folder / "unet_ema")
+        weights.save_part(folder, "unet", average["weights"], config | facts, "unet_ema")
     weights.save_part(folder, "unet", jax.device_get(trained["params"]), config)
     rest = {key: value for key, value in trained.items() if key not in ("params", "average", "held")}
     save_file({name: np.array(leaf, order="C") for name, leaf in _named(jax.device_get(rest)).items()}, folder / STATE)
