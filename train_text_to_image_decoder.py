@@ -247,7 +247,7 @@ def save_result(args, base, unet):
 
 def usage(args, model, public=False):
     """The lines that draw with the result in the folder or repository `model`."""
-    prior = hub.loading(args.pretrained_prior_model_name_or_path, args.prior_revision, args.variant, public=public)
+    prior = hub.loader(args.pretrained_prior_model_name_or_path, args.prior_revision, args.variant, public=public)
     return USAGE.format(prior=prior, model=model)
 
 

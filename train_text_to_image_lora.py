@@ -222,21 +222,14 @@ def check_prediction_type(args, config):
 
 
 def save_result(args, adapted, sampler):
-    """Write the adapters into --output_dir, and the sampler where it is not the one that the base model has."""
-    lora.save(args.output_dir, adapted)
-    if args.save_kohya_format:
-        lora.save_kohya(args.output_dir, adapted)
-    if flags.schedule_changes(args):
-        sampler.save_pretrained(Path(args.output_dir) / "scheduler")
+    """Write the adapters into --output_dir, and the sampler unless it is None."""
+    lora.save_result(args.output_dir, adapted, args.save_kohya_format, sampler)
 
 
 def usage(args, sampler, model, public=False):
     """The lines that draw with the adapters in the folder or repository `model`."""
-    base = hub.loading(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.single_file_config, public
-    )
-    saved = type(sampler).__name__ if flags.schedule_changes(args) else None
-    return USAGE.format(base=base, model=model, **lora.words_of_sampler("StableDiffusionPipeline", saved, model))
+    base = hub.loader(args.pretrained_model_name_or_path, args.revision, args.variant, args.single_file_config, public)
+    return USAGE.format(base=base, model=model, **lora.words_of_sampler("StableDiffusionPipeline", sampler, model))
 
 
 def main(argv=None):
@@ -280,6 +273,7 @@ def main(argv=None):
     )
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     tokenizer, text_encoder, vae, unet, schedule, sampler = load_models(args, accelerator, state.seed)
+    other_sampler = sampler if flags.schedule_changes(args) else None  # than the base model's own
     adapted = {"unet": unet} | ({"text_encoder": text_encoder} if args.train_text_encoder else {})
     if accelerator.is_main_process:
         data.warn_of_long_captions(rows, tokenizer)
@@ -502,7 +496,7 @@ def main(argv=None):
     if accelerator.is_main_process:
         with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):
-                save_result(args, adapted, sampler)
+                save_result(args, adapted, other_sampler)
             hub.write_card(
                 args.output_dir,
                 title=repository or Path(args.output_dir).resolve().name,
@@ -510,11 +504,11 @@ def main(argv=None):
                 data=args.dataset_name,
                 tags=["stable-diffusion", "stable-diffusion-diffusers", "lora"],
                 facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
-                usage=usage(args, sampler, repository or args.output_dir, public=True),
+                usage=usage(args, other_sampler, repository or args.output_dir, public=True),
                 pictures=[(grid, prompts) for grid in grids],
                 licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
             )
-        reporting.conclude(args.output_dir, progress, usage(args, sampler, args.output_dir))
+        reporting.conclude(args.output_dir, progress, usage(args, other_sampler, args.output_dir))
         if repository:
             uploads.finish()
             hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)

@@ -242,8 +242,8 @@ def latents_of(movq, unet, **sides):
 
 def usage(args, model, public=False):
     """The lines that draw with the result in the folder or repository `model`."""
-    prior = hub.loading(args.pretrained_prior_model_name_or_path, args.prior_revision, args.variant, public=public)
-    decoder = hub.loading(
+    prior = hub.loader(args.pretrained_prior_model_name_or_path, args.prior_revision, args.variant, public=public)
+    decoder = hub.loader(
         args.pretrained_decoder_model_name_or_path, args.decoder_revision, args.variant, public=public
     )
     return USAGE.format(prior=prior, decoder=decoder, model=model)

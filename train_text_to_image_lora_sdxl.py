@@ -45,7 +45,7 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
 from diffusers.optimization import get_scheduler  # noqa: E402
 from PIL import ImageOps  # noqa: E402
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
@@ -213,7 +213,7 @@ def load_models(args, accelerator, seed):
         engine.load_part(CLIPTextModel, base, "text_encoder", variant, dtype=half),
         engine.load_part(CLIPTextModelWithProjection, base, "text_encoder_2", variant, dtype=half),
     ]
-    vae = load_vae(args, base, half)
+    vae = engine.load_sdxl_vae(base, variant, half, args.pretrained_vae_model_name_or_path, args.cache_dir)
     unet = engine.load_part(UNet2DConditionModel, base, "unet", variant, dtype=half)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
@@ -235,24 +235,6 @@ def load_models(args, accelerator, seed):
     if args.enable_npu_flash_attention:
         unet.enable_npu_flash_attention()
     return base, tokenizers, text_encoders, vae, unet, schedule, sampler
-
-
-def load_vae(args, base, half):
-    """The base's VAE in float32, since its activations overflow in half precision; another one in `half`, unless its
-    configuration says the same of it."""
-    other = args.pretrained_vae_model_name_or_path
-    load = partial(engine.load_part, AutoencoderKL, base, "vae", args.variant)
-    if other is not None:
-        load = partial(engine.load_instead, AutoencoderKL, other, base, "vae", args.cache_dir)
-    vae = load(dtype=half)
-    if half == torch.float32 or (other is not None and not vae.config.force_upcast):
-        return vae
-    name = "SDXL's own VAE" if other is None else f"the VAE {other}"
-    warn(
-        f"{name} overflows in half precision and runs in float32; --pretrained_vae_model_name_or_path "
-        "madebyollin/sdxl-vae-fp16-fix gives one that does not, and is faster"
-    )
-    return load(dtype=torch.float32)
 
 
 def check_prediction_type(args, config):
@@ -282,21 +264,14 @@ def timestep_probabilities(args, timesteps):
 
 
 def save_result(args, adapted, sampler):
-    """Write the adapters into --output_dir, and the sampler where it is not the one that the base model has."""
-    lora.save(args.output_dir, adapted)
-    if args.save_kohya_format:
-        lora.save_kohya(args.output_dir, adapted)
-    if flags.schedule_changes(args):
-        sampler.save_pretrained(Path(args.output_dir) / "scheduler")
+    """Write the adapters into --output_dir, and the sampler unless it is None."""
+    lora.save_result(args.output_dir, adapted, args.save_kohya_format, sampler)
 
 
 def usage(args, sampler, model, public=False):
     """The lines that draw with the adapters in the folder or repository `model`."""
-    base = hub.loading(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.single_file_config, public
-    )
-    saved = type(sampler).__name__ if flags.schedule_changes(args) else None
-    return USAGE.format(base=base, model=model, **lora.words_of_sampler("StableDiffusionXLPipeline", saved, model))
+    base = hub.loader(args.pretrained_model_name_or_path, args.revision, args.variant, args.single_file_config, public)
+    return USAGE.format(base=base, model=model, **lora.words_of_sampler("StableDiffusionXLPipeline", sampler, model))
 
 
 def main(argv=None):
@@ -341,6 +316,7 @@ def main(argv=None):
     )
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     base, tokenizers, text_encoders, vae, unet, schedule, sampler = load_models(args, accelerator, state.seed)
+    other_sampler = sampler if flags.schedule_changes(args) else None  # than the base model's own
     adapted = {"unet": unet}
     if args.train_text_encoder:
         adapted |= {"text_encoder": text_encoders[0], "text_encoder_2": text_encoders[1]}
@@ -580,7 +556,7 @@ def main(argv=None):
     if accelerator.is_main_process:
         with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):
-                save_result(args, adapted, sampler)
+                save_result(args, adapted, other_sampler)
             hub.write_card(
                 args.output_dir,
                 title=repository or Path(args.output_dir).resolve().name,
@@ -588,11 +564,11 @@ def main(argv=None):
                 data=args.dataset_name,
                 tags=["stable-diffusion-xl", "stable-diffusion-xl-diffusers", "lora"],
                 facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
-                usage=usage(args, sampler, repository or args.output_dir, public=True),
+                usage=usage(args, other_sampler, repository or args.output_dir, public=True),
                 pictures=[(grid, prompts) for grid in grids],
                 licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
             )
-        reporting.conclude(args.output_dir, progress, usage(args, sampler, args.output_dir))
+        reporting.conclude(args.output_dir, progress, usage(args, other_sampler, args.output_dir))
         if repository:
             uploads.finish()
             hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)

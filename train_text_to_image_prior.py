@@ -232,7 +232,7 @@ def save_result(args, base, prior):
 
 def usage(args, model, public=False):
     """The lines that draw with the result in the folder or repository `model`."""
-    decoder = hub.loading(
+    decoder = hub.loader(
         args.pretrained_decoder_model_name_or_path, args.decoder_revision, args.variant, public=public
     )
     return USAGE.format(decoder=decoder, model=model)

@@ -207,7 +207,7 @@ def load_models(args, accelerator):
         engine.load_part(CLIPTextModel, base, "text_encoder", variant, dtype=half),
         engine.load_part(CLIPTextModelWithProjection, base, "text_encoder_2", variant, dtype=half),
     ]
-    vae = load_vae(args, base, half)
+    vae = engine.load_sdxl_vae(base, variant, half, args.pretrained_vae_model_name_or_path, args.cache_dir)
     unet = engine.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
@@ -223,24 +223,6 @@ def load_models(args, accelerator):
     if args.enable_npu_flash_attention:
         unet.enable_npu_flash_attention()
     return base, tokenizers, text_encoders, vae, unet, schedule, sampler
-
-
-def load_vae(args, base, half):
-    """The base's VAE in float32, since its activations overflow in half precision; another one in `half`, unless its
-    configuration says the same of it."""
-    other = args.pretrained_vae_model_name_or_path
-    load = partial(engine.load_part, AutoencoderKL, base, "vae", args.variant)
-    if other is not None:
-        load = partial(engine.load_instead, AutoencoderKL, other, base, "vae", args.cache_dir)
-    vae = load(dtype=half)
-    if half == torch.float32 or (other is not None and not vae.config.force_upcast):
-        return vae
-    name = "SDXL's own VAE" if other is None else f"the VAE {other}"
-    warn(
-        f"{name} overflows in half precision and runs in float32; --pretrained_vae_model_name_or_path "
-        "madebyollin/sdxl-vae-fp16-fix gives one that does not, and is faster"
-    )
-    return load(dtype=torch.float32)
 
 
 def check_prediction_type(args, config):

@@ -323,12 +323,12 @@ def test_how_a_base_model_is_loaded(tmp_path):
     (tmp_path / "one.safetensors").touch()
     folder, file = str(tmp_path), str(tmp_path / "one.safetensors")
     given = ("main", "fp16", "sdxl")
-    assert hub_of_ours.loading(folder, *given) == f'from_pretrained("{folder}", variant="fp16")'
-    assert hub_of_ours.loading(folder, "main", "bf16", public=True) == f'from_pretrained("{tmp_path.name}")'
-    assert hub_of_ours.loading(file, *given) == f'from_single_file("{file}", config="sdxl")'
-    assert hub_of_ours.loading(file, public=True) == 'from_single_file("one.safetensors")'
-    assert hub_of_ours.loading("me/model") == 'from_pretrained("me/model")'
-    assert hub_of_ours.loading("me/model", *given) == 'from_pretrained("me/model", revision="main", variant="fp16")'
+    assert hub_of_ours.loader(folder, *given) == f'from_pretrained("{folder}", variant="fp16")'
+    assert hub_of_ours.loader(folder, "main", "bf16", public=True) == f'from_pretrained("{tmp_path.name}")'
+    assert hub_of_ours.loader(file, *given) == f'from_single_file("{file}", config="sdxl")'
+    assert hub_of_ours.loader(file, public=True) == 'from_single_file("one.safetensors")'
+    assert hub_of_ours.loader("me/model") == 'from_pretrained("me/model")'
+    assert hub_of_ours.loader("me/model", *given) == 'from_pretrained("me/model", revision="main", variant="fp16")'
 
 
 def test_preview_leaves_the_training_copies_alone(run, tmp_path):

@@ -261,6 +261,26 @@ def load_instead(cls, name, base, subfolder, cache_dir=None, dtype=None):
     return load_part(cls, folder, inner, dtype=dtype or stored_type(folder / inner))
 
 
+def load_sdxl_vae(base, variant, half, other=None, cache_dir=None):
+    """SDXL's VAE in float32, since its activations overflow in half precision; the `other` one, which `load_instead`
+    finds, in the torch.dtype `half`, unless its configuration says the same of it."""
+    from diffusers import AutoencoderKL
+
+    name = "SDXL's own VAE" if other is None else f"the VAE {other}"
+    if other is not None:
+        vae = load_instead(AutoencoderKL, other, base, "vae", cache_dir, half)
+        if half == torch.float32 or not vae.config.force_upcast:
+            return vae
+    if half != torch.float32:
+        warn(
+            f"{name} overflows in half precision and runs in float32; --pretrained_vae_model_name_or_path "
+            "madebyollin/sdxl-vae-fp16-fix gives one that does not, and is faster"
+        )
+    if other is not None:
+        return load_instead(AutoencoderKL, other, base, "vae", cache_dir, torch.float32)
+    return load_part(AutoencoderKL, base, "vae", variant, dtype=torch.float32)
+
+
 @cache
 def folder_of_model(name, cache_dir=None):
     """The local folder of a model that is no part of a pipeline, fetched from the hub where `name` is an id; the same

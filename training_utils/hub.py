@@ -130,7 +130,7 @@ def public_name(name):
     return os.path.basename(os.path.abspath(name)) if name and os.path.exists(name) else name
 
 
-def loading(name, revision=None, variant=None, config=None, public=False):
+def loader(name, revision=None, variant=None, config=None, public=False):
     """The method call, as Python text, by which a pipeline class loads what a run loaded under this name, a folder, a
     file or a hub id; `public` as public_name has it. A folder or file has no revisions, and of a folder the `variant`
     is read where it holds it. `config` belongs to a file."""

@@ -96,16 +96,27 @@ def _facts(model):
     return {key: sorted(value) if isinstance(value, set | list) else value for key, value in facts.items()}
 
 
-def words_of_sampler(pipeline, saved, model):
+def words_of_sampler(pipeline, sampler, model):
     """What the lines that use adapters say of their sampler: {"classes": what is imported, "sampler": a line or ""}.
 
-    `pipeline` and `saved` are names of classes; the latter is that of the sampler beside the adapters in `model`, a
-    folder or repository, or None where the base model's own one is right.
+    `pipeline` is the name of a class; `sampler` lies beside the adapters in `model`, a folder or repository, and is
+    None where the base model's own one is right.
     """
-    if saved is None:
+    if sampler is None:
         return {"classes": pipeline, "sampler": ""}
-    line = f'pipeline.scheduler = {saved}.from_pretrained("{model}", subfolder="scheduler")\n'
-    return {"classes": ", ".join(sorted([pipeline, saved])), "sampler": line}
+    name = type(sampler).__name__
+    line = f'pipeline.scheduler = {name}.from_pretrained("{model}", subfolder="scheduler")\n'
+    return {"classes": ", ".join(sorted([pipeline, name])), "sampler": line}
+
+
+def save_result(folder, adapted, kohya, sampler=None):
+    """Write the adapters as `save` does, with `kohya` as `save_kohya` too, and beside them a `sampler`, which is None
+    where the base model's own one is right."""
+    save(folder, adapted)
+    if kohya:
+        save_kohya(folder, adapted)
+    if sampler is not None:
+        sampler.save_pretrained(Path(folder) / "scheduler")
 
 
 def save(folder, adapted):
