@@ -280,12 +280,7 @@ def main(argv=None):
         )
     )
     engine.from_main(lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="StableDiffusionPipeline"))
-    repository = None
-    if args.push_to_hub:
-        wanted = (args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo, args.push_checkpoints)
-        repository = engine.from_main(lambda: hub.open_repository(*wanted))
-    pushed = repository if args.push_checkpoints and engine.is_main() else None
-    uploads = hub.Uploads(pushed, args.hub_token, args.output_dir)
+    repository, uploads = hub.start(engine.from_main, engine.is_main(), **flags.hub(args))
 
     # --- data and models ---------------------------------------------------------------------------------------------
     rows = data.load_rows(**flags.data_source(args))
@@ -326,15 +321,7 @@ def main(argv=None):
         return batch if args.cache_text_embeddings else read(frozen["text_encoder"], batch)
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    updates = data.Updates(
-        len(samples),
-        state.seed,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        devices,
-        partly=rows.partly,
-        stream=rows.stream,
-    )
+    updates = data.Updates.of(rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
     optimizer = engine.make_optimizer((args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon)
@@ -437,10 +424,7 @@ def main(argv=None):
                     prompts,
                     state.seed,
                     (latents[0], args.resolution // latents[1], args.resolution // latents[1]),
-                    height=args.resolution,
-                    width=args.resolution,
-                    num_inference_steps=args.validation_num_inference_steps,
-                    guidance_scale=args.validation_guidance_scale,
+                    **flags.drawing(args),
                 )
                 reporting.publish_pictures(trackers, pictures, prompts, state.step, args.output_dir)
             grids[:] = [reporting.grid_name(state.step)]
@@ -503,11 +487,7 @@ def main(argv=None):
         return stopped_by and 128 + stopped_by
     if stopped_by:
         engine.finish(trackers)
-        if newest is None:
-            raise UserError(f"stopped after update {state.step}, which could not be saved", exit_code=1)
-        say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
-        return 128 + stopped_by
-
+        return reporting.stopped(stopped_by, state.step, newest, command)
     engine.say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
@@ -518,14 +498,14 @@ def main(argv=None):
             engine.save_pipeline(args.output_dir, pipeline, parameters | {"unet": jax.device_get(result_weights())})
             hub.write_card(
                 args.output_dir,
-                title=repository or Path(args.output_dir).resolve().name,
+                repository,
                 base_model=args.pretrained_model_name_or_path,
                 data=args.dataset_name,
                 tags=["stable-diffusion", "stable-diffusion-diffusers"],
                 facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
                 usage=USAGE_IN_TORCH.format(model=repository or args.output_dir),
                 pictures=[(grid, prompts) for grid in grids],
-                licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
+                token=args.hub_token,
             )
         reporting.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
         if repository:

@@ -68,7 +68,7 @@ from training_utils import (  # noqa: E402
 )
 from training_utils.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.interruption import Interruption  # noqa: E402
-from training_utils.reporting import UserError, say, warn  # noqa: E402
+from training_utils.reporting import UserError, warn  # noqa: E402
 
 UPLOADED = ["README.md", "pytorch_lora_weights*.safetensors", "scheduler/*.json", "validation/*.png"]
 USAGE = """
@@ -239,38 +239,23 @@ def main(argv=None):
         return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
-    accelerator = engine.make_accelerator(
-        args.output_dir,
-        args.logging_dir,
-        args.gradient_accumulation_steps,
-        args.mixed_precision,
-        args.report_to,
-        args.process_group_timeout,
-        args.allow_tf32,
-    )
+    accelerator = engine.make_accelerator(**flags.machine(args))
+    from_main = partial(engine.from_main, accelerator)  # what a function returns in the main process
     args.mixed_precision = accelerator.mixed_precision
     for notice in args.notices:
         warn(notice)
-    resume_from, state = engine.from_main(
-        accelerator,
+    resume_from, state = from_main(
         lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
     )
-    engine.from_main(accelerator, lambda: checkpoints.refuse_another_result(args.output_dir, adapted=["unet"]))
-    repository = None
-    if args.push_to_hub:
-        wanted = (args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo, args.push_checkpoints)
-        repository = engine.from_main(accelerator, lambda: hub.open_repository(*wanted))
-    pushed = repository if args.push_checkpoints and accelerator.is_main_process else None
-    uploads = hub.Uploads(pushed, args.hub_token, args.output_dir)
+    from_main(lambda: checkpoints.refuse_another_result(args.output_dir, adapted=["unet"]))
+    repository, uploads = hub.start(from_main, accelerator.is_main_process, **flags.hub(args))
 
     # --- data and models ---------------------------------------------------------------------------------------------
     rows = data.load_rows(**flags.data_source(args))
     rows = data.take(rows, args.max_train_samples, state.seed)
-    unusable = engine.from_main(accelerator, lambda: data.check(rows, args.on_bad_sample))
+    unusable = from_main(lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
-    rows.sizes = engine.from_main(
-        accelerator, lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args))
-    )
+    rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args)))
     rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
     tokenizer, text_encoder, vae, unet, schedule, sampler = load_models(args, accelerator, state.seed)
     other_sampler = sampler if flags.schedule_changes(args) else None  # than the base model's own
@@ -307,36 +292,18 @@ def main(argv=None):
         return batch | pictures | captions
 
     # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    updates = data.Updates(
-        len(samples),
-        state.seed,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator.num_processes,
-        rows.sizes,
-        rows.partly,
-        rows.stream,
+    updates = data.Updates.of(
+        rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = lora.parameters(adapted.values())
     optimizer = engine.make_optimizer(
-        args.optimizer,
         parameters,
-        args.learning_rate * (updates.window if args.scale_lr else 1),
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_weight_decay,
-        args.adam_epsilon,
+        **flags.optimizer(args, updates.window),
         loss_scaling=accelerator.scaler is not None,
     )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
     ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
     # The loop calls `network`; `unet` stays the bare model.
     network, optimizer, parameters = engine.prepare(accelerator, unet, optimizer)
@@ -354,10 +321,10 @@ def main(argv=None):
         "script": Path(__file__).name,
         "world_size": accelerator.num_processes,
         "flags": flags.mathematics(args),
-        "data": {"samples": len(rows), "sha256": engine.from_main(accelerator, rows.fingerprint)},
+        "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
     }
     if resume_from:
-        engine.from_main(accelerator, lambda: checkpoints.warn_of_differences(resume_from, about))
+        from_main(lambda: checkpoints.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
     named = (about, args.pretrained_model_name_or_path, engine.device_name(accelerator), args.output_dir)
@@ -371,28 +338,16 @@ def main(argv=None):
         args.on_nan == "stop",
         lambda good: uploads.add_last(
             saved.keep(args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step),
-            partial(engine.from_main, accelerator),
+            from_main,
         ),
         lambda before: updates.names(rows, before.position),
     )
-    progress = reporting.Progress(
-        state,
-        args.max_train_steps,
-        args.logging_steps,
-        updates.samples,
-        lambda scalars: engine.fetch_mean(accelerator, scalars),
-        lambda values, step: engine.log(accelerator, values, step),
-        guard.report,
-        partial(engine.memory, accelerator),
-    )
-
-    drawing = dict(
-        height=args.resolution,
-        width=args.resolution,
-        num_inference_steps=args.validation_num_inference_steps,
-        guidance_scale=args.validation_guidance_scale,
-    )
+    progress = engine.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
     grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
+
+    def loss_of(batch):
+        """The loss of each sample of a held-out batch, shape (B,)."""
+        return training_loss(unet, schedule, encode(batch, text_encoder), scaling_factor)
 
     def validate():
         """Held-out loss and pictures with the weights that would be saved now."""
@@ -401,25 +356,15 @@ def main(argv=None):
             model.eval()
         with averaged(ema), frozen.visiting([vae, text_encoder], accelerator.device):
             if held_out_rows is not None:
-                validation.log_held_out_loss(
-                    accelerator,
-                    held_out,
-                    args.train_batch_size,
-                    lambda batch: training_loss(unet, schedule, encode(batch, text_encoder), scaling_factor),
-                    state.step,
-                )
+                validation.log_held_out_loss(accelerator, held_out, args.train_batch_size, loss_of, state.step)
             if prompts:
                 parts = (vae, text_encoder, tokenizer, unet, sampler, None, None)
                 pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
-                grids[:] = [
-                    validation.show_pictures(
-                        accelerator,
-                        lambda at, noise: validation.stable_diffusion_picture(pipeline, prompts[at], noise, **drawing),
-                        prompts,
-                        state,
-                        args.output_dir,
-                    )
-                ]
+
+                def draw(at, noise):
+                    return validation.stable_diffusion_picture(pipeline, prompts[at], noise, **flags.drawing(args))
+
+                grids[:] = [validation.show_pictures(accelerator, draw, prompts, state, args.output_dir)]
         for model in adapted.values():
             model.train()
         progress.pause()
@@ -478,7 +423,7 @@ def main(argv=None):
             if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
                 validate()
         if stopped_by:
-            uploads.finish(partial(engine.from_main, accelerator))
+            uploads.finish(from_main)
     progress.close()
     if args.dry_run:
         plan = (rows, held_out_rows, updates, planned, progress)
@@ -486,10 +431,7 @@ def main(argv=None):
         return stopped_by and 128 + stopped_by
     if stopped_by:
         engine.finish(accelerator)
-        if newest is None:
-            raise UserError(f"stopped after update {state.step}, which could not be saved", exit_code=1)
-        say(f"stopped after update {state.step}; continue with:\n  {reporting.resume_command(command)}")
-        return 128 + stopped_by
+        return reporting.stopped(stopped_by, state.step, newest, command)
     engine.say_skipped(accelerator, rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
@@ -499,14 +441,14 @@ def main(argv=None):
                 save_result(args, adapted, other_sampler)
             hub.write_card(
                 args.output_dir,
-                title=repository or Path(args.output_dir).resolve().name,
+                repository,
                 base_model=args.pretrained_model_name_or_path,
                 data=args.dataset_name,
                 tags=["stable-diffusion", "stable-diffusion-diffusers", "lora"],
                 facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
                 usage=usage(args, other_sampler, repository or args.output_dir, public=True),
                 pictures=[(grid, prompts) for grid in grids],
-                licence=hub.base_licence(args.pretrained_model_name_or_path, args.hub_token) if repository else None,
+                token=args.hub_token,
             )
         reporting.conclude(args.output_dir, progress, usage(args, other_sampler, args.output_dir))
         if repository:

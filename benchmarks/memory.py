@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
-from training_utils import engine, lora  # noqa: E402
+from training_utils import engine, flags, lora  # noqa: E402
 from training_utils.ema import EMAWeights  # noqa: E402
 from training_utils.optimizers import FusedBackward, to_bfloat16  # noqa: E402
 
@@ -210,12 +210,8 @@ def make_update(family, adapted, switches, batch_size, resolution, size="real", 
     parameters = lora.parameters([trained])
     full_bf16, offloaded = getattr(args, "full_bf16", False), getattr(args, "offload_ema", False)
     optimizer = engine.make_optimizer(
-        args.optimizer,
         parameters,
-        args.learning_rate,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_weight_decay,
-        args.adam_epsilon,
+        **flags.optimizer(args, window=1),
         rounding_seed=(lambda index: index) if full_bf16 else None,
     )
     for group in optimizer.param_groups:

@@ -419,9 +419,9 @@ def test_adapters_train_in_float32(adapters, tmp_path, monkeypatch):
     seen = {}
     real = engine.make_optimizer
 
-    def spy(name, parameters, *rest, **options):
+    def spy(parameters, **options):
         seen["types"] = {parameter.dtype for parameter in parameters}
-        return real(name, parameters, *rest, **options)
+        return real(parameters, **options)
 
     monkeypatch.setattr(engine, "make_optimizer", spy)
     adapters(tmp_path, "--mixed_precision", "bf16", "--max_train_steps", "1")
@@ -584,7 +584,7 @@ def test_the_card_of_a_decoder_names_its_prior(tmp_path):
 
     from training_utils import hub
 
-    facts = dict(title="x", base_model="a/decoder", data=None, tags=[], facts={}, usage="")
+    facts = dict(repository=None, base_model="a/decoder", data=None, tags=[], facts={}, usage="")
     hub.write_card(tmp_path, **facts, prior="kandinsky-community/kandinsky-2-2-prior")
     assert ModelCard.load(tmp_path / "README.md").data.prior == ["kandinsky-community/kandinsky-2-2-prior"]
     hub.write_card(tmp_path, **facts, prior=str(tmp_path))

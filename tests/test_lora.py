@@ -154,9 +154,9 @@ def test_adapters_learn_in_float32_and_the_base_stays(either, tmp_path, monkeypa
     seen = {}
     real = engine.make_optimizer
 
-    def spy(name, parameters, *rest, **options):
+    def spy(parameters, **options):
         seen["types"] = {parameter.dtype for parameter in parameters}
-        return real(name, parameters, *rest, **options)
+        return real(parameters, **options)
 
     monkeypatch.setattr(engine, "make_optimizer", spy)
     flags = ["--mixed_precision", precision, *WITH_TEXT, "--learning_rate", "1e-6", "--adam_weight_decay", "0"]

@@ -933,6 +933,11 @@ class Updates:
             self.samples = size / self.per_epoch
         self._order = functools.lru_cache(maxsize=3)(self._order)  # batches are read ahead of the loop's position
 
+    @classmethod
+    def of(cls, rows, seed, batch_size, accumulation, world_size):
+        """The updates that take the samples of data.Rows."""
+        return cls(len(rows), seed, batch_size, accumulation, world_size, rows.sizes, rows.partly, rows.stream)
+
     def _order(self, epoch):
         """The samples in the order in which an epoch visits them, and where in it each micro-batch ends; None without
         shapes."""

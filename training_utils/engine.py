@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from . import checkpoints, data, dry_run, hub, metrics, optimizers, sharding, single_file, zero
 from .data import collate
 from .interruption import SIGNALS
-from .reporting import UserError, cut_short, not_finite, reason_of, tell_trackers, warn
+from .reporting import Progress, UserError, cut_short, not_finite, reason_of, tell_trackers, warn
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -149,6 +149,20 @@ def start_trackers(accelerator, project, settings):
         raise UserError(
             f"the tracker cannot be opened ({names}: {reason_of(error)}); or give --report_to none"
         ) from None
+
+
+def start_progress(accelerator, guard, updates, state, total, logging_steps):
+    """The reporting.Progress of a run of `total` updates, from a RunState on; `guard` is its FiniteGuard."""
+    return Progress(
+        state,
+        total,
+        logging_steps,
+        updates.samples,
+        lambda scalars: fetch_mean(accelerator, scalars),
+        lambda values, step: log(accelerator, values, step),
+        guard.report,
+        partial(memory, accelerator),
+    )
 
 
 def log(accelerator, values, step):
@@ -376,9 +390,9 @@ def enable_xformers(model):
 
 
 def make_optimizer(
-    name, parameters, learning_rate, betas, weight_decay, epsilon, loss_scaling=False, rounding_seed=None
+    parameters, name, learning_rate, betas, weight_decay, epsilon, loss_scaling=False, rounding_seed=None
 ):
-    """An optimizer by its name in `--optimizer`. `loss_scaling` says that fp16 gradients will be scaled.
+    """An optimizer by its name in `--optimizer`; `loss_scaling` says that fp16 gradients will be scaled.
 
     With `rounding_seed` the weights may be bfloat16, as optimizers.StochasticRounding says.
     """

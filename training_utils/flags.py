@@ -802,6 +802,64 @@ def public(args):
     return {name: value for name, value in vars(args).items() if name not in SECRETS | {"given", "notices", "helps"}}
 
 
+def machine(args):
+    """How the run uses its machine, as engine.make_accelerator takes it."""
+    return {
+        "output_dir": args.output_dir,
+        "logging_dir": args.logging_dir,
+        "accumulation": args.gradient_accumulation_steps,
+        "mixed_precision": args.mixed_precision,
+        "report_to": args.report_to,
+        "timeout": args.process_group_timeout,
+        "allow_tf32": args.allow_tf32,
+        "fused_backward": getattr(args, "fused_backward_pass", False),
+    }
+
+
+def hub(args):
+    """Where the result and the checkpoints are uploaded, as hub.start takes it."""
+    return {
+        "push": args.push_to_hub,
+        "name": args.hub_model_id,
+        "output_dir": args.output_dir,
+        "token": args.hub_token,
+        "private": args.hub_private_repo,
+        "checkpoints": args.push_checkpoints,
+    }
+
+
+def optimizer(args, window):
+    """The optimizer and its settings, as engine.make_optimizer takes them; `window` is the samples of an update."""
+    return {
+        "name": args.optimizer,
+        "learning_rate": args.learning_rate * (window if args.scale_lr else 1),
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "epsilon": args.adam_epsilon,
+    }
+
+
+def learning_rate_curve(args):
+    """The learning rate over the updates of a run, as diffusers' get_scheduler takes it."""
+    return {
+        "name": args.lr_scheduler,
+        "num_warmup_steps": args.lr_warmup_steps,
+        "num_training_steps": args.max_train_steps,
+        "num_cycles": args.lr_num_cycles,
+        "power": args.lr_power,
+    }
+
+
+def drawing(args):
+    """How validation pictures are drawn, as the pipelines of Stable Diffusion and SDXL take it."""
+    return {
+        "height": args.resolution,
+        "width": args.resolution,
+        "num_inference_steps": args.validation_num_inference_steps,
+        "guidance_scale": args.validation_guidance_scale,
+    }
+
+
 def schedule_changes(args):
     """What the flags change in the configuration of the base model's scheduler, a dict."""
     changes = {"prediction_type": args.prediction_type, "rescale_betas_zero_snr": args.rescale_betas_zero_snr}

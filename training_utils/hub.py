@@ -150,6 +150,15 @@ def _quoted(text):
     return json.dumps(text, ensure_ascii=False)
 
 
+def start(ask, is_main, push, name, output_dir, token, private, checkpoints):
+    """The repository of a run, its id or None, and the Uploads of its checkpoints.
+
+    `ask` gives each process what a function returns in the main one. Raises UserError, as `open_repository` does.
+    """
+    repository = ask(lambda: open_repository(name, output_dir, token, private, checkpoints)) if push else None
+    return repository, Uploads(repository if checkpoints and is_main else None, token, output_dir)
+
+
 def base_licence(base_model, token):
     """The licence that the hub states for the base model, a dict of the card's fields, or None: a fine-tuned model is
     under its base's licence."""
@@ -167,16 +176,17 @@ def base_licence(base_model, token):
         return None
 
 
-def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=(), licence=None, prior=None):
-    """Write README.md into `folder`.
+def write_card(folder, repository, *, base_model, data, tags, facts, usage, pictures=(), token=None, prior=None):
+    """Write README.md into `folder`, for the hub's `repository` or None.
 
     `data` is the data set's hub id or None; `facts` a dict of settings worth reading; `usage` the Python lines that
     use the model; `pictures` a list of (path inside the folder, prompts), of which the hub's page shows each with its
-    prompts; `licence` is a dict of the card's fields; `prior` what a Kandinsky decoder was trained with, which
-    diffusers reads from the card to assemble the two.
+    prompts; `token` the one for the hub, which is asked for the base model's licence; `prior` what a Kandinsky decoder
+    was trained with, which diffusers reads from the card to assemble the two.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    licence = base_licence(base_model, token) if repository else None
     pictures = [pair for pair in pictures if (Path(folder) / pair[0]).exists()]  # else the disk was full
     examples = [
         {"text": ", ".join(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts)), "output": {"url": path}}
@@ -194,7 +204,7 @@ def write_card(folder, *, title, base_model, data, tags, facts, usage, pictures=
         **({"prior": [prior]} if prior and not os.path.exists(prior) else {}),
     )
     lines = [
-        f"# {plain(title)}",
+        f"# {plain(repository or Path(folder).resolve().name)}",
         "",
         f"Fine-tuned from {plain(public_name(base_model))}",
     ]

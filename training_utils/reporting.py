@@ -193,6 +193,15 @@ def resume_command(argv):
     return shlex.join([*_launcher(), sys.argv[0], *kept, "--resume_from_checkpoint", "latest"])
 
 
+def stopped(number, step, checkpoint, argv):
+    """Say how to continue a run that a signal, by its `number`, stopped after an update; `argv` as `resume_command`
+    takes it. Returns the exit code. Raises UserError where the update has no `checkpoint`."""
+    if checkpoint is None:
+        raise UserError(f"stopped after update {step}, which could not be saved", exit_code=1)
+    say(f"stopped after update {step}; continue with:\n  {resume_command(argv)}")
+    return 128 + number
+
+
 def _launcher():
     """The words that start this script the way it was started, as far as the environment tells."""
     processes, precision = os.environ.get("WORLD_SIZE", "1"), os.environ.get("ACCELERATE_MIXED_PRECISION")
