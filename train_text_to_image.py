@@ -426,7 +426,7 @@ def main(argv=None):
     if stopped_by:
         engine.finish(accelerator)
         return reporting.stopped(stopped_by, state.step, newest, command)
-    engine.say_skipped(accelerator, rows.findings.skipped)
+    engine.say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
     unet, ema = engine.whole(unet, ema)

@@ -118,10 +118,10 @@ class Prepare:
         return {"pixels": data.to_array(pixels), "clip_pixels": clip_pixels}
 
     def blank(self):
-        """What a cache has instead of no picture, where CLIP sees zeros: the pipeline's condition for that."""
-        grey = Image.new("RGB", (self.args.resolution, self.args.resolution))
-        clip_pixels = self.image_processor(grey, return_tensors="np").pixel_values[0]
-        return {"pixels": data.to_array(grey), "clip_pixels": np.zeros_like(clip_pixels)}
+        """What a cache holds for no picture: CLIP sees zeros, the pipeline's condition for that; MOVQ sees black."""
+        black = Image.new("RGB", (self.args.resolution, self.args.resolution))
+        clip_pixels = self.image_processor(black, return_tensors="np").pixel_values[0]
+        return {"pixels": data.to_array(black), "clip_pixels": np.zeros_like(clip_pixels)}
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.held_out
@@ -458,7 +458,7 @@ def main(argv=None):
     if stopped_by:
         engine.finish(accelerator)
         return reporting.stopped(stopped_by, state.step, newest, command)
-    engine.say_skipped(accelerator, rows.findings.skipped)
+    engine.say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
     unet, ema = engine.whole(unet, ema)

@@ -20,6 +20,7 @@ NOT_IN_JAX = {
 HELP = {
     "dataloader_num_workers": "threads that read pictures ahead; 0 reads between the updates",
     "train_batch_size": "pictures per device and micro-step; lower it when memory runs out",
+    "seed": "every draw of the run comes from it; left out, the checkpoint's that is continued, else the default",
     "scale_lr": "multiply the learning rate by accumulation steps x batch size x devices",
     "mixed_precision": "precision of the computation; the weights stay float32. bf16 is the one for TPUs",
 }

@@ -490,7 +490,7 @@ def main(argv=None):
     if stopped_by:
         engine.finish(accelerator)
         return reporting.stopped(stopped_by, state.step, newest, command)
-    engine.say_skipped(accelerator, rows.findings.skipped)
+    engine.say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:

@@ -4,8 +4,9 @@
 
 With `updates` it trains until its optimizer has its state and then does what it is told, a line on stdin each: "script
 N" makes N updates, "bare N" makes N bare steps of the trained network, "end" ends it. With `building` it lets the
-script build its cache for each "build" that it is told, and the bare encoders run after it. Each line is answered by
-one of JSON on stdout. Nothing of this is in the scripts: their functions are wrapped from outside.
+script build its cache for each "build" that it is told, and makes the bare encoders' calls too: on a CPU each right
+after the script's own, on a GPU all of them once the cache stands. Each line is answered by one of JSON on stdout.
+Nothing of this is in the scripts: their functions are wrapped from outside.
 """
 
 import copy

@@ -30,7 +30,7 @@ NAME = "some/pictures"
 
 
 def jpeg(index):
-    """A picture of 512 pixels a side that another one does not resemble, about 75 kB."""
+    """A picture of 512 pixels a side that another one does not resemble, about 130 kB."""
     coarse = np.random.default_rng(index).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     content = io.BytesIO()
     Image.fromarray(coarse).resize((512, 512), Image.Resampling.BICUBIC).save(content, "jpeg", quality=90)

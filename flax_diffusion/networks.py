@@ -230,7 +230,11 @@ class SpatialTransformer(nn.Module):
 
 
 class _Part(nn.Module):
-    """What the three networks share: `config` holds the settings of config.json over the defaults."""
+    """What the three networks share: `config` holds the settings of config.json over the defaults.
+
+    Each has `part`, the name of its folder, `check(config)`, which returns that Config or raises ModelError, and
+    `example()`, [(shape, type)] of inputs to trace it with.
+    """
 
     config: Config
     dtype: Any = jnp.float32

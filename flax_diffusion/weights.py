@@ -88,7 +88,7 @@ def copy_part(source, folder, part, params, variant=None):
 
 
 def read_config(folder, part):
-    """config.json of a part's folder, a dict."""
+    """config.json of a part's folder, a dict. Raises ModelError."""
     try:
         return json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
@@ -151,7 +151,7 @@ def _indexed_files(folder, part, index):
 
 
 def read_safetensors(files, part):
-    """The tensors of safetensors files, {name: numpy array}, in the type that they are stored in."""
+    """The tensors of safetensors files, {name: numpy array}, in the type they are stored in. Raises ModelError."""
     from safetensors import SafetensorError, safe_open
 
     tensors = {}
@@ -231,10 +231,8 @@ def to_params(module, tensors):
     part = module.part
     named = {_today(part, name): array for name, array in tensors.items()}
     named.pop(None, None)
-    params, shapes = {}, tensor_shapes(module)
-    for path in flatten_dict(module.shapes()):
-        name = _key(path)
-        shape = shapes[name]
+    params = {}
+    for path, (name, shape) in zip(flatten_dict(module.shapes()), tensor_shapes(module).items(), strict=True):
         if name not in named:
             raise ModelError(f"{part}: the weights lack {name}, which a network of this configuration has")
         array = named.pop(name)

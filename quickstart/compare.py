@@ -97,12 +97,12 @@ def spread(values, digits):
 def table(results, steps):
     """Lines of Markdown: a row for each setting of {name: [(held-out losses, accuracies), one for each seed]}."""
     titles = " | ".join(f"read rightly after {step}" for step in looks(steps))
-    yield f"| setting | held-out loss after {steps} updates | lowest | {titles} |"
-    yield "|---" * (3 + len(looks(steps))) + "|"
+    yield f"| setting | held-out loss after {steps} updates | {titles} |"
+    yield "|---" * (2 + len(looks(steps))) + "|"
     for name, runs in results.items():
-        last, lowest = [losses[steps] for losses, _ in runs], [min(losses.values()) for losses, _ in runs]
+        last = [losses[steps] for losses, _ in runs]
         shares = (spread([read[step] for _, read in runs], 2) for step in looks(steps))
-        yield f"| {name} | {spread(last, 4)} | {spread(lowest, 4)} | {' | '.join(shares)} |"
+        yield f"| {name} | {spread(last, 4)} | {' | '.join(shares)} |"
 
 
 def charts(results, folder, name, title):

@@ -112,9 +112,9 @@ def test_layout_and_metadata(either, tmp_path):
 
 @pytest.mark.parametrize("alpha", [4, 6])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("precision", ["float32", "autocast", "half base"])
+@pytest.mark.parametrize("precision", ["float64", "float32", "autocast", "half base"])
 def test_our_forward_is_that_of_peft(run_lora, alpha, dropout, precision):
-    """Output and gradients: to the bit where alpha is the rank, as it is by default."""
+    """Output and gradients, as closely as the precision rounds."""
     unet = UNet2DConditionModel.from_pretrained(run_lora.base, subfolder="unet")
     if precision == "half base":
         unet.bfloat16()
@@ -122,13 +122,15 @@ def test_our_forward_is_that_of_peft(run_lora, alpha, dropout, precision):
     draw = torch.Generator().manual_seed(0)
     for parameter in lora.parameters([unet]):
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=draw)
+    latents, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 77, 16, generator=draw)
+    if precision == "float64":
+        unet, latents, text = unet.double(), latents.double(), text.double()
     original = copy.deepcopy(unet)
     layers = [module for module in original.modules() if isinstance(module, LoraLayer)]
     assert layers and all(layer.lora_variant for layer in layers)
     for layer in layers:
         layer.lora_variant.clear()
         layer.cast_input_dtype_enabled = True
-    latents, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 77, 16, generator=draw)
     if precision == "half base":
         latents, text = latents.bfloat16(), text.bfloat16()
     found = {}
@@ -136,14 +138,13 @@ def test_our_forward_is_that_of_peft(run_lora, alpha, dropout, precision):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             output = network(latents, torch.tensor([3, 800]), text).sample
-        output.float().square().sum().backward()
+        assert output.dtype == latents.dtype or precision == "autocast" and output.dtype == torch.bfloat16
+        output.double().square().sum().backward()
         found[name] = [output, *(parameter.grad for parameter in lora.parameters([network]))]
     assert all(gradient.abs().max() > 0 for gradient in found["ours"])
-    ours, theirs = (torch.cat([tensor.detach().float().flatten() for tensor in all]) for all in found.values())
-    if alpha == 4:
-        assert torch.equal(ours, theirs)
-    else:
-        assert (ours - theirs).norm() < (1e-5 if precision == "float32" else 0.03) * theirs.norm()
+    ours, theirs = (torch.cat([tensor.detach().double().flatten() for tensor in all]) for all in found.values())
+    allowed = {"float64": 1e-13, "float32": 1e-5}.get(precision, 0.03)
+    assert (ours - theirs).norm() < allowed * theirs.norm()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -104,8 +104,8 @@ def test_tables_and_charts_of_settings(tmp_path):
     runs["on"] = [({4: 0.2, 8: 0.3}, {1: 0.0, 2: 0.2, 4: 0.4, 8: top}) for top in (0.8, 1.0)]
     head, _, off, on = compare.table(runs, 8)
     assert head.split(" | ")[-4:] == [f"read rightly after {step}" for step in (1, 2, 4)] + ["read rightly after 8 |"]
-    assert off == "| off | 0.2500 | 0.2500 | 0.10 | 0.20 | 0.40 | 0.90 |"
-    assert on == "| on | 0.3000 | 0.2000 | 0.00 | 0.20 | 0.40 | 0.90 (0.80 to 1.00) |"
+    assert off == "| off | 0.2500 | 0.10 | 0.20 | 0.40 | 0.90 |"
+    assert on == "| on | 0.3000 | 0.00 | 0.20 | 0.40 | 0.90 (0.80 to 1.00) |"
     compare.charts(runs, tmp_path, "weights", "every weight")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "settings-weights-accuracy.svg",

@@ -7,8 +7,7 @@ scaled until it covers the bucket, and what stands over is cropped.
 import numpy as np
 
 from . import data
-from .problems import shortened
-from .reporting import say, warn
+from .reporting import say, shortened, warn
 
 MUCH_CROPPED = 0.25  # the share of a picture from which on it is named
 MUCH_ENLARGED = 2.0  # times

@@ -433,7 +433,8 @@ def _look_at(rows, indices, threads):
 
 def keep_pictures(store, sets, encode, team=None, batch_size=None, crops=1, blank=None):
     """Let the networks see every picture of some data.Samples once, as their `prepare` shows them, and put what they
-    made of it in `prepare.pictures`; `blank` is a sample to show them too. For the other arguments see `fill`.
+    made of it in `prepare.pictures`; `blank` is a sample to show them too, `crops` as in Pictures. For the rest see
+    `fill`. Raises UserError.
 
     Where the store is None nothing is kept, and the networks run whenever a picture is asked for.
     """
@@ -515,7 +516,8 @@ class Captions:
 
 def keep_captions(store, sets, encode, team=None, batch_size=None, empty=False):
     """Let the text encoders read every caption of some data.Samples once, the empty one too where it is `empty` that
-    may be asked for, and put what they made of it in `prepare.captions`. For the other arguments see `fill`.
+    may be asked for, and put what they made of it in `prepare.captions`. For the other arguments see `fill`. Raises
+    UserError.
 
     Where the store is None nothing is kept, and the networks run whenever a caption is asked for.
     """

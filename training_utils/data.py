@@ -29,9 +29,8 @@ from .problems import (
     listing,
     open_picture,
     problem_of,
-    shortened,
 )
-from .reporting import UserError, bar, reason_of, say, warn
+from .reporting import UserError, bar, reason_of, say, shortened, warn
 
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 OTHER_ENDINGS = {".heic", ".heif", ".jxl", ".psd", ".svg"}  # of pictures that Pillow does not read, or not well
@@ -736,8 +735,8 @@ def check(rows, on_bad_sample="error"):
 
 
 def warn_of_long_captions(rows, tokenizer, most=100_000):
-    """Say how many captions are longer than the tokenizer's limit, whose rest the text encoder never sees; of a stream
-    that would be to read it all."""
+    """Warn of captions beyond the tokenizer's limit, whose rest the text encoder never sees. Looks at the first `most`
+    rows; at none of a stream, which it would have to read as a whole."""
     if rows.stream is not None:
         return
     count = min(len(rows), most)
@@ -761,7 +760,7 @@ def hold_out(rows, fraction, seed):
     """
     if not fraction:
         return repeated(rows), None
-    pictures = np.arange(len(rows)) if rows.stream is not None else rows.pictures()
+    pictures = rows.pictures()
     total, generator = len(np.unique(pictures)), draws.generator(seed, "holdout")
     count = max(1, round(total * fraction))
     if count >= total:

@@ -15,9 +15,9 @@ class EMAWeights(EMAModel):
     """The moving average of the parameters that are trained in some models, in float32 whatever their precision: half
     precision would round its small moves away.
 
-    The decay after n updates is min(decay, (1 + n) / (10 + n)), diffusers' rule. With `offload` the average lies in
-    host memory (pinned where there is a GPU) and visits the device for each update. Where the processes share the
-    parameters out, each of them averages its slices.
+    The decay of an update that has n before it is min(decay, (1 + n) / (10 + n)), and 0 for the first: diffusers'
+    rule. With `offload` the average lies in host memory (pinned where there is a GPU) and visits the device for each
+    update. Where the processes share the parameters out, each of them averages its slices.
     """
 
     def __init__(self, models, decay, offload=False):

@@ -578,15 +578,13 @@ def training_batches(samples, updates, state, accelerator, workers, keep=None):
         raise cut_short(error, keep) from None
 
 
-def say_skipped(accelerator, skipped):
+def say_skipped(skipped):
     """`data.say_skipped` for all processes together; `skipped` is this one's set. A collective call."""
-    data.say_skipped(set(gather_object(sorted(skipped))) if accelerator.num_processes > 1 else skipped)
+    data.say_skipped(set(gather_object(sorted(skipped))))
 
 
 def gather_in_order(accelerator, mine):
     """Lists that each process made of its share [rank::world_size], put together again in order on every process."""
-    if accelerator.num_processes == 1:
-        return mine
     pairs = [(at * accelerator.num_processes + accelerator.process_index, item) for at, item in enumerate(mine)]
     return [item for _, item in sorted(gather_object(pairs), key=lambda pair: pair[0])]
 

@@ -20,9 +20,9 @@ BESIDE = ("time_ids",)  # what `Prepare.show` tells of a view beside its pixels
 def encoder(encode):
     """Decorator of an `encode(networks, batch)` that returns a dict of tensors with a leading batch axis.
 
-    There is no gradient, unless a network is in training mode. On a CPU each sample is encoded by itself: pictures of
-    the usual sizes no slower so, and the bits of a sample do not depend on those beside it, as in a batch they do.
-    What a cache holds is therefore exactly what a run without it computes.
+    There is no gradient, unless a network is in training mode. On a CPU each sample is encoded by itself: that is no
+    slower for pictures of the usual sizes, and a sample's bits then do not depend on its neighbours, as they would in
+    a batch. What a cache holds is therefore exactly what a run without it computes.
     """
 
     @wraps(encode)
@@ -93,10 +93,7 @@ def digest(network):
 
 
 def _team(accelerator):
-    on_cpu = accelerator.device.type == "cpu"
-    if accelerator.num_processes == 1:
-        return cache.Team(0, 1, 0, 1, lambda items: items, on_cpu)
-    return cache.team_of(accelerator.process_index, gather_object, on_cpu)
+    return cache.team_of(accelerator.process_index, gather_object, accelerator.device.type == "cpu")
 
 
 def _identity(networks, device, settings=None):
@@ -104,7 +101,7 @@ def _identity(networks, device, settings=None):
     return {"networks": [digest(network) for network in networks], "settings": settings, "exactness": exactness}
 
 
-def _encoder(networks, encode, device, beside=()):
+def _over_arrays(networks, encode, device, beside=()):
     """`encode` from and to arrays, as `cache.fill` takes it, for which the networks visit the device; what stands
     `beside` their input goes with it."""
 
@@ -134,9 +131,12 @@ def keep_pictures(accelerator, root, sets, batch_size, networks, encode, setting
     picture. Where `root` is None nothing is kept, and the networks run when they are asked. Raises UserError.
     """
     device = accelerator.device
-    store, encoder = _store(root, "pictures", networks, device, settings), _encoder(networks, encode, device, BESIDE)
+    store, encode = (
+        _store(root, "pictures", networks, device, settings),
+        _over_arrays(networks, encode, device, BESIDE),
+    )
     with visiting(networks, device):
-        cache.keep_pictures(store, sets, encoder, _team(accelerator), batch_size, crops or 1, blank)
+        cache.keep_pictures(store, sets, encode, _team(accelerator), batch_size, crops or 1, blank)
 
 
 def keep_captions(accelerator, root, sets, batch_size, networks, encode, empty):
@@ -144,6 +144,6 @@ def keep_captions(accelerator, root, sets, batch_size, networks, encode, empty):
     that is trained as well; `prepare.captions` of each has the outputs then. A collective call. Where `root` is None
     nothing is kept, and the networks run when they are asked. Raises UserError."""
     device = accelerator.device
-    store, encoder = _store(root, "captions", networks, device), _encoder(networks, encode, device)
+    store, encode = _store(root, "captions", networks, device), _over_arrays(networks, encode, device)
     with visiting(networks, device):
-        cache.keep_captions(store, sets, encoder, _team(accelerator), batch_size, empty)
+        cache.keep_captions(store, sets, encode, _team(accelerator), batch_size, empty)

@@ -15,8 +15,8 @@ CHECKPOINTS = "checkpoints"  # a branch of their own: who loads a pipeline by it
 
 def plain(text, most=300):
     """Text from a prompt or a data set as one line that Markdown shows as it is, whatever it holds."""
-    text = html.escape(" ".join(str(text).split()))[:most]
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+-!|~" else letter for letter in text)
+    text = " ".join(str(text).split())[:most]
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-!|~" else html.escape(c, quote=False) for c in text)
 
 
 def reason(error):
@@ -71,7 +71,7 @@ def refuse_another_family(name, folder, wanted):
         raise UserError(f"base model {name} is for {family}; this script trains {wanted} models{advice}")
 
 
-def open_repository(name, output_dir, token, private=False, checkpoints=False):
+def open_repository(name, output_dir, token, private, checkpoints):
     """Create the repository, or find it there; returns its id. With `checkpoints` it gets a branch for them.
 
     Raises UserError, better now than after training: also where the token may not write, or where a repository that

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import ExifTags
 
 from . import buckets, data
-from .problems import KINDS, open_picture, problem_of, shortened
-from .reporting import bar, first_process
+from .problems import KINDS, open_picture, problem_of
+from .reporting import bar, first_process, shortened
 
 SIDES = [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096]
 RATIOS = {  # upper bound of width / height: what to call it

@@ -27,7 +27,7 @@ class Interruption:
     all must stop at the same one. Whole-or-absent checkpoints make the second signal harmless.
     """
 
-    def __init__(self, largest=lambda number: number):
+    def __init__(self, largest):
         self.largest, self.noted, self.since = largest, 0, 0.0
 
     def __enter__(self):

@@ -425,8 +425,8 @@ def in_turn(params, inputs, turns, *, encode, network):
     """What a frozen network makes of `inputs`, arrays (micro-batches, B, ...), on one device: a dict of such arrays.
 
     `encode(network, batch)` gives it for arrays (B, ...), the network being a function with its parameters bound. It
-    runs micro-batch by micro-batch, but on a CPU sample by sample: no slower so, and the bits of a sample do not
-    depend on those beside it, as in a batch they do. What a cache holds is therefore exactly what a run without it
+    runs micro-batch by micro-batch, but on a CPU sample by sample: that is no slower, and a sample's bits then do not
+    depend on its neighbours, as they would in a batch. What a cache holds is therefore exactly what a run without it
     computes. `turns`, how many samples there are, is an argument for that: XLA inlines a loop that it knows to turn
     once, and rounds otherwise there. (Elsewhere the host would have to wait for a loop of unknown length.)
     """
@@ -604,7 +604,7 @@ def new_average(params):
 
 
 def move_average(average, params, decay):
-    """An average of the weights after one more update; the decay is min(decay, (1 + n) / (10 + n)) as in ema.py."""
+    """An average of the weights after one more update; the decay is that of ema.EMAWeights."""
     earlier = average["updates"].astype(jnp.float32)  # diffusers counts the first update as 0
     # 1 - the decay, without cancellation
     weight = jnp.where(earlier == 0, 1.0, jnp.maximum(1 - decay, 9 / (10 + earlier)))

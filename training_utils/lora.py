@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils import convert_state_dict_to_kohya
+from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from safetensors.torch import load_file, save_file
@@ -52,8 +52,10 @@ def add_adapter(model, layers, rank, alpha=None, dropout=0.0, use_dora=False, se
 class FewerPasses(LoraVariant):
     """PEFT's forward of an adapted layer in fewer passes over memory, which are what a low-rank term costs.
 
-    PEFT scales the term at the width of the layer's output, not at the rank's, adds it into new memory, and makes an
-    input float32 that autocast then makes half precision again.
+    PEFT scales the term at the width of the layer's output, not at the rank's, writes it and its sum with the output
+    to new memory, and makes an input float32 that autocast then makes half precision again. Here the product adds
+    itself to the output, (B, tokens, out). It goes sample by sample: as one product over all tokens the gradient of B
+    (out, rank) is a matrix too small to keep a CPU's cores busy.
     """
 
     @staticmethod
@@ -62,7 +64,8 @@ class FewerPasses(LoraVariant):
         if x.dtype != down.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(down.weight.dtype)
         term, scaling = down(module.lora_dropout[active_adapter](x)), module.scaling[active_adapter]
-        return result.add_(up(term if scaling == 1 else term * scaling))
+        term = (term if scaling == 1 else term * scaling).to(result.dtype)  # autocast leaves in-place calls alone
+        return result.baddbmm_(term, up.weight.to(result.dtype).t().expand(result.shape[0], -1, -1))
 
 
 def parameters(models):
@@ -134,8 +137,6 @@ def save(folder, adapted):
 
 def load(folder, adapted):
     """Put the weights that `save`, or an original script, wrote back into the adapters. Raises UserError."""
-    from diffusers.utils import convert_all_state_dict_to_peft
-
     state = load_file(folder / FILE)
     if not any(".lora_A." in name for name in state):  # the originals write diffusers' older names
         state = convert_all_state_dict_to_peft(state)

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from . import shards
-from .reporting import UserError
+from .reporting import UserError, shortened
 
 LONGEST = 50  # times the shorter side: a longer picture, resized to the resolution, would take gigabytes
 
@@ -76,7 +76,7 @@ class _Refused(Exception):
 
 def open_picture(cell):
     """The PIL picture, its header read, of a row's cell: a dict that holds "bytes" or else "path", which may be a
-    place in a shard."""
+    place in a shard. Raises what Pillow and the system raise, or _Refused: `problem_of` tells what they mean."""
     content, path = (None, None) if cell is None else (cell.get("bytes"), cell.get("path"))
     if content is None and path is None:
         raise _Refused("no picture", "")
@@ -142,9 +142,3 @@ def listing(problems):
     for problem in problems:
         groups.setdefault(KINDS[problem.kind], []).append(problem)
     return "; ".join(f"{len(group)} {what}: {shortened(group)}" for what, group in groups.items())
-
-
-def shortened(names, most=10):
-    """At most `most` names, separated by commas, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more

@@ -631,9 +631,9 @@ for (const chart of charts) {
 """
 
 
-def page(runs, now=None):
+def page(runs):
     """The page about a list of Runs, as HTML text."""
-    now = time.time() if now is None else now
+    now = time.time()
     figures, data = curve_section(runs)
     title = ", ".join(a_run.name for a_run in runs)
     css = CSS.replace("FONT", charts.FONT)

@@ -40,6 +40,7 @@ at_the_end = []  # functions that `run` calls before it leaves: processes of sev
 
 
 def first_process():
+    """Whether this is the process that speaks: the first of several, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -130,12 +131,18 @@ def run(main):
     sys.exit(code)
 
 
+def shortened(names, most=10):
+    """At most `most` names, separated by commas, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
 def not_finite(step, loss, names, stop, keep):
     """Say what becomes of an update whose loss or gradient is not finite; `names` are what to call its pictures.
 
     When to `stop`, `keep()` writes the state before it and returns its folder, or None; then raises UserError.
     """
-    pictures = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    pictures = shortened(names, 8)
     what = f"the loss or the gradient of update {step} is not finite (loss {loss:.6g}; its pictures: {pictures})"
     if not stop:
         warn(f"{what}; this update was left out")
@@ -389,7 +396,7 @@ class Progress:
     """The progress bar over updates and the log of their losses.
 
     Losses stay where they were computed until `logging_steps` of them are there, or until `flush`: fetching one is a
-    wait for the device. `fetch(stack)` turns the list of scalars into numbers averaged over the processes; it is a
+    wait for the device. `fetch(scalars)` turns a list of scalars into numbers averaged over the processes; it is a
     collective call, so every process must flush at the same updates. `log(values, step)` hands one update's values to
     the trackers. `not_finite(step, loss, before)` is called for an update whose loss or gradient turns out not to be
     finite; `before` is the RunState before it. (A loss that is not finite has a gradient that is not.) `memory()` says
@@ -399,23 +406,17 @@ class Progress:
     def __init__(self, state, total, logging_steps, samples_per_update, fetch, log, not_finite, memory=dict):
         from tqdm import tqdm
 
-        step = state.step
-        self.before, self.step, self.logging_steps, self.samples = (
-            replace(state),
-            step,
-            logging_steps,
-            samples_per_update,
-        )
+        self.before, self.step, self.first, self.skipped = replace(state), state.step, state.step, 0
+        self.logging_steps, self.samples = logging_steps, samples_per_update
         self.fetch, self.log, self.not_finite, self.memory = fetch, log, not_finite, memory
-        self.waiting, self.beside = [], {}
-        self.clock, self.last_loss = time.perf_counter(), None
-        self.began, self.first, self.skipped = self.clock, step, 0
+        self.waiting, self.beside, self.last_loss = [], {}, None
+        self.clock = self.began = time.perf_counter()
         self.busy = 0.0  # seconds, without validation and checkpoints
         self.seconds = deque(maxlen=8)  # that an update took, at each of the last looks
         self.live = sys.stderr.isatty()
         self.bar = tqdm(
             total=total,
-            initial=step,
+            initial=state.step,
             desc="updates",
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",  # fits 80 columns
             smoothing=0.05,
@@ -554,19 +555,19 @@ def grid(pictures, captions, title, columns=4, side=256):
     return sheet
 
 
-def log_pictures(tracker, pictures, captions, step, name="validation"):
+def log_pictures(tracker, pictures, captions, step):
     """Hand pictures (a list of PIL) to a tracker, if it is one that shows pictures, at this update."""
     if tracker.name == "tensorboard":
         array = np.stack([np.asarray(picture) for picture in pictures])
-        tracker.writer.add_images(name, array, step, dataformats="NHWC")
+        tracker.writer.add_images("validation", array, step, dataformats="NHWC")
     elif tracker.name == "wandb":
         import wandb
 
         shown = [wandb.Image(picture, caption=caption) for picture, caption in zip(pictures, captions)]
-        tracker.log({name: shown}, step=step)
+        tracker.log({"validation": shown}, step=step)
     elif tracker.name == "comet_ml":
         for at, picture in enumerate(pictures):
-            tracker.writer.log_image(picture, name=f"{name} {captions[at]}", step=step)
+            tracker.writer.log_image(picture, name=f"validation {captions[at]}", step=step)
 
 
 def tell_trackers(trackers, action):

@@ -2,8 +2,9 @@
 
 Each parameter is then a DTensor: every process holds a slice of its first axis, and gathers the whole only while the
 block that it belongs to computes. What a parameter's slice is, and how a moving average, an optimizer's moment or a
-file follows it, stands here alone; elsewhere tensors are plain. Without FSDP all of this returns what it is given.
-What DeepSpeed shares out is in zero.py.
+file follows it, stands here alone; elsewhere tensors are plain. Without FSDP the functions return what they are given,
+but `whole` and `whole_model`, which only processes that share weights out may call. What DeepSpeed shares out is in
+zero.py, to which four functions here hand on.
 """
 
 import os
