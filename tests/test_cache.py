@@ -54,7 +54,7 @@ def never_encodes(monkeypatch):
         def refuse(*_, **__):
             raise AssertionError("a frozen network ran")
 
-        monkeypatch.setattr(frozen, "_encoder", lambda *_: refuse)
+        monkeypatch.setattr(frozen, "_over_arrays", lambda *_: refuse)
         monkeypatch.setattr(AutoencoderKL, "encode", refuse)
         monkeypatch.setattr(CLIPTextModel, "forward", refuse)
 

@@ -131,10 +131,8 @@ def keep_pictures(accelerator, root, sets, batch_size, networks, encode, setting
     picture. Where `root` is None nothing is kept, and the networks run when they are asked. Raises UserError.
     """
     device = accelerator.device
-    store, encode = (
-        _store(root, "pictures", networks, device, settings),
-        _over_arrays(networks, encode, device, BESIDE),
-    )
+    store = _store(root, "pictures", networks, device, settings)
+    encode = _over_arrays(networks, encode, device, BESIDE)
     with visiting(networks, device):
         cache.keep_pictures(store, sets, encode, _team(accelerator), batch_size, crops or 1, blank)
 
