@@ -215,7 +215,7 @@ def load_models(args, accelerator, draws_pictures):
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for network in (image_encoder, movq):
         network.requires_grad_(False).eval()
-    kandinsky.check_decoder(unet, movq)
+    engine.check_channels(unet, movq)
     unet.train()
     if args.full_bf16:
         to_bfloat16(unet)

@@ -194,6 +194,7 @@ def load_models(args, accelerator, seed):
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for network in (vae, text_encoder):
         network.requires_grad_(False).eval()
+    engine.check_channels(unet, vae)
     unet.train()
     options = (args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)
     lora.add_adapter(unet, lora.UNET_LAYERS, *options)

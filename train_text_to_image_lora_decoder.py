@@ -217,7 +217,7 @@ def load_models(args, accelerator, draws_pictures, seed):
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for network in (image_encoder, movq):
         network.requires_grad_(False).eval()
-    kandinsky.check_decoder(unet, movq)
+    engine.check_channels(unet, movq)
     unet.train()
     layers = [*lora.UNET_LAYERS, *lora.ADDED_KV_LAYERS]
     lora.add_adapter(unet, layers, args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)

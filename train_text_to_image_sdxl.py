@@ -213,6 +213,7 @@ def load_models(args, accelerator):
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for network in (vae, *text_encoders):
         network.requires_grad_(False).eval()
+    engine.check_channels(unet, vae)
     unet.train()
     if args.full_bf16:
         to_bfloat16(unet)

@@ -331,12 +331,23 @@ REFUSED_SDXL = {
     "--enable_npu_flash_attention": "pip install torch_npu",
     "--lora_alpha 0": "above 0",
     "--rank 0": "at least 1",
+    "--use_dora --save_kohya_format": "no agreed place for what --use_dora learns",
 }
 
 
 @pytest.mark.parametrize("words", REFUSED_SDXL)
 def test_a_wrong_command_line_for_sdxl_adapters_gets_its_sentence(words, capsys):
     assert REFUSED_SDXL[words] in refusal(capsys, *words.split(), script=train_text_to_image_lora_sdxl)
+
+
+def test_a_bias_without_a_multiplier_is_told():
+    words = [*MINIMUM, "--train_data_dir", "tests", "--timestep_bias_strategy", "later"]
+    parse = train_text_to_image_lora_sdxl.parse_args
+    assert "draws all timesteps alike" in parse(words).notices[0]
+    assert (
+        "says nothing without --timestep_bias_strategy range" in parse([*words, "--timestep_bias_end", "9"]).notices[0]
+    )
+    assert not parse([*words, "--timestep_bias_multiplier", "2"]).notices
 
 
 REFUSED_IN_JAX = {
@@ -361,6 +372,9 @@ TOLD = {
     "--validation_steps 5": "--validation_steps says nothing without a validation prompt",
     f"--train_data_dir {ROOT} --output_dir {ROOT}/out": "lies in --train_data_dir",
     "--optimizer prodigy": "it is made for --learning_rate 1",
+    "--ema_decay 0.999": "--ema_decay says nothing without --use_ema",
+    "--lr_num_cycles 3": "--lr_num_cycles says nothing without --lr_scheduler cosine_with_restarts",
+    "--ema_decay 0.9999": None,  # the default, as run.yaml has it
     "--lr_scheduler cosine --max_train_steps 501": None,
     "--validation_steps 5 --validation_split 0.1": None,
     "--output_dir tests_out --resume_from_checkpoint=": None,

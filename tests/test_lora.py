@@ -59,7 +59,8 @@ def test_what_was_trained_is_what_loads(either, tmp_path, monkeypatch, form):
     monkeypatch.setattr(
         script, "save_result", lambda args, adapted, sampler: (trained.update(adapted), real(args, adapted, sampler))
     )
-    either(tmp_path, *LARGE, *FORMS[form], "--save_kohya_format")
+    kohya = [] if form == "DoRA" else ["--save_kohya_format"]  # which has no place for what DoRA learns
+    either(tmp_path, *LARGE, *FORMS[form], *kohya)
     own = pipeline_of(either)
     before = draw(own)
     for name, model in trained.items():
@@ -70,7 +71,7 @@ def test_what_was_trained_is_what_loads(either, tmp_path, monkeypatch, form):
     loaded = pipeline_of(either)
     loaded.load_lora_weights(str(tmp_path))
     np.testing.assert_allclose(draw(loaded), after, atol=2e-4)
-    if form != "DoRA":  # WebUI's layout has no agreed place for all that DoRA learns
+    if kohya:
         kohya = pipeline_of(either)
         kohya.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights_kohya.safetensors")
         np.testing.assert_allclose(draw(kohya), after, atol=2e-4)
@@ -94,6 +95,23 @@ def test_kohya_layout_is_the_one_that_webui_reads(run_lora, run_lora_sdxl, tmp_p
         with safe_open(tmp_path / name / "pytorch_lora_weights_kohya.safetensors", "pt") as file:
             about = {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "6.0"}
             assert file.metadata() == {"format": "pt", "ss_base_model_version": "tiny"} | about
+
+
+def test_what_an_earlier_run_left_beside_the_adapters_goes(run_lora, tmp_path):
+    run_lora(tmp_path, "--save_kohya_format", "--prediction_type", "v_prediction")
+    assert {"scheduler", lora.KOHYA_FILE} <= {path.name for path in tmp_path.iterdir()}
+    run_lora(tmp_path)
+    assert not {"scheduler", lora.KOHYA_FILE} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_adafactor_moves_adapters_as_far_as_adamw_does(run_lora, tmp_path):
+    """A rate in proportion to the weights would be a thousandth of --learning_rate where they begin at zero."""
+    moved = {}
+    for optimizer in ("adamw", "adafactor"):
+        run_lora(tmp_path / optimizer, "--learning_rate", "1e-4", "--optimizer", optimizer)
+        weights = load_file(tmp_path / optimizer / "pytorch_lora_weights.safetensors")
+        moved[optimizer] = max(weight.abs().max().item() for name, weight in weights.items() if ".lora_B." in name)
+    assert moved["adafactor"] == pytest.approx(moved["adamw"], rel=0.7)
 
 
 def test_layout_and_metadata(either, tmp_path):

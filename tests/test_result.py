@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import logged, result_bytes, result_weights
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -47,11 +47,34 @@ def test_frozen_parts_keep_their_precision(run, tmp_path, sd, precision):
     run(tmp_path / "out", "--pretrained_model_name_or_path", base, "--mixed_precision", precision)
     for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
         before, after = (load_file(folder / part / f"{name}.safetensors") for folder in (base, tmp_path / "out"))
+        after = {name.removeprefix("text_model."): tensor for name, tensor in after.items()}
         assert {k: v.dtype for k, v in before.items()} == {k: v.dtype for k, v in after.items()}
         assert all(torch.equal(before[key], after[key]) for key in before)
     assert (
         load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float32
     )
+
+
+@pytest.mark.parametrize("trained", ["run", "run_sdxl", "run_prior", "run_decoder"])
+def test_earlier_releases_read_the_result_and_it_names_no_path(trained, request, tmp_path):
+    """They want a tokenizer's vocab.json and merges.txt, and the level text_model in a text encoder's names."""
+    trained = request.getfixturevalue(trained)
+    trained(tmp_path)
+    tokenizers = sorted(tmp_path.glob("tokenizer*"))
+    assert len(tokenizers) == {"sdxl": 2, "decoder": 0}.get(trained.script.split("_")[-1], 1)
+    for folder in tokenizers:
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        assert json.loads((folder / "vocab.json").read_text()) == model["vocab"]
+        merges = [line.split() for line in (folder / "merges.txt").read_text().splitlines() if line[0] != "#"]
+        assert merges == [merge.split() if isinstance(merge, str) else merge for merge in model["merges"]]
+    for path in tmp_path.glob("text_encoder*/model.safetensors"):
+        assert all(name.startswith(("text_model.", "text_projection.")) for name in load_file(path))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
+    assert index["_class_name"]
+    base = trained.base if isinstance(trained.base, tuple) else [trained.base]
+    for path in (tmp_path / "model_index.json", *tmp_path.glob("*/*.json")):
+        assert "_name_or_path" not in path.read_text() and not any(str(folder) in path.read_text() for folder in base)
 
 
 def test_a_variant_is_read(run, tmp_path, sd):
@@ -289,6 +312,28 @@ def test_a_sampler_that_diffusers_does_not_have(run, tmp_path, sd):
     path.write_text(path.read_text().replace("PNDMScheduler", "TomorrowScheduler"))
     sentence, code = run.fails(tmp_path / "out", "--pretrained_model_name_or_path", base)
     assert "is a TomorrowScheduler, which this diffusers does not have" in sentence and code == 2
+
+
+@pytest.mark.parametrize("sampler", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_base_model_without_a_schedule_of_betas(run_sdxl, tmp_path, sampler):
+    base = tmp_path / "base"
+    shutil.copytree(run_sdxl.base, base)
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": sampler, "num_train_timesteps": 1000}))
+    sentence, code = run_sdxl.fails(tmp_path / "out", "--pretrained_model_name_or_path", base)
+    assert f"is a {sampler}, which has no schedule of betas" in sentence and code == 2
+
+
+@pytest.mark.parametrize("trained", ["run", "run_lora", "run_sdxl", "run_lora_sdxl"])
+def test_a_base_model_for_another_task(trained, request, tmp_path):
+    """An inpainting UNet takes the mask and the masked picture as well."""
+    trained = request.getfixturevalue(trained)
+    base = tmp_path / "base"
+    shutil.copytree(trained.base, base)
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    UNet2DConditionModel.from_config(dict(unet.config) | {"in_channels": 9}).save_pretrained(base / "unet")
+    sentence, code = trained.fails(tmp_path / "out", "--pretrained_model_name_or_path", base)
+    assert "takes 9 channels, and its latents have 4" in sentence and code == 2
 
 
 def test_a_look_before_the_first_update_shows_the_base_model(run, tmp_path):

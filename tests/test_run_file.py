@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_command_line import SCRIPTS, table
 
 import train_text_to_image
+import train_text_to_image_sdxl
 from training_utils import checkpoints, flags, run_file
 
 MODEL = f"pretrained_model_name_or_path: model\ntrain_data_dir: {ROOT}\n"
@@ -56,6 +57,13 @@ def test_the_command_line_wins(tmp_path):
 
 def test_one_value_of_a_list_needs_no_brackets(tmp_path):
     assert parsed(tmp_path, MODEL + "validation_prompts: a cat\n").validation_prompts == ["a cat"]
+
+
+@pytest.mark.parametrize("name", ["caption_dropout", "proportion_empty_prompts"])
+@pytest.mark.parametrize("value", [0, 0.25])
+def test_either_name_of_the_dropout_wins_over_both_of_the_file(tmp_path, name, value):
+    text = f"{MODEL}caption_dropout: 0.5\nproportion_empty_prompts: 0.5\n"
+    assert parsed(tmp_path, text, f"--{name}", str(value), script=train_text_to_image_sdxl).caption_dropout == value
 
 
 def test_a_config_can_ask_for_a_look_at_the_data(tmp_path):

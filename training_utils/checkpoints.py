@@ -234,8 +234,8 @@ def listed(root):
 
 
 def _written(folder):
-    manifest = read_manifest(folder)
-    return manifest["written"] if manifest and "written" in manifest else folder.stat().st_mtime
+    written = (read_manifest(folder) or {}).get("written")
+    return written if isinstance(written, (int, float)) else folder.stat().st_mtime
 
 
 def whole_at(root, state, about):

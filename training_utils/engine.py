@@ -2,6 +2,7 @@
 
 import datetime
 import inspect
+import json
 import os
 import signal
 from contextlib import redirect_stdout
@@ -14,6 +15,7 @@ import torch.utils.checkpoint
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from . import checkpoints, data, dry_run, hub, metrics, optimizers, sharding, single_file, zero
 from .data import collate
@@ -349,6 +351,11 @@ def sampling_scheduler(folder, changes):
     cls = getattr(diffusers, name, None)
     if cls is None:
         raise UserError(f"part 'scheduler' of base model {folder} is a {name}, which this diffusers does not have")
+    if name != "UnCLIPScheduler" and "beta_schedule" not in inspect.signature(cls.__init__).parameters:
+        raise UserError(
+            f"part 'scheduler' of base model {folder} is a {name}, which has no schedule of betas: the model is of a "
+            "kind that this script does not train"
+        )
     if changes.get("rescale_betas_zero_snr"):
         if "rescale_betas_zero_snr" not in inspect.signature(cls.__init__).parameters:
             cls = diffusers.DDIMScheduler
@@ -358,13 +365,36 @@ def sampling_scheduler(folder, changes):
 
 
 def save_pipeline(pipeline, folder):
-    """Write a pipeline as a folder that older libraries read too.
+    """Write a pipeline as a folder that older libraries read too, without the paths of this machine.
 
-    Without torchvision, transformers 5 names CLIP's image processor CLIPImageProcessorPil, which they do not know.
+    transformers 5 writes a tokenizer as tokenizer.json alone, a text encoder that it has built itself without the
+    level text_model, and, without torchvision, CLIPImageProcessorPil for CLIPImageProcessor; earlier releases read
+    none of that.
     """
+    folder = Path(folder)
     pipeline.save_pretrained(folder)
-    index = Path(folder) / "model_index.json"
-    index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer"):
+            part.backend_tokenizer.model.save(str(folder / name))  # as vocab.json and merges.txt
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights) if weights.is_file() else {}
+    if "final_layer_norm.weight" in tensors:
+        tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+        save_file(tensors, weights, metadata={"format": "pt"})
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+        facts = json.loads(path.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
+        facts.pop("_name_or_path", None)
+        path.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def check_channels(unet, autoencoder):
+    """Refuse the UNets of other tasks, which are told more than noisy latents. Raises UserError."""
+    takes, gives = unet.config.in_channels, autoencoder.config.latent_channels
+    if takes != gives:
+        raise UserError(
+            f"the base model's UNet takes {takes} channels, and its latents have {gives}: it is one for another task, "
+            "such as inpainting; name a text-to-image model"
+        )
 
 
 def checkpoint_blocks(blocks):
@@ -390,9 +420,18 @@ def enable_xformers(model):
 
 
 def make_optimizer(
-    parameters, name, learning_rate, betas, weight_decay, epsilon, loss_scaling=False, rounding_seed=None
+    parameters,
+    name,
+    learning_rate,
+    betas,
+    weight_decay,
+    epsilon,
+    adapters=False,
+    loss_scaling=False,
+    rounding_seed=None,
 ):
-    """An optimizer by its name in `--optimizer`; `loss_scaling` says that fp16 gradients will be scaled.
+    """An optimizer by its name in `--optimizer`, of `adapters` or of whole networks; `loss_scaling` says that fp16
+    gradients will be scaled.
 
     With `rounding_seed` the weights may be bfloat16, as optimizers.StochasticRounding says.
     """
@@ -400,6 +439,8 @@ def make_optimizer(
     if name == "adafactor":
         cls = torch.optim.Adafactor
         options["foreach"] = False  # torch's choice on a GPU, which holds several times the weights for a moment
+        if adapters:  # which begin at zero: a rate in proportion to a weight's RMS would hardly move them
+            options["eps"] = (None, 1.0)
     else:
         options |= {"betas": betas, "eps": epsilon}
     if name == "adamw":

@@ -440,7 +440,10 @@ def parse(argv, description, groups, defaults=None):
     given = vars(parser.parse_args(argv))
     known = {flag.name: flag for _, flags in groups for flag in flags}
     if "config" in given:
-        given = _from_file(parser, given["config"], known, build(description, groups, exit_on_error=False)) | given
+        filed = _from_file(parser, given["config"], known, build(description, groups, exit_on_error=False))
+        if not given.keys().isdisjoint(DROPOUTS):  # one of the command line wins over both of the file
+            filed = {name: value for name, value in filed.items() if name not in DROPOUTS}
+        given = filed | given
     missing = [f"--{name}" for name, flag in known.items() if flag.required and name not in given]
     if missing and not given.get("check_data"):  # which looks at no model
         parser.error(f"the following arguments are required: {', '.join(missing)}")
@@ -463,7 +466,8 @@ def parse(argv, description, groups, defaults=None):
         args.caption_dropout = args.proportion_empty_prompts
     if getattr(args, "full_bf16", False):
         args.mixed_precision = "bf16"
-    args.notices = _notices(args)
+    usual = {name: flag.default for name, flag in known.items()}
+    args.notices = _notices(args, {name for name in args.given if name in usual and values[name] != usual[name]})
     if args.dry_run:  # look at each update, and leave nothing behind
         args.logging_steps, args.validation_steps, args.checkpointing_steps = 1, 0, 0
         args.report_to, args.push_to_hub, args.validation_at_start = "none", False, False
@@ -533,9 +537,37 @@ def _crops_at_random(args):
     return vars(args).get("random_crop", not vars(args).get("center_crop", True))
 
 
-def _notices(args):
-    """What is not wrong but surely not meant, as a list of sentences."""
-    notices = []
+def _needed(args):
+    """What flags need to say anything, {name: (whether it is there, the words for it)}."""
+    get, bias = vars(args).get, vars(args).get("timestep_bias_strategy")
+    average = (get("use_ema"), "--use_ema")
+    portion, between = "--timestep_bias_strategy earlier or later", "--timestep_bias_strategy range"
+    return {
+        "ema_decay": average,
+        "offload_ema": average,
+        "dream_detail_preservation": (get("dream_training"), "--dream_training"),
+        "lr_num_cycles": (args.lr_scheduler == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts"),
+        "lr_power": (args.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),
+        "timestep_bias_multiplier": (bias != "none", "a --timestep_bias_strategy"),
+        "timestep_bias_portion": (bias in ("earlier", "later"), portion),
+        "timestep_bias_begin": (bias == "range", between),
+        "timestep_bias_end": (bias == "range", between),
+    }
+
+
+def _notices(args, changed):
+    """What is not wrong but surely not meant, as a list of sentences; `changed` are the flags given other values than
+    their defaults."""
+    notices = [
+        f"--{name} says nothing without {words}"
+        for name, (there, words) in _needed(args).items()
+        if name in changed and not there
+    ]
+    if "timestep_bias_strategy" in changed and args.timestep_bias_multiplier == 1:
+        notices.append(
+            f"--timestep_bias_strategy {args.timestep_bias_strategy} draws all timesteps alike with "
+            "--timestep_bias_multiplier 1; give it another one"
+        )
     if args.lr_scheduler == "constant" and "lr_warmup_steps" in args.given and args.lr_warmup_steps:
         notices.append("--lr_scheduler constant has no warm-up; use constant_with_warmup for --lr_warmup_steps")
     elif args.lr_scheduler != "constant" and args.lr_warmup_steps >= (args.max_train_steps or float("inf")):
@@ -557,6 +589,9 @@ def _notices(args):
             "it is made for --learning_rate 1"
         )
     return notices
+
+
+DROPOUTS = {"caption_dropout", "proportion_empty_prompts"}  # two names of one setting
 
 
 def _missing(package):
@@ -617,6 +652,8 @@ def _contradiction(args):
         return f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate {args.learning_rate} must be above it"
     if "cached_crops" in args.given and not (get("cache_latents") and _crops_at_random(args)):
         return "--cached_crops is for --cache_latents with random crops"
+    if get("use_dora") and get("save_kohya_format"):
+        return "--save_kohya_format has no agreed place for what --use_dora learns; leave one of them out"
     if get("cache_text_embeddings") and get("train_text_encoder"):
         return "--cache_text_embeddings keeps what the text encoders make, which --train_text_encoder changes"
     for name in ("hub_private_repo", "push_checkpoints"):
@@ -836,6 +873,7 @@ def optimizer(args, window):
         "betas": (args.adam_beta1, args.adam_beta2),
         "weight_decay": args.adam_weight_decay,
         "epsilon": args.adam_epsilon,
+        "adapters": "rank" in vars(args),
     }
 
 

@@ -48,23 +48,13 @@ def picture(pipeline, pair, noise, side, steps, guidance_scale):
     return pipeline.numpy_to_pil(array)[0]
 
 
-def check_decoder(unet, movq):
-    """Refuse the decoders of other tasks, whose UNets are told a mask or a depth map as well."""
-    takes, gives = unet.config.in_channels, movq.config.latent_channels
-    if takes != gives:
-        raise UserError(
-            f"the decoder's UNet takes {takes} channels and not MOVQ's {gives}: it is one for another task, such as "
-            "inpainting; name a text-to-image decoder"
-        )
-
-
 def load_decoder(name, revision, variant, cache_dir, dtype):
     """A decoder that shows what a prior has learned, in host memory. Raises UserError where it is not at hand."""
     with _for_pictures():
         folder = engine.model_folder(name, KandinskyV22Pipeline, revision, variant, cache_dir, trained=False)
         unet = engine.load_part(UNet2DConditionModel, folder, "unet", variant, dtype=dtype)
         movq = engine.load_part(VQModel, folder, "movq", variant, dtype=dtype)
-        check_decoder(unet, movq)
+        engine.check_channels(unet, movq)
         return KandinskyV22Pipeline(unet, engine.sampling_scheduler(folder, {}), movq)
 
 

@@ -1,5 +1,6 @@
 """Low-rank adapters through PEFT: adding, saving in the library's layout and in that of WebUI and ComfyUI, loading."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -114,12 +115,16 @@ def words_of_sampler(pipeline, sampler, model):
 
 def save_result(folder, adapted, kohya, sampler=None):
     """Write the adapters as `save` does, with `kohya` as `save_kohya` too, and beside them a `sampler`, which is None
-    where the base model's own one is right."""
+    where the base model's own one is right. What an earlier run has left of both goes."""
+    folder = Path(folder)
+    (folder / KOHYA_FILE).unlink(missing_ok=True)
+    if not (folder / "model_index.json").exists():  # else it is the base model's own
+        shutil.rmtree(folder / "scheduler", ignore_errors=True)
     save(folder, adapted)
     if kohya:
         save_kohya(folder, adapted)
     if sampler is not None:
-        sampler.save_pretrained(Path(folder) / "scheduler")
+        sampler.save_pretrained(folder / "scheduler")
 
 
 def save(folder, adapted):

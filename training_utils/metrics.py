@@ -89,7 +89,8 @@ class Log:
                 continue
             for name, value in values.items():
                 if value is None or isinstance(value, (int, float)):
-                    curves.setdefault(name, {})[step] = value
+                    finite = value is not None and math.isfinite(value)
+                    curves.setdefault(name, {})[step] = value if finite else None
             self.seconds += max(0.0, when - self.time) if self.time else 0.0
             self.step, self.time = max(self.step, step), when
         self.curves = {name: dict(sorted(curve.items())) for name, curve in curves.items() if curve}

@@ -72,7 +72,7 @@ class Run:
 
     def prompts(self):
         prompts = self.settings.get("validation_prompts") or self.settings.get("validation_prompt") or []
-        return prompts if isinstance(prompts, list) else [prompts]
+        return list(map(str, prompts if isinstance(prompts, list) else [prompts]))
 
 
 def read(folder):
@@ -91,7 +91,7 @@ def read(folder):
     run_file = _text(folder / checkpoints.RUN_FILE)
     try:
         settings = yaml.load(run_file, Loader=yaml.BaseLoader)  # text, whatever YAML makes of it
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         settings = None
     grids = {int(path.stem[5:]): path for path in folder.glob("validation/step-*.png") if path.stem[5:].isdecimal()}
     if log and log.runs:  # what an earlier run has left beyond this one is not of it
@@ -450,7 +450,7 @@ def card_facts(card):
     parts = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.S)
     try:
         front = yaml.load(parts[1], Loader=yaml.BaseLoader) if parts else {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         front = {}
     body = parts[2] if parts else card
     title = re.search(r"^# (.*)$", body, re.M)
