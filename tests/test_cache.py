@@ -275,6 +275,23 @@ def test_a_damaged_shard_is_made_again(run, tmp_path, damage, capsys):
     assert result_bytes(tmp_path / "one") == result_bytes(tmp_path / "two")
 
 
+def test_a_shard_that_cannot_be_opened_is_no_damaged_one(tmp_path, monkeypatch):
+    """safetensors says of it that there is no such file; to drop it would cost what it holds."""
+    store = cache.Store(tmp_path, "pictures", {"a": 1})
+    store.make_folder()
+    store.write(["key"], {"x": ("float32", np.ones((1, 4), np.float32))})
+    (shard,) = store.folder.glob("*.safetensors")
+
+    def refuse(path, *rest):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match="cannot be read .*Permission denied"):
+        cache.open_store(cache.Store(tmp_path, "pictures", {"a": 1}), ["key"], cache.Team(0, 1, 0, 1, lambda x: x))
+    monkeypatch.undo()
+    assert shard.exists()
+
+
 def test_only_shards_that_are_wanted_are_read_through(tmp_path, monkeypatch):
     """Other data sets may be kept in the same store."""
     store = cache.Store(tmp_path, "pictures", ["test"])

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import result_bytes
 from PIL import Image
@@ -92,7 +93,8 @@ BAD_CSV = {
     "file,text\n0.png,x\n": 'metadata.csv has no column "file_name", which names the pictures, only file, text',
     "file_name,text\n0.png\n": "0.png (nothing)",  # the line ends early
     "file_name;text\n0.png;x\n": "only file_name;text; columns are to be separated by commas",
-    f'file_name,text\n0.png,"{"x" * 200_000}"\n': "metadata.csv line 1 is not CSV: field larger than field limit",
+    'file_name,text\n0.png,"x\n1.png,y\n': "metadata.csv is not CSV after line 1: unexpected end of data",
+    f'file_name,text\n0.png,"{"x" * 200_000}"\n': "is not CSV after line 1: field larger than field limit",
 }
 
 
@@ -124,6 +126,38 @@ def test_what_is_passed_over_or_read_twice_is_said(tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"pictures of a kind that is not read (.heic) are passed over: {tmp_path}/photo.HEIC" in said
     assert f"{tmp_path} holds metadata.jsonl and metadata.csv, and both are read" in said
+
+
+def test_links_are_followed_and_what_cannot_be_reached_is_said(tmp_path, capsys, monkeypatch):
+    write_pictures(tmp_path / "elsewhere", 3)
+    (tmp_path / "elsewhere" / "metadata.jsonl").unlink()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "gone.png").symlink_to(tmp_path / "unmounted.png")
+    (tmp_path / "set" / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(place):
+        if str(place).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    rows = rows_of(tmp_path / "set", caption_column=None)
+    assert sorted(rows.name(at) for at in range(3)) == [f"{tmp_path}/elsewhere/{at}.png" for at in range(3)]
+    said = capsys.readouterr().err
+    assert f"links that lead nowhere are passed over: {tmp_path}/set/gone.png" in said
+    assert f"{tmp_path}/set/closed cannot be read (Permission denied) and is passed over" in said
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path):
+    name = f"{'x' * 251}.png"
+    folder_with(tmp_path, [{"file_name": name, "text": "x"}], count=1)
+    os.rename(tmp_path / "0.png", tmp_path / name)
+    assert len(rows_of(tmp_path)) == 1
+    (tmp_path / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match="has no captions"):
+        rows_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +437,24 @@ def test_all_captions_of_a_picture_are_held_out_with_it(tmp_path):
     assert [len(part) for part in parts] == [90, 10] and len(names[1]) == 2 and not names[0] & names[1]
     with pytest.raises(UserError, match="0.5 of 1 pictures leaves none"):
         data.hold_out(rows_of(tmp_path).select([0, 20]), 0.5, seed=1)
+
+
+def test_so_they_are_where_other_rows_are_no_files(tmp_path):
+    """A folder and a table in one set: files are grouped, and their headers looked at, all the same."""
+    folder_with(tmp_path / "folder", [entry(at % 4, f"caption {at}") for at in range(20)], count=4)
+    (tmp_path / "table").mkdir()
+    content = (tmp_path / "folder" / "0.png").read_bytes()
+    table = pyarrow.table({"image": [{"bytes": content, "path": None}] * 4, "text": ["x"] * 4})
+    pyarrow.parquet.write_table(table, tmp_path / "table" / "a.parquet")
+    (tmp_path / "sets.yaml").write_text(f"- path: {tmp_path}/folder\n- path: {tmp_path}/table\n")
+    rows = rows_of(None, config=tmp_path / "sets.yaml")
+    assert len(np.unique(rows.pictures())) == 8 and len(np.unique(rows.pictures()[:20])) == 4
+    parts = data.hold_out(rows, 0.4, seed=1)
+    names = [{part.name(at) for at in range(len(part)) if ".png" in part.name(at)} for part in parts]
+    assert names[0] and names[1] and not names[0] & names[1]
+    (tmp_path / "folder" / "1.png").write_bytes(b"")
+    with pytest.raises(UserError, match="1.png .zero bytes"):
+        rows_of(None, config=tmp_path / "sets.yaml")
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------

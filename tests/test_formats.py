@@ -155,6 +155,11 @@ def test_folders_are_not_repeated_unasked(tmp_path, capsys):
     assert len(data.repeated(rows_of(folder, repeats_from_folders=True))) == 5
 
 
+def test_no_folder_is_named_so(tmp_path):
+    write_pictures(tmp_path, 2)
+    assert "holds no folder named like '10_sks dog'" in complaint(tmp_path, repeats_from_folders=True)
+
+
 def test_no_copy_of_a_held_out_picture_is_trained(tmp_path):
     rows = rows_of(kohya(tmp_path, **{"4_dog": 6}), repeats_from_folders=True)
     train, held = data.hold_out(rows, 0.34, seed=3)
@@ -210,6 +215,27 @@ def test_parquet_tables_that_cannot_be_used(tmp_path):
     assert "has no split 'train', only test" in complaint(tmp_path / "set", **options)
     write_parquet(tmp_path / "null" / "a.parquet", image=[None, b"x"], text=["x", "y"])
     assert "1 rows hold no picture: row 0" in complaint(tmp_path / "null", **options)
+
+
+def test_tables_that_are_not_read_are_said(tmp_path, capsys):
+    options = {"cache_dir": str(tmp_path / "cache")}
+    write_parquet(tmp_path / "set" / "train-a.parquet", image=[png_bytes(0)], text=["x"])
+    write_parquet(tmp_path / "set" / "b.parquet", image=[png_bytes(1)], text=["y"])
+    assert len(rows_of(tmp_path / "set", **options)) == 1
+    said = capsys.readouterr().err
+    assert f"not of its split 'train', and are not read: {tmp_path}/set/b.parquet" in said
+
+
+def test_a_caption_column_that_is_guessed_is_not_that_of_the_pictures(tmp_path, capsys):
+    write_parquet(tmp_path / "set" / "a.parquet", legend=["x"], image=[png_bytes(0)])
+    assert captions_of(rows_of(tmp_path / "set", cache_dir=str(tmp_path / "cache"))) == [["x"]]
+    assert "--caption_column is taken to be 'legend'" in capsys.readouterr().err
+
+
+def test_captions_of_a_source_that_are_lists_of_something_else(tmp_path):
+    write_parquet(tmp_path / "set" / "a.parquet", image=[png_bytes(0)], text=[[1, 2]])
+    path = config(tmp_path, {"path": str(tmp_path / "set")})
+    assert "holds no text" in complaint(None, config=path, cache_dir=str(tmp_path / "cache"))
 
 
 # --- tar shards ------------------------------------------------------------------------------------------------------

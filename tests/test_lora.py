@@ -111,7 +111,7 @@ def test_adafactor_moves_adapters_as_far_as_adamw_does(run_lora, tmp_path):
         run_lora(tmp_path / optimizer, "--learning_rate", "1e-4", "--optimizer", optimizer)
         weights = load_file(tmp_path / optimizer / "pytorch_lora_weights.safetensors")
         moved[optimizer] = max(weight.abs().max().item() for name, weight in weights.items() if ".lora_B." in name)
-    assert moved["adafactor"] == pytest.approx(moved["adamw"], rel=0.7)
+    assert 0.25 < moved["adafactor"] / moved["adamw"] < 4
 
 
 def test_layout_and_metadata(either, tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import tarfile
 import shutil
 import signal
 import threading
@@ -328,6 +329,13 @@ def test_two_processes_are_one(run, parquet, cache, tmp_path):
     run.on_two_processes(tmp_path / "two", *two)
     assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-6
     assert spools(cache[1]) == []
+
+
+def test_a_member_whose_name_is_not_utf8_is_read(tmp_path):
+    members = [("caf\xe9.png", png(0)), ("caf\xe9.txt", b"x"), ("1.png", png(1)), ("1.txt", b"y")]
+    write_tar(tmp_path / "set" / "a.tar", members, encoding="latin-1", format=tarfile.GNU_FORMAT)
+    rows = rows_of(tmp_path / "set", tmp_path / "cache")
+    assert sorted(rows.captions(index) for index in range(len(rows))) == [["x"], ["y"]]
 
 
 def spoilt(index, sample):

@@ -139,6 +139,7 @@ class Store:
 
     def is_damaged(self, path):
         """Whether a shard's content is not what was written."""
+        _open(path)
         try:
             with safe_open(path, framework="np") as file:
                 return _crc({name: file.get_tensor(name) for name in file.keys()}) != self.shards[path]["crc32"]  # noqa: SIM118
@@ -161,13 +162,22 @@ class Store:
                     path.unlink(missing_ok=True)
 
 
+def _open(path):
+    """Raises UserError for a file that is there and cannot be opened, which safetensors says is not there."""
+    try:
+        open(path, "rb").close()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({reason_of(error)})", exit_code=1, everywhere=False) from None
+
+
 def _header(path):
     """What a shard's header says about it, or None where it is not as it was written."""
+    _open(path)
     try:
         with safe_open(path, framework="np") as file:
             words = file.metadata()["about"]
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({reason_of(error)})", everywhere=False) from None
     except (OSError, SafetensorError, TypeError, KeyError):
         return None
     return json.loads(words) if hashlib.sha256(words.encode()).hexdigest()[:32] == path.stem else None

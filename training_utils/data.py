@@ -35,6 +35,7 @@ from .reporting import UserError, bar, reason_of, say, shortened, warn
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 OTHER_ENDINGS = {".heic", ".heif", ".jxl", ".psd", ".svg"}  # of pictures that Pillow does not read, or not well
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$")
+HIDDEN = (".", "__")  # how names begin that nobody sees: thumbnails, copies, what was deleted
 REPEATED = re.compile(r"([1-9]\d{0,2})_(.+)")  # 2024_photos is none
 TRANSPARENT_BECOMES = (255, 255, 255)  # what lies under transparent pixels is arbitrary; white is what viewers show
 FILTERS = {
@@ -115,7 +116,8 @@ class Rows:
 
     def name(self, index):
         """What to call a row in a message: its file where it has one."""
-        return self._name(index, self._cell(index))
+        cell = self.stored[int(self.numbers[index])]
+        return self._name(index, {"path": cell["path"].as_py()} if cell.is_valid else None)
 
     def _cell(self, index):
         return self._pictures[index]
@@ -142,16 +144,19 @@ class Rows:
         """(name, cell) of every row: what `open_picture` opens."""
         return ((self._name(index, cell), cell) for index, cell in enumerate(self._pictures))
 
-    def are_files(self):
-        """Whether every picture is a file by itself, whose header can be read without all the rest."""
-        return all(chunk.field("bytes").null_count == len(chunk) for chunk in self.stored.chunks)
+    def files(self):
+        """The indices of the rows whose picture is a file by itself, whose header can be read without all the rest."""
+        alone = [chunk.field("bytes").is_null().to_numpy(False) for chunk in self.stored.chunks]
+        return np.flatnonzero(np.concatenate([np.zeros(0, bool), *alone])[self.numbers])
 
     def pictures(self):
         """A number for the picture of each row, int64, shape (N,): rows that name the same file have the same one."""
-        if not self.are_files():
-            return np.arange(len(self))
-        paths = np.concatenate([chunk.field("path").to_numpy(False) for chunk in self.stored.chunks])
-        return np.unique(paths[self.numbers].astype(str), return_inverse=True)[1]
+        pictures, files = np.arange(len(self)), self.files()
+        if len(files):
+            paths = np.concatenate([chunk.field("path").to_numpy(False) for chunk in self.stored.chunks])
+            same = np.unique(paths[self.numbers[files]], return_inverse=True)[1]
+            pictures[files] = len(self) + same
+        return np.unique(pictures, return_inverse=True)[1]
 
     def without_picture(self):
         """The indices of the rows whose picture is null."""
@@ -289,6 +294,8 @@ def load_rows(
             raise UserError(f"{title} holds tables; --repeats_from_folders is for folders of pictures or shards")
         place = (str(folder), None) if dataset_name is None else (dataset_name, folder)
         dataset = _read_tables(title, *place, config_name, cache_dir)
+        if dataset_name is None:
+            _warn_of_other_tables(title, files, str(folder), config_name, cache_dir)
     else:
         folder = Path(folder)
         repeats = _Repeats(folder, files)
@@ -297,6 +304,8 @@ def load_rows(
         named, caption_column = read(folder, files, caption_column, findings, words_of)
         usable = _usable(named, findings)
         dataset = _dataset_of(usable, image_column, caption_column)
+        if repeats_from_folders and not repeats.folders:
+            raise UserError(f"{title} holds no folder named like '10_sks dog', which --repeats_from_folders is about")
         if repeats_from_folders:
             parts, origins = repeats.sources([place for place, _ in usable])
         elif repeats.folders:
@@ -305,7 +314,8 @@ def load_rows(
     columns = dataset.column_names
     image_column = column_of(columns, image_column, "image", 0, "--image_column")
     if caption_column is not None:
-        caption_column = column_of(columns, caption_column, "text", 1, "--caption_column")
+        others = [image_column, *(name for name in columns if name != image_column)]
+        caption_column = column_of(others, caption_column, "text", 1, "--caption_column")
     try:
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     except Exception:
@@ -326,8 +336,22 @@ def _read_tables(title, name, data_dir, config_name, cache_dir):
     try:
         splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir, data_dir=data_dir)
     except Exception as error:  # the library raises its own, the hub client's, pyarrow's and the system's errors
-        raise UserError(f"{title} cannot be loaded: {reason_of(error)}") from None
+        reason = reason_of(error.__cause__ or error)
+        if reason.startswith("Config name is missing"):
+            reason = f"{' '.join(str(error).split())}; --dataset_config_name picks one"
+        raise UserError(f"{title} cannot be loaded: {reason}") from None
     return train_of(title, splits)
+
+
+def _warn_of_other_tables(title, files, folder, config_name, cache_dir):
+    """Name the tables of a folder that the datasets library does not take for the split `train`."""
+    import datasets
+
+    read = datasets.load_dataset_builder(folder, config_name, cache_dir=cache_dir).config.data_files["train"]
+    read = {os.path.realpath(path) for path in read}
+    other = [path for path in files if os.path.realpath(path) not in read]
+    if other:
+        warn(f"{title} holds tables that are not of its split 'train', and are not read: {shortened(other)}")
 
 
 def train_of(title, splits):
@@ -350,16 +374,21 @@ def column_of(columns, name, default, place, flag):
 
 def files_of(folder):
     """What a folder holds: (sorted paths, "pictures", "shards" or "tables"). Raises UserError for none of them."""
-    kinds = {"pictures": [], "shards": [], "tables": [], "compressed": [], "others": []}
+    kinds = {"pictures": [], "shards": [], "tables": [], "compressed": [], "others": [], "broken": []}
     others = dict.fromkeys(OTHER_ENDINGS, "others") | {".tar": "shards", ".parquet": "tables"}
-    for path in sorted(folder.rglob("*")):
+    paths, failed = files_in(folder)
+    for path in paths:
         ending = path.suffix.lower()
         kind = "pictures" if ending in PICTURE_ENDINGS else others.get(ending)
         if COMPRESSED.search(path.name.lower()):
             kind = "compressed"
-        if kind and path.name != "metadata.parquet" and not _is_hidden(path, folder) and os.path.isfile(path):
-            kinds[kind].append(path)
-    compressed, unread = kinds.pop("compressed"), kinds.pop("others")
+        if kind and path.name != "metadata.parquet":
+            kinds[kind if os.path.isfile(path) else "broken"].append(path)
+    compressed, unread, broken = (kinds.pop(kind) for kind in ("compressed", "others", "broken"))
+    for error in failed:
+        warn(f"{error.filename} cannot be read ({error.strerror}) and is passed over")
+    if broken:
+        warn(f"links that lead nowhere are passed over: {shortened(broken)}")
     if unread:
         endings = ", ".join(sorted({path.suffix.lower() for path in unread}))
         warn(f"pictures of a kind that is not read ({endings}) are passed over: {shortened(unread)}; make them PNG")
@@ -386,9 +415,18 @@ def files_of(folder):
     return kinds[present[0]], present[0]
 
 
-def _is_hidden(path, folder):
-    """Whether a file is one that nobody sees: editors and systems leave thumbnails, copies and what was deleted."""
-    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+def files_in(folder):
+    """The files in a folder and in those inside it, sorted, but for hidden ones; links to folders are followed, into
+    each folder once. Returns (paths, errors of folders that cannot be read)."""
+    seen, found, failed = set(), [], []
+    for place, inside, names in os.walk(folder, onerror=failed.append, followlinks=True):
+        if os.path.realpath(place) in seen:
+            inside.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        inside[:] = sorted(name for name in inside if not name.startswith(HIDDEN))
+        found += [Path(place, name) for name in names if not name.startswith(HIDDEN)]
+    return sorted(found), failed
 
 
 def _read_shards(folder, found, caption_column, findings, words_of=None):
@@ -486,8 +524,9 @@ def _read_captions(folder, found, caption_column, findings, words_of=None):
     `caption_column` None the captions are empty, and without metadata all pictures are named. What is malformed is
     added to the findings."""
     named, malformed = [], findings.malformed
-    tables = [table for ending in ("jsonl", "csv", "parquet") for table in sorted(folder.rglob(f"metadata.{ending}"))]
-    tables = [table for table in tables if not _is_hidden(table, folder)]
+    names = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]
+    tables = [path for path in files_in(folder)[0] if path.name in names]
+    tables.sort(key=lambda table: names.index(table.name))
     for place in sorted({table.parent for table in tables}):
         beside = [table.name for table in tables if table.parent == place]
         if len(beside) > 1:
@@ -516,7 +555,7 @@ def _read_captions(folder, found, caption_column, findings, words_of=None):
         return [(os.path.realpath(path), "") for path in found]
     for path in found:
         place = os.path.realpath(path)
-        texts = [text for text in map(path.with_suffix, (".txt", ".caption")) if text.is_file()]
+        texts = [text for text in map(path.with_suffix, (".txt", ".caption")) if os.path.isfile(text)]
         if texts:
             content = _read_text(texts[0], malformed)
             if content is not None:
@@ -524,7 +563,7 @@ def _read_captions(folder, found, caption_column, findings, words_of=None):
         elif words_of and words_of(place) is not None:
             named.append((place, words_of(place)))
     if not named and not malformed:
-        named_so = next((path for path in found if path.with_name(f"{path.name}.txt").is_file()), None)
+        named_so = next((path for path in found if os.path.isfile(f"{path}.txt")), None)
         repeated = any(REPEATED.fullmatch(name) for path in found for name in path.relative_to(folder).parts[:-1])
         if named_so:
             advice = (
@@ -544,7 +583,7 @@ def _read_captions(folder, found, caption_column, findings, words_of=None):
 
 def _place(folder, name):
     try:
-        if "\\" in name and not (folder / name).exists():  # written on Windows
+        if "\\" in name and not os.path.exists(folder / name):  # written on Windows
             name = name.replace("\\", "/")
         return os.path.realpath(folder / name)
     except ValueError:  # a zero byte or half a character, which no file's name can hold
@@ -569,7 +608,7 @@ def _read_table(path, malformed):
         return
     text = _read_text(path, malformed) or ""
     if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             header = reader.fieldnames or []
             if header and "file_name" not in header:
@@ -585,7 +624,7 @@ def _read_table(path, malformed):
                 else:
                     yield reader.line_num, row
         except csv.Error as error:
-            malformed.append(f"{path} line {reader.line_num} is not CSV: {error}")
+            malformed.append(f"{path} is not CSV after line {reader.line_num}: {error}")
         return
     for line, content in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028
         if content.strip():
@@ -640,10 +679,10 @@ def header_problems(rows):
     Pictures that lie inside a table are not opened: reading all of them would take as long as decoding them.
     """
     problems = {int(at): Problem("no picture", rows.name(int(at))) for at in rows.without_picture()}
-    if rows.are_files():
-        for index, problem in enumerate(read_ahead(_header_problem, rows.cells(), _threads())):
-            if problem:
-                problems.setdefault(index, problem)
+    files = rows.files()
+    for index, problem in zip(files, read_ahead(_header_problem, rows.select(files).cells(), _threads())):
+        if problem:
+            problems.setdefault(int(index), problem)
     return problems
 
 

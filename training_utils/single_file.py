@@ -32,6 +32,8 @@ def folder_of(path, pipeline_class, config=None, cache_dir=None):
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # of several processes one converts, and the others find it
             if not folder.exists():
+                for left in root.glob(f"unfinished-{folder.name}-*"):  # by a kill
+                    shutil.rmtree(left, ignore_errors=True)
                 say(f"converting {path}, once, into {folder}")
                 _convert(path, pipeline_class, config, cache_dir, folder)
     except OSError as error:
@@ -62,7 +64,7 @@ def _settings(config):
 def _convert(path, pipeline_class, config, cache_dir, folder):
     from safetensors import SafetensorError, safe_open
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as place:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"unfinished-{folder.name}-") as place:
         copy = None
         if config:  # without its weights: where the file lacks a part, diffusers would take that from there
             copy = os.path.join(place, "settings")

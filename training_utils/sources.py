@@ -136,7 +136,7 @@ def _combined(parts):
 def _captions(rows, prefix):
     """The captions of rows behind a prefix. Raises UserError, as no table can hold them, where they are no text."""
     texts = list(rows.dataset[rows.caption_column])
-    if not all(text is None or isinstance(text, (str, list)) for text in texts):
+    if not all(isinstance(one, str | None) for text in texts for one in (text if isinstance(text, list) else [text])):
         raise UserError(f"--caption_column {rows.caption_column} holds no text in {rows.root or 'a data set'}")
 
     def behind(text):

@@ -164,8 +164,8 @@ class Rows(data.Rows):
         """What `cells` has met in the caption column."""
         return self.looked_at
 
-    def are_files(self):
-        return False
+    def files(self):
+        return np.zeros(0, dtype=np.int64)
 
     def without_picture(self):
         """None is known of before its turn comes."""
@@ -583,7 +583,7 @@ def _fetch_of_shard(caption_column, file, chunk):
         pictures = [picture for picture in pictures if picture[1] in texts or picture[1] in lacking]
         captions = [json.dumps([texts[stem]] if stem in texts else lacking[stem]) for _, stem, _ in pictures]
     contents = pyarrow.array([picture for _, _, picture in pictures], pyarrow.large_binary())
-    return contents, captions, [name for name, _, _ in pictures]
+    return contents, captions, [name.encode(errors="backslashreplace").decode() for name, _, _ in pictures]
 
 
 # --- parquet tables --------------------------------------------------------------------------------------------------
@@ -739,7 +739,8 @@ def _columns(file, image_column, caption_column):
     schema = _footer(file).schema.to_arrow_schema()
     image_column = data.column_of(schema.names, image_column, "image", 0, "--image_column")
     if caption_column is not None:
-        caption_column = data.column_of(schema.names, caption_column, "text", 1, "--caption_column")
+        others = [image_column, *(name for name in schema.names if name != image_column)]
+        caption_column = data.column_of(others, caption_column, "text", 1, "--caption_column")
     kind = schema.field(image_column).type
     if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
