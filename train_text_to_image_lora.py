@@ -268,7 +268,7 @@ def main(argv=None):
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
         prepare = Prepare(args, tokenizer, latents, schedule.config.num_train_timesteps, len(held_out_rows))
-        held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
+        held_out = data.Samples(held_out_rows, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []

@@ -316,7 +316,7 @@ def main(argv=None):
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
     if held_out_rows is not None:
         prepare = Prepare(args, tokenizers, latents, None, timesteps, len(held_out_rows))
-        held_out = data.Samples(held_out_rows, prepare, state.seed, args.on_bad_sample)
+        held_out = data.Samples(held_out_rows, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []

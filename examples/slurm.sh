@@ -36,7 +36,9 @@ if [[ $1 == *flax* ]]; then
     launch=(bash -c 'JAX_PROCESS_ID=$SLURM_NODEID exec python "$@"' --)
 elif ((processes == 1)); then
     # Without a launcher: accelerate's ends at SIGTERM before the script has, and Slurm then kills what is left.
-    launch=(python)
+    launch=(python "$1")
+    [[ -n ${ACCELERATE_CONFIG:-} ]] || launch+=(--mixed_precision "${PRECISION:-bf16}")
+    shift
 else
     launch=(accelerate launch)
     if [[ -n ${ACCELERATE_CONFIG:-} ]]; then

@@ -4,6 +4,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +198,17 @@ def test_what_was_trained_before_a_bad_picture_is_kept(run, pictures, tmp_path, 
     run(tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")
     run(tmp_path / "whole", *flags)
     assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
+
+
+def test_a_held_out_picture_ends_no_run(run, tmp_path, capsys):
+    """It is met at the first look, when there is training to lose."""
+    write_pictures(tmp_path / "set", 10)
+    flags = ["--train_data_dir", tmp_path / "set", "--validation_split", "0.2", "--validation_steps", "2"]
+    _, held_out = data.hold_out(data.load_rows(folder=tmp_path / "set"), 0.2, seed=7)
+    cut_off(Path(held_out.name(0)))
+    assert run(tmp_path / "out", *flags) == 0
+    said = capsys.readouterr().err
+    assert "val_loss" in said and f"{held_out.name(0)} cannot be read as a picture" in said
 
 
 def test_held_out_pictures_are_skipped_too(run, partly_damaged, tmp_path, capsys):

@@ -4,6 +4,9 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,51 @@ def test_round_trip(tmp_path):
     folder = save(tmp_path, 5)
     assert checkpoints.damage(folder) is None
     assert checkpoints.start(tmp_path, "latest", None) == (folder, state(5))
+
+
+def test_a_clock_that_goes_back_makes_no_old_one_of_the_newest(tmp_path, monkeypatch):
+    save(tmp_path, 5, limit=1)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 600)
+    for step in (6, 7):
+        save(tmp_path, step, limit=1)
+        assert (
+            names(tmp_path) == [f"checkpoint-{step}"]
+            and checkpoints.find(tmp_path, "latest").name == names(tmp_path)[0]
+        )
+
+
+def test_a_folder_that_is_gone_costs_the_checkpoint_alone(tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "unmounted" / "out")
+    assert save(tmp_path / "out", 5) is None
+    assert "could not be written" in capsys.readouterr().err
+
+
+def test_latest_passes_over_a_checkpoint_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    older = save(tmp_path, 5)
+    newer = save(tmp_path, 6)
+    real = checkpoints._digests
+
+    def refuse(paths):
+        if paths[0].is_relative_to(newer):
+            raise OSError(5, "Input/output error")
+        return real(paths)
+
+    monkeypatch.setattr(checkpoints, "_digests", refuse)
+    assert checkpoints.find(tmp_path, "latest") == older
+    assert "it cannot be read ([Errno 5] Input/output error)" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    words = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from training_utils import checkpoints\n"
+    words += f"checkpoints.claim({str(tmp_path)!r}); print('mine', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", words], stdin=-1, stdout=-1) as other:
+        assert other.stdout.readline() == b"mine\n"
+        with pytest.raises(UserError, match="another run is writing into --output_dir"):
+            checkpoints.start(tmp_path, None, 1)
+        other.kill()
+    checkpoints.start(tmp_path, None, 1)  # at once, after a SIGKILL
+    checkpoints.let_go()
 
 
 def test_oldest_go_once_the_new_one_stands(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,17 @@ def test_kohya_layout_is_the_one_that_webui_reads(run_lora, run_lora_sdxl, tmp_p
         with safe_open(tmp_path / name / "pytorch_lora_weights_kohya.safetensors", "pt") as file:
             about = {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "6.0"}
             assert file.metadata() == {"format": "pt", "ss_base_model_version": "tiny"} | about
+
+
+def test_adapters_beside_their_base_leave_it_as_it_was(run_lora, tmp_path):
+    shutil.copytree(run_lora.base, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "README.md").write_text("of the base")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    beside = ["--pretrained_model_name_or_path", tmp_path]
+    with pytest.raises(SystemExit):
+        run_lora(tmp_path, *beside, "--prediction_type", "v_prediction")
+    run_lora(tmp_path, *beside)
+    assert (tmp_path / lora.FILE).exists() and all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_what_an_earlier_run_left_beside_the_adapters_goes(run_lora, tmp_path):

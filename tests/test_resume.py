@@ -4,10 +4,13 @@ import os
 import re
 import shutil
 import signal
+import time
 
 import pytest
 from conftest import EACH, RUNNERS, logged, relative_difference, result_bytes
 from processes import launcher, wait_for
+
+from training_utils import interruption
 
 SETTINGS = {
     "plain": [],
@@ -193,7 +196,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(run, tmp_pa
 
 def test_a_stop_that_cannot_be_saved_is_a_failure(run, tmp_path, monkeypatch):
     """Then there is nothing to continue from, and the exit code is not that of a good stop."""
-    from training_utils import engine, interruption
+    from training_utils import engine
 
     monkeypatch.setattr(interruption.Interruption, "signal", lambda self: signal.SIGTERM)
 
@@ -208,8 +211,6 @@ def test_a_stop_that_cannot_be_saved_is_a_failure(run, tmp_path, monkeypatch):
 def test_fp16_overflows_end_and_obey_signals(run, tmp_path, monkeypatch):
     """An update that overflowed counts neither as a step nor for the schedule; fifty in a row end the run."""
     from accelerate import Accelerator
-
-    from training_utils import interruption
 
     seen = []
 
@@ -259,6 +260,31 @@ def test_a_single_process_follows_its_launcher(run, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)  # until the last process that holds its output has ended
     assert "stopped after update" in said, said
+
+
+def test_the_end_of_the_launcher_is_no_second_request(monkeypatch):
+    """Ctrl-C kills it too, and Python may hear of that only after a long call into C."""
+    monkeypatch.setattr(interruption, "SAME_REQUEST", 0.0)
+    for first in (signal.SIGINT, interruption.ORPHANED):
+        with interruption.Interruption(lambda number: number) as noted:
+            signal.raise_signal(first)
+            time.sleep(0.01)
+            signal.raise_signal(interruption.ORPHANED)
+            assert noted.signal() == (signal.SIGINT if first == signal.SIGINT else signal.SIGTERM)
+
+
+@pytest.mark.parametrize("how", ["stopped", "left alone"])
+def test_a_reader_of_its_messages_that_goes_away_ends_no_run(run, tmp_path, how):
+    """`2>&1 | tee log` and Ctrl-C, which ends tee first."""
+    out = tmp_path / "out"
+    words = ["--max_train_steps", "3000" if how == "stopped" else "100", "--checkpointing_steps", "20"]
+    process = run.start(out, *words)
+    wait_for([process], out / "checkpoint-20")
+    process.stdout.close()
+    if how == "stopped":
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == (130 if how == "stopped" else 0)
+    assert len(list(out.glob("checkpoint-*"))) >= (1 if how == "stopped" else 3)
 
 
 def test_one_process_two_and_accumulation_agree(run, tmp_path):

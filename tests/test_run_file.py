@@ -66,6 +66,14 @@ def test_either_name_of_the_dropout_wins_over_both_of_the_file(tmp_path, name, v
     assert parsed(tmp_path, text, f"--{name}", str(value), script=train_text_to_image_sdxl).caption_dropout == value
 
 
+def test_epochs_on_the_command_line_win_over_updates_of_the_file(tmp_path):
+    text = f"{MODEL}max_train_steps: 6\nvalidation_steps: 3\n"
+    args = parsed(tmp_path, text, "--num_train_epochs", "50", "--validation_epochs", "2")
+    assert args.max_train_steps is None and args.validation_steps is None
+    assert parsed(tmp_path, text).max_train_steps == 6
+    assert parsed(tmp_path, text, "--num_train_epochs", "50", "--max_train_steps", "9").max_train_steps == 9
+
+
 def test_a_config_can_ask_for_a_look_at_the_data(tmp_path):
     assert parsed(tmp_path, f"train_data_dir: {ROOT}\ncheck_data: true\n").check_data
 
@@ -157,7 +165,9 @@ WORDS = [
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
-    st.one_of(st.sampled_from(WORDS), TEXTS), st.floats(0, allow_nan=False), st.lists(TEXTS, min_size=1, max_size=3)
+    st.one_of(st.sampled_from(WORDS), TEXTS),
+    st.floats(0, allow_nan=False, allow_infinity=False),
+    st.lists(TEXTS, min_size=1, max_size=3),
 )
 def test_any_value_is_read_as_it_was_written(text, number, prompts):
     """By this suite, and by every other reader of YAML."""

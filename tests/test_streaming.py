@@ -7,9 +7,9 @@ import json
 import os
 import pickle
 import re
-import tarfile
 import shutil
 import signal
+import tarfile
 import threading
 import time
 from pathlib import Path

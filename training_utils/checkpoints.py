@@ -6,6 +6,7 @@ nothing that could be taken for a checkpoint and is not. The manifest (manifest.
 settings that shape the result, library versions, and the size and SHA-256 of every file.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -93,8 +94,10 @@ def save(root, state, write, about, limit=None, main=True, any_of=lambda failed:
     for action in (prepare, lambda: write(partial), publish):
         attempt(action)
     if failure is not None:
-        free = shutil.disk_usage(root).free
-        full = f"; its disk has {free / 2**20:,.0f} MiB left" if free < 2**30 else ""
+        full = ""
+        with suppress(OSError):  # there is no such folder, on another machine or behind a broken link
+            free = shutil.disk_usage(root).free
+            full = f"; its disk has {free / 2**20:,.0f} MiB left" if free < 2**30 else ""
         warn(f"{final} could not be written ({failure}{full}); earlier checkpoints stand")
         if main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -151,7 +154,7 @@ def _seal(folder, state, about):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
-        "written": time.time(),
+        "written": max([time.time(), *(_written(other) + 0.001 for other in listed(folder.parent))]),  # clocks go back
         "state": asdict(state),
         **about,
         "libraries": versions(),
@@ -262,16 +265,19 @@ def damage(folder, contents=True):
         return _damage_of_foreign(folder)
     if manifest.get("format") != FORMAT or manifest.get("sha256") != _digest_of(manifest):
         return f"{MANIFEST} is damaged or of another version"
-    for name, fact in manifest["files"].items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if (folder / name).stat().st_size != fact["size"]:
-            return f"{name} has {(folder / name).stat().st_size} bytes instead of {fact['size']}"
-    if contents:
-        names = list(manifest["files"])
-        for name, found in zip(names, _digests([folder / name for name in names]), strict=True):
-            if found != manifest["files"][name]:
-                return f"{name} does not have the content that was written"
+    try:
+        for name, fact in manifest["files"].items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (folder / name).stat().st_size != fact["size"]:
+                return f"{name} has {(folder / name).stat().st_size} bytes instead of {fact['size']}"
+        if contents:
+            names = list(manifest["files"])
+            for name, found in zip(names, _digests([folder / name for name in names]), strict=True):
+                if found != manifest["files"][name]:
+                    return f"{name} does not have the content that was written"
+    except OSError as error:
+        return f"it cannot be read ({reason_of(error)})"
     return None
 
 
@@ -321,7 +327,8 @@ def find(root, wanted):
         stand = listed(root)
         if stand:
             warn(
-                f"{root} holds {stand[0].name} of an earlier run; this one starts anew and replaces what it reaches. "
+                f"{root} holds {stand[0].name} of an earlier run; this one starts anew, replaces what it reaches and, "
+                "with --checkpoints_total_limit, removes what is older. "
                 "To continue the earlier one, stop and add --resume_from_checkpoint latest"
             )
         return None
@@ -348,6 +355,28 @@ def find(root, wanted):
     raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {root} holds {have}")
 
 
+_claimed = []  # the descriptor of the output folder, whose lock keeps other runs out
+
+
+def claim(root):
+    """Keep other runs out of an output folder until `let_go`, or the end of this process. Raises UserError where one
+    is at work there."""
+    let_go()
+    _claimed.append(os.open(root, os.O_RDONLY))
+    try:
+        fcntl.flock(_claimed[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing into --output_dir {root}; give this one another folder") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def let_go():
+    """Let other runs have the output folder. A forked process calls it too, else the lock would last as long as it."""
+    while _claimed:
+        os.close(_claimed.pop())
+
+
 def start(root, wanted, seed, otherwise=None, writes=True):
     """Where a run begins: (checkpoint folder or None, RunState). `wanted` as in `find`; `seed` None takes the
     checkpoint's; without one it is `otherwise`, or, where that is None too, drawn and printed. A run that never
@@ -358,6 +387,7 @@ def start(root, wanted, seed, otherwise=None, writes=True):
             tempfile.TemporaryFile(dir=root).close()
         except OSError as error:
             raise UserError(f"--output_dir {root} cannot be written to: {error.strerror}") from None
+        claim(root)
         clear_left_overs(root)
     folder = find(root, wanted)
     manifest = read_manifest(folder) if folder else None

@@ -179,6 +179,7 @@ def finish(accelerator):
     for ever; `reporting.run` ends the process without either.
     """
     tell_trackers(accelerator.trackers, lambda tracker: tracker.finish())
+    checkpoints.let_go()
 
 
 def fetch_mean(accelerator, scalars):
@@ -570,6 +571,7 @@ def _as_worker(_):
     # A signal to the process group reaches the workers too, which must go on reading until the run has stopped.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    checkpoints.let_go()
 
 
 def _collate(samples):

@@ -33,7 +33,7 @@ def _bounded(convert, low, high, what):
             value = convert(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        if not low <= value <= high:  # also refuses nan
+        if not low <= value <= high or value == float("inf"):  # also refuses nan
             bounds = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"must be {what} {bounds}, not {text}")
         return value
@@ -441,9 +441,9 @@ def parse(argv, description, groups, defaults=None):
     known = {flag.name: flag for _, flags in groups for flag in flags}
     if "config" in given:
         filed = _from_file(parser, given["config"], known, build(description, groups, exit_on_error=False))
-        if not given.keys().isdisjoint(DROPOUTS):  # one of the command line wins over both of the file
-            filed = {name: value for name, value in filed.items() if name not in DROPOUTS}
-        given = filed | given
+        beaten = set() if given.keys().isdisjoint(DROPOUTS) else DROPOUTS  # by either name on the command line
+        beaten |= {steps for epochs, steps in EPOCHS.items() if epochs in given}
+        given = {name: value for name, value in filed.items() if name not in beaten} | given
     missing = [f"--{name}" for name, flag in known.items() if flag.required and name not in given]
     if missing and not given.get("check_data"):  # which looks at no model
         parser.error(f"the following arguments are required: {', '.join(missing)}")
@@ -591,6 +591,7 @@ def _notices(args, changed):
     return notices
 
 
+EPOCHS = {"num_train_epochs": "max_train_steps", "validation_epochs": "validation_steps"}  # the latter wins
 DROPOUTS = {"caption_dropout", "proportion_empty_prompts"}  # two names of one setting
 
 
@@ -674,7 +675,7 @@ def _folder_problem(args):
     if args.output_dir and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         return f"--output_dir {args.output_dir} is a file"
     read = {"train_data_dir"}
-    if "rank" not in vars(args):  # adapters may lie beside the model that they are for
+    if "rank" not in vars(args) or schedule_changes(args):  # adapters may lie beside their model, a sampler may not
         read |= {name for name in vars(args) if name.endswith("model_name_or_path")}
     for name in sorted(name for name in read if args.output_dir and get(name)):
         if os.path.realpath(get(name)) == os.path.realpath(args.output_dir):
@@ -900,8 +901,7 @@ def drawing(args):
 
 def schedule_changes(args):
     """What the flags change in the configuration of the base model's scheduler, a dict."""
-    changes = {"prediction_type": args.prediction_type, "rescale_betas_zero_snr": args.rescale_betas_zero_snr}
-    return {name: value for name, value in changes.items() if value}
+    return {name: value for name in ("prediction_type", "rescale_betas_zero_snr") if (value := vars(args).get(name))}
 
 
 def data_source(args):

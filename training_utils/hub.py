@@ -186,6 +186,8 @@ def write_card(folder, repository, *, base_model, data, tags, facts, usage, pict
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    if os.path.realpath(base_model) == os.path.realpath(folder):  # adapters beside their model, which has its own
+        return
     licence = base_licence(base_model, token) if repository else None
     pictures = [pair for pair in pictures if (Path(folder) / pair[0]).exists()]  # else the disk was full
     examples = [

@@ -7,17 +7,18 @@ import sys
 import time
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ORPHANED = signal.SIGUSR1  # what this process is sent when its launcher dies
 SAME_REQUEST = 2.0  # seconds; a queue signals the launcher and its processes, and the launcher passes its signal on
 PR_SET_PDEATHSIG = 1
 
 
 def follow_launcher():
-    """Let this process be sent SIGTERM when the launcher that started it dies (Linux).
+    """Let this process be sent ORPHANED when the launcher that started it dies (Linux).
 
     `accelerate launch` of a single process ends at once on SIGTERM and leaves the process that trains running.
     """
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ORPHANED)
 
 
 class Interruption:
@@ -32,6 +33,9 @@ class Interruption:
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # Ctrl-C kills the launcher too, which is no second request, however late it is heard of: Python runs a handler
+        # only when a call into C, such as the writing of a checkpoint, has returned.
+        self.before[ORPHANED] = signal.signal(ORPHANED, lambda *_: self.noted or self._note(signal.SIGTERM, None))
         return self
 
     def __exit__(self, *_):

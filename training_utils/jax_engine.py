@@ -33,7 +33,7 @@ from safetensors.numpy import load_file, save_file
 from flax_diffusion import FlaxStableDiffusionPipeline, ModelError, schedulers, weights
 from flax_diffusion.pipeline import LATENTS, fetch
 
-from . import cache, data, dry_run, hub, metrics
+from . import cache, checkpoints, data, dry_run, hub, metrics
 from .reporting import UserError, cut_short, reason_of, tell_trackers, warn
 
 AXIS = "batch"
@@ -804,6 +804,7 @@ def finish(trackers):
     A process that fails does not come here, and `reporting.run` ends it at once: at this point it would wait in vain.
     """
     tell_trackers(trackers, lambda tracker: tracker.finish())
+    checkpoints.let_go()
     if jax.process_count() > 1:
         jax.distributed.shutdown()
 

@@ -88,6 +88,28 @@ class _Lines:
         return getattr(sys.stderr, name)
 
 
+class _Heard:
+    """Standard error whose reader may go away, as `tee` does at Ctrl-C: what is written then is lost, and no more."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self._attempt(self.stream.write, text)
+
+    def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, action, *words):
+        try:
+            return action(*words)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def reason_of(error):
     """An exception as one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -100,6 +122,7 @@ def run(main):
     """
     argv = sys.argv[1:]
     sys.argv[1:] = without_secrets(argv)
+    sys.stderr = _Heard(sys.stderr)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as libraries.prepare has left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     follow_launcher()
@@ -180,6 +203,11 @@ def _diagnosis(error):
         return (
             f"out of device memory ({reason}); lower --train_batch_size, or try --gradient_checkpointing or "
             "--mixed_precision bf16"
+        )
+    if "DataLoader worker" in str(error):
+        return (
+            f"a data worker was killed ({reason}), often for want of memory or, in a container, of /dev/shm (docker "
+            "run --ipc=host); lower --dataloader_num_workers, and continue with --resume_from_checkpoint latest"
         )
     if os.environ.get("WORLD_SIZE", "1") != "1" and (kind.startswith("Dist") or "gloo" in str(error).lower()):
         rank = os.environ.get("RANK", "?")
