@@ -117,7 +117,7 @@ def test_what_an_earlier_run_left_beside_the_adapters_goes(run_lora, tmp_path):
 
 
 def test_adafactor_moves_adapters_as_far_as_adamw_does(run_lora, tmp_path):
-    """A rate in proportion to the weights would be a thousandth of --learning_rate where they begin at zero."""
+    """With a rate in proportion to the weights it would be by a thousandth, since they begin at zero."""
     moved = {}
     for optimizer in ("adamw", "adafactor"):
         run_lora(tmp_path / optimizer, "--learning_rate", "1e-4", "--optimizer", optimizer)

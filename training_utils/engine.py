@@ -421,18 +421,9 @@ def enable_xformers(model):
 
 
 def make_optimizer(
-    parameters,
-    name,
-    learning_rate,
-    betas,
-    weight_decay,
-    epsilon,
-    adapters=False,
-    loss_scaling=False,
-    rounding_seed=None,
+    parameters, name, learning_rate, betas, weight_decay, epsilon, loss_scaling=False, rounding_seed=None
 ):
-    """An optimizer by its name in `--optimizer`, of `adapters` or of whole networks; `loss_scaling` says that fp16
-    gradients will be scaled.
+    """An optimizer by its name in `--optimizer`; `loss_scaling` says that fp16 gradients will be scaled.
 
     With `rounding_seed` the weights may be bfloat16, as optimizers.StochasticRounding says.
     """
@@ -440,8 +431,9 @@ def make_optimizer(
     if name == "adafactor":
         cls = torch.optim.Adafactor
         options["foreach"] = False  # torch's choice on a GPU, which holds several times the weights for a moment
-        if adapters:  # which begin at zero: a rate in proportion to a weight's RMS would hardly move them
-            options["eps"] = (None, 1.0)
+        # The rate as it is: in proportion to a weight's RMS it would be a few hundredths of it, and of adapters, which
+        # begin at zero, a thousandth.
+        options["eps"] = (None, 1.0)
     else:
         options |= {"betas": betas, "eps": epsilon}
     if name == "adamw":

@@ -874,7 +874,6 @@ def optimizer(args, window):
         "betas": (args.adam_beta1, args.adam_beta2),
         "weight_decay": args.adam_weight_decay,
         "epsilon": args.adam_epsilon,
-        "adapters": "rank" in vars(args),
     }
 
 
