@@ -55,6 +55,10 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take seconds.
     flags.hide_secrets(parse_args())
 
+from training_utils import libraries  # noqa: E402
+
+libraries.begin()
+
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 

@@ -37,6 +37,7 @@ if __name__ == "__main__":
 
 from training_utils import libraries  # noqa: E402
 
+libraries.begin()
 libraries.prepare()
 
 from functools import partial  # noqa: E402

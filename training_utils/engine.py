@@ -431,8 +431,8 @@ def make_optimizer(
     if name == "adafactor":
         cls = torch.optim.Adafactor
         options["foreach"] = False  # torch's choice on a GPU, which holds several times the weights for a moment
-        # The rate as it is: in proportion to a weight's RMS it would be a few hundredths of it, and of adapters, which
-        # begin at zero, a thousandth.
+        # The rate as it is: by default torch takes it in proportion to a weight's RMS, which for adapters,
+        # zero at first, is a thousandth of it.
         options["eps"] = (None, 1.0)
     else:
         options |= {"betas": betas, "eps": epsilon}

@@ -10,6 +10,16 @@ from . import launch
 from .reporting import first_process
 
 
+def begin():
+    """Say that libraries are loaded, for a script that was started from a terminal, and have Ctrl-C end it quietly."""
+    if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name.startswith("train_text_to_image"):
+        if sys.stderr.isatty() and first_process():
+            print("loading libraries …", file=sys.stderr)  # for ten seconds nothing else is said
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            # Ctrl-C ends the imports without their stack trace; `reporting.run` takes it back.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def prepare():
     """Leave out what training never uses, and keep the terminal for what concerns the user.
 
@@ -19,12 +29,6 @@ def prepare():
     transformers reports at each import that torchvision, which nothing here needs, is not installed. Call it before
     anything else of the two is imported.
     """
-    if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name.startswith("train_text_to_image"):
-        if sys.stderr.isatty() and first_process():
-            print("loading libraries …", file=sys.stderr)  # for ten seconds nothing else is said
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-            # Ctrl-C ends the imports without their stack trace; `reporting.run` takes it back.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not launch.uses_deepspeed():  # accelerate imports it wherever it is installed: two seconds, and warnings
         sys.modules.setdefault("deepspeed", None)
 
