@@ -557,3 +557,18 @@ def test_killed_six_times_and_equal_to_the_bit(each, tmp_path):
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert result_bytes(out) == result_bytes(tmp_path / "whole")
+
+
+def test_a_killed_data_worker_is_a_sentence(run, tmp_path):
+    """As the system does it for want of memory."""
+    out = tmp_path / "out"
+    flags = ["--max_train_steps", "100000", "--dataloader_num_workers", "1", "--checkpointing_steps", "20"]
+    process = run.start(out, *flags)
+    wait_for([process], out / "checkpoint-20")
+    threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = [int(pid) for path in threads for pid in path.read_text().split()]
+    names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers}
+    (worker,) = [pid for pid, name in names.items() if b"train_text_to_image" in name]
+    os.kill(worker, signal.SIGKILL)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "a data worker was killed" in said and "Traceback" not in said, said

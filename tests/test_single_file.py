@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Runner, result_bytes
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from training_utils import single_file
@@ -123,6 +124,18 @@ def test_one_file_trains_as_its_folder(run, sd, one_file, tmp_path, monkeypatch)
     assert len([path for path in kept if path.is_dir()]) == 1
     monkeypatch.setattr(single_file, "_convert", None)  # a second run finds it
     run(tmp_path / "again", *flags, *cache, "--max_train_steps", "1")
+
+
+def test_what_a_killed_conversion_left_goes(sd, one_file, tmp_path, monkeypatch):
+    def killed(path, cls, config, cache_dir, folder):
+        (folder.parent / f"unfinished-{folder.name}-x").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(single_file, "_convert", killed)
+        single_file.folder_of(one_file, StableDiffusionPipeline, sd, tmp_path)
+    single_file.folder_of(one_file, StableDiffusionPipeline, sd, tmp_path)
+    assert not list(tmp_path.rglob("unfinished-*"))
 
 
 def test_so_does_one_of_sdxl(sdxl, pictures, tmp_path):
