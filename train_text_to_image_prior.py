@@ -379,12 +379,8 @@ def main(argv=None):
                 with frozen.visiting(kandinsky.networks(decoder), accelerator.device):
 
                     def draw(at, noise):
-                        return kandinsky.picture(
-                            decoder,
-                            kandinsky.embeddings(pipeline, prompts[at], noise, *drawing),
-                            noise,
-                            args.resolution,
-                            *drawing,
+                        return kandinsky.prompt_picture(
+                            pipeline, decoder, prompts[at], noise, args.resolution, *drawing
                         )
 
                     grids[:] = [validation.show_pictures(accelerator, draw, prompts, state, args.output_dir)]

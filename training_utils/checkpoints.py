@@ -154,7 +154,8 @@ def _seal(folder, state, about):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
-        "written": max([time.time(), *(_written(other) + 0.001 for other in listed(folder.parent))]),  # clocks go back
+        # After the newest one that stands: a clock may have gone back since.
+        "written": max([time.time(), *(_written(newest) + 0.001 for newest in listed(folder.parent)[:1])]),
         "state": asdict(state),
         **about,
         "libraries": versions(),

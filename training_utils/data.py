@@ -312,10 +312,7 @@ def load_rows(
             name = next(iter(repeats.folders.values()))
             warn(f"folders named like '{name}' are not repeated; with --repeats_from_folders they are")
     columns = dataset.column_names
-    image_column = column_of(columns, image_column, "image", 0, "--image_column")
-    if caption_column is not None:
-        others = [image_column, *(name for name in columns if name != image_column)]
-        caption_column = column_of(others, caption_column, "text", 1, "--caption_column")
+    image_column, caption_column = columns_of(columns, image_column, caption_column)
     try:
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     except Exception:
@@ -359,6 +356,16 @@ def train_of(title, splits):
     if "train" not in splits:
         raise UserError(f"{title} has no split 'train', only {', '.join(map(str, splits)) or 'none'}")
     return splits["train"]
+
+
+def columns_of(columns, image_column, caption_column):
+    """The columns of the pictures and of the captions among those of a table, as `column_of` finds them; the second is
+    None where `caption_column` is. Raises UserError."""
+    image_column = column_of(columns, image_column, "image", 0, "--image_column")
+    if caption_column is not None:
+        columns = [image_column, *(name for name in columns if name != image_column)]
+        caption_column = column_of(columns, caption_column, "text", 1, "--caption_column")
+    return image_column, caption_column
 
 
 def column_of(columns, name, default, place, flag):
@@ -420,10 +427,11 @@ def files_in(folder):
     each folder once. Returns (paths, errors of folders that cannot be read)."""
     seen, found, failed = set(), [], []
     for place, inside, names in os.walk(folder, onerror=failed.append, followlinks=True):
-        if os.path.realpath(place) in seen:
+        real = os.path.realpath(place)
+        if real in seen:
             inside.clear()
             continue
-        seen.add(os.path.realpath(place))
+        seen.add(real)
         inside[:] = sorted(name for name in inside if not name.startswith(HIDDEN))
         found += [Path(place, name) for name in names if not name.startswith(HIDDEN)]
     return sorted(found), failed

@@ -173,7 +173,7 @@ def log(accelerator, values, step):
 
 
 def finish(accelerator):
-    """Close the trackers and leave the process group as it is.
+    """Close the trackers, let go of the output folder, and leave the process group as it is.
 
     Destroyed while DDP's reducer still refers to it, gloo's thread and the interpreter's lock can wait for each other
     for ever; `reporting.run` ends the process without either.
@@ -352,13 +352,14 @@ def sampling_scheduler(folder, changes):
     cls = getattr(diffusers, name, None)
     if cls is None:
         raise UserError(f"part 'scheduler' of base model {folder} is a {name}, which this diffusers does not have")
-    if name != "UnCLIPScheduler" and "beta_schedule" not in inspect.signature(cls.__init__).parameters:
+    takes = inspect.signature(cls.__init__).parameters
+    if name != "UnCLIPScheduler" and "beta_schedule" not in takes:
         raise UserError(
             f"part 'scheduler' of base model {folder} is a {name}, which has no schedule of betas: the model is of a "
             "kind that this script does not train"
         )
     if changes.get("rescale_betas_zero_snr"):
-        if "rescale_betas_zero_snr" not in inspect.signature(cls.__init__).parameters:
+        if "rescale_betas_zero_snr" not in takes:
             cls = diffusers.DDIMScheduler
             changes = changes | {"clip_sample": False}  # DDIM's default is for pixels: it would cut latents at 1
         changes = changes | {"timestep_spacing": "trailing"}  # sampling must begin at the noisy end (2305.08891, 3.3)
@@ -377,11 +378,12 @@ def save_pipeline(pipeline, folder):
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer"):
             part.backend_tokenizer.model.save(str(folder / name))  # as vocab.json and merges.txt
-    weights = folder / "text_encoder" / "model.safetensors"
-    tensors = load_file(weights) if weights.is_file() else {}
-    if "final_layer_norm.weight" in tensors:
-        tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
-        save_file(tensors, weights, metadata={"format": "pt"})
+    for weights in folder.glob("text_encoder/model.safetensors"):
+        with safe_open(weights, framework="pt") as file:
+            flat = "final_layer_norm.weight" in file.keys()  # noqa: SIM118 (safe_open is no dict)
+        if flat:
+            tensors = {f"text_model.{name}": tensor for name, tensor in load_file(weights).items()}
+            save_file(tensors, weights, metadata={"format": "pt"})
     for path in (folder / "model_index.json", *folder.glob("*/config.json")):
         facts = json.loads(path.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
         facts.pop("_name_or_path", None)

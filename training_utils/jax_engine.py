@@ -799,7 +799,7 @@ def say_skipped(skipped):
 
 
 def finish(trackers):
-    """Close the trackers and part from the other processes, once all have come this far.
+    """Close the trackers, let go of the output folder, and part from the other processes, once all have come this far.
 
     A process that fails does not come here, and `reporting.run` ends it at once: at this point it would wait in vain.
     """

@@ -48,6 +48,12 @@ def picture(pipeline, pair, noise, side, steps, guidance_scale):
     return pipeline.numpy_to_pil(array)[0]
 
 
+def prompt_picture(prior, decoder, prompt, noise, side, steps, guidance_scale):
+    """What the pipelines of both stages draw for a prompt: `picture` for the pair that `embeddings` makes."""
+    pair = embeddings(prior, prompt, noise, steps, guidance_scale)
+    return picture(decoder, pair, noise, side, steps, guidance_scale)
+
+
 def load_decoder(name, revision, variant, cache_dir, dtype):
     """A decoder that shows what a prior has learned, in host memory. Raises UserError where it is not at hand."""
     with _for_pictures():

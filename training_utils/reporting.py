@@ -123,7 +123,7 @@ def run(main):
     argv = sys.argv[1:]
     sys.argv[1:] = without_secrets(argv)
     sys.stderr = _Heard(sys.stderr)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as libraries.prepare has left it
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as libraries.begin has left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     follow_launcher()
     # A tracker writes its files in the background; when it cannot any more, the run goes on without it.

@@ -737,10 +737,7 @@ def _urls(title, dataset_name, config_name, folder, cache_dir):
 def _columns(file, image_column, caption_column):
     """The columns of pictures and of captions in a table, as data.load_rows finds them."""
     schema = _footer(file).schema.to_arrow_schema()
-    image_column = data.column_of(schema.names, image_column, "image", 0, "--image_column")
-    if caption_column is not None:
-        others = [image_column, *(name for name in schema.names if name != image_column)]
-        caption_column = data.column_of(others, caption_column, "text", 1, "--caption_column")
+    image_column, caption_column = data.columns_of(schema.names, image_column, caption_column)
     kind = schema.field(image_column).type
     if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
