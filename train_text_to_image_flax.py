@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Fine-tune every UNet weight of a Stable Diffusion 1.x or 2.x model on captioned pictures, in JAX.
+"""Fine-tune every UNet weight of a Stable Diffusion 1.x or 2.x model on captioned images, in JAX.
 
-python train_text_to_image_flax.py --pretrained_model_name_or_path MODEL --train_data_dir PICTURES
+python train_text_to_image_flax.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
 """
 
 from training_utils import flags
@@ -18,8 +18,8 @@ NOT_IN_JAX = {
     *("allow_tf32", "enable_xformers_memory_efficient_attention", "process_group_timeout"),
 }
 HELP = {
-    "dataloader_num_workers": "threads that read pictures ahead; 0 reads between the updates",
-    "train_batch_size": "pictures per device and micro-step; lower it when memory runs out",
+    "dataloader_num_workers": "threads that read images ahead; 0 reads between the steps",
+    "train_batch_size": "images per device and micro-step; lower it when memory runs out",
     "seed": "every draw of the run comes from it; left out, the checkpoint's that is continued, else the default",
     "scale_lr": "multiply the learning rate by accumulation steps x batch size x devices",
     "mixed_precision": "precision of the computation; the weights stay float32. bf16 is the one for TPUs",
@@ -81,31 +81,31 @@ from flax_diffusion import FlaxStableDiffusionPipeline
 pipeline, params = FlaxStableDiffusionPipeline.from_pretrained("{model}")
 ids = pipeline.prepare_inputs("what to draw")
 images = pipeline(ids, params, jax.random.key(0)).images
-pipeline.numpy_to_pil(images)[0].save("picture.png")
+pipeline.numpy_to_pil(images)[0].save("image.png")
 """
 USAGE_IN_TORCH = """
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("{model}", use_safetensors=True)
-pipeline("what to draw").images[0].save("picture.png")
+pipeline("what to draw").images[0].save("image.png")
 """
 
 
-class Prepare:
-    """Makes a sample: the picture, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
+class SampleTransform:
+    """Makes a sample: the image, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
 
-    def __init__(self, args, tokenizer, latents, timesteps, held_out=0):
+    def __init__(self, args, tokenizer, latents, timesteps, val_samples=0):
         self.args, self.tokenizer, self.timesteps = args, tokenizer, timesteps
         self.channels, self.factor = latents  # of the VAE: the latents' channels, and pixels a side of one
-        self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
-        self.mirrors, self.cropped = args.random_flip and not held_out, not (args.center_crop or held_out)
-        self.pictures = self.captions = None  # the caches, where there are any
+        self.val_samples = val_samples  # their number; a validation sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not val_samples, not (args.center_crop or val_samples)
+        self.images = self.captions = None  # the caches, where there are any
 
     def show(self, rows, index, mirrored, corner, size):
-        """One view of a picture, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
-        picture = data.resize(rows.picture(index), size, self.args.image_interpolation_mode)
-        picture, _ = data.crop(picture, size, corner)
-        pixels = data.to_array(picture)
+        """One view of an image, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
+        image = data.resize(rows.image(index), size, self.args.image_interpolation_mode)
+        image, _ = data.crop(image, size, corner)
+        pixels = data.to_array(image)
         return {"pixels": np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)}
 
     def tokenize(self, caption):
@@ -114,7 +114,7 @@ class Prepare:
         return {"tokens": np.array(tokens.input_ids, dtype=np.int64)}
 
     def __call__(self, rows, index, draw):
-        args, train = self.args, not self.held_out
+        args, train = self.args, not self.val_samples
         width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
         latent_shape = (self.channels, height // self.factor, width // self.factor)
         mirrored = self.mirrors and draw("flip").random() < 0.5
@@ -122,14 +122,14 @@ class Prepare:
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
             caption = data.shuffle_tags(caption, draw, args.keep_tokens)
-        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        image = self.images.read if self.images else partial(self.show, rows)
         text = self.tokenize(caption or "")
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
-        else:  # spread over the whole schedule, so that few pictures make a steady loss
-            timestep = int((index + 0.5) / self.held_out * self.timesteps)
+        else:  # spread over the whole schedule, so that few images make a steady loss
+            timestep = int((index + 0.5) / self.val_samples * self.timesteps)
         sample = {
-            **picture(index, mirrored, corner, size),
+            **image(index, mirrored, corner, size),
             **(self.captions.read(text) if self.captions else text),
             "timestep": np.int64(timestep),
             "latent_noise": draw("latent").standard_normal(latent_shape, dtype=np.float32),
@@ -144,8 +144,8 @@ class Prepare:
         return sample
 
 
-def encode_pictures(vae, batch):
-    """Mean and standard deviation of what the VAE makes of a batch's pictures, each (B, C, h, w)."""
+def encode_images(vae, batch):
+    """Mean and standard deviation of what the VAE makes of a batch's images, each (B, C, h, w)."""
     mean, std = vae(batch["pixels"], method="encode")
     return {"latent_mean": mean, "latent_std": std}
 
@@ -156,7 +156,7 @@ def encode_captions(text_encoder, batch):
 
 
 def training_loss(unet, schedule, batch, scaling_factor, snr_gamma=None):
-    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` and `encode_captions` make of
+    """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,). The UNet is a function of its inputs.
 
     Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
@@ -187,7 +187,7 @@ def sample_losses(params, batch, unet, schedule, scaling_factor, snr_gamma=None)
 def train_step(
     trained, batch, learning_rate, *, unet, schedule, scaling_factor, optimizer, snr_gamma, max_grad_norm, ema_decay
 ):
-    """One update on one device, of the devices that `engine.AXIS` joins. A pure function.
+    """One step on one device, of the devices that `engine.AXIS` joins. A pure function.
 
     Args: trained, the training state: a dict of params, optimizer and, where they are used, average and loss_scale;
     batch, arrays (micro-steps, B, ...), with what the frozen networks make of it; learning_rate, a scalar. The
@@ -222,7 +222,7 @@ def train_step(
     return after, {"loss": loss, "grad_norm": norm, "applied": applied}
 
 
-def held_out_step(params, batch, *, unet, schedule, scaling_factor):
+def validation_step(params, batch, *, unet, schedule, scaling_factor):
     """The sum of a held-out batch's losses over the devices; arrays (1, B, ...)."""
     batch = jax.tree.map(lambda array: array[0], batch)
     loss = sample_losses(params, batch, unet, schedule, scaling_factor) * batch["weight"]
@@ -293,30 +293,30 @@ def main(argv=None):
     unusable = engine.from_main(lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
     rows.sizes = np.full((len(rows), 2), args.resolution)
-    rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
+    rows, val_dataset = data.split_validation(rows, args.validation_split, state.seed)
     pipeline, parameters, schedule = load_models(args)
     tokenizer, text_encoder, vae, unet = pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet
     if engine.is_main():
         data.warn_of_long_captions(rows, tokenizer)
     latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
-    prepare = Prepare(args, tokenizer, latents, schedule.config.num_train_timesteps)
+    prepare = SampleTransform(args, tokenizer, latents, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
-    if held_out_rows is not None:
-        prepare = Prepare(args, tokenizer, latents, schedule.config.num_train_timesteps, len(held_out_rows))
-        held_out = data.Samples(held_out_rows, prepare, state.seed, on_bad_sample="skip")
+    if val_dataset is not None:
+        prepare = SampleTransform(args, tokenizer, latents, schedule.config.num_train_timesteps, len(val_dataset))
+        val_samples = data.Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
-    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    sets = [samples, val_samples] if val_dataset is not None else [samples]
     keeping = (flags.encoding_folder(args), sets, args.train_batch_size, mesh)
     frozen = {part: engine.cast(parameters[part], vae.dtype) for part in ("vae", "text_encoder")}
-    see, read = engine.Encoder(encode_pictures, vae, "pixels"), engine.Encoder(encode_captions, text_encoder, "tokens")
+    see, read = engine.Encoder(encode_images, vae, "pixels"), engine.Encoder(encode_captions, text_encoder, "tokens")
     if args.cache_latents:
         settings = ["stable diffusion", args.resolution, args.image_interpolation_mode]
-        engine.keep_pictures(*keeping, see, frozen["vae"], settings, args.cached_crops)
+        engine.cache_images(*keeping, see, frozen["vae"], settings, args.cached_crops)
     else:
         frozen["vae"] = engine.on_every_device(frozen["vae"], mesh)
     if args.cache_text_embeddings:
-        engine.keep_captions(*keeping, read, frozen["text_encoder"], bool(args.caption_dropout))
+        engine.cache_captions(*keeping, read, frozen["text_encoder"], bool(args.caption_dropout))
     else:
         frozen["text_encoder"] = engine.on_every_device(frozen["text_encoder"], mesh)
 
@@ -325,8 +325,8 @@ def main(argv=None):
         batch = batch if args.cache_latents else see(frozen["vae"], batch)
         return batch if args.cache_text_embeddings else read(frozen["text_encoder"], batch)
 
-    # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    updates = data.Updates.of(rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
+    # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
+    updates = data.BatchPlan.of(rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
     optimizer = engine.make_optimizer((args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon)
@@ -363,7 +363,7 @@ def main(argv=None):
 
     named = (about, args.pretrained_model_name_or_path, engine.device_name(), args.output_dir)
     facts = reporting.announce(
-        *named, jax.tree.leaves(trained["params"]), updates, held_out_rows, args.max_train_steps, state
+        *named, jax.tree.leaves(trained["params"]), updates, val_dataset, args.max_train_steps, state
     )
     if engine.is_main() and not args.dry_run:
         checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
@@ -406,24 +406,24 @@ def main(argv=None):
     prompts = args.validation_prompts or []
     grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
     objective = dict(unet=unet, schedule=schedule, scaling_factor=vae.config.scaling_factor)
-    evaluate = engine.over_devices(partial(held_out_step, **objective), in_axes=(None, 0))
+    evaluate = engine.over_devices(partial(validation_step, **objective), in_axes=(None, 0))
 
     def result_weights():
         """The weights that would be saved now."""
         return trained["average"]["weights"] if args.use_ema else trained["params"]
 
     def validate():
-        """Held-out loss and pictures with the weights that would be saved now."""
+        """Validation loss and images with the weights that would be saved now."""
         progress.flush()
-        if held_out_rows is not None:
-            loss = engine.held_out_loss(
-                lambda batch: evaluate(result_weights(), encode(batch)), held_out, args.train_batch_size, mesh
+        if val_dataset is not None:
+            loss = engine.validation_loss(
+                lambda batch: evaluate(result_weights(), encode(batch)), val_samples, args.train_batch_size, mesh
             )
             engine.log(trackers, {"val_loss": loss}, state.step)
-            say(f"update {state.step}: val_loss {loss:.4f}")
+            say(f"step {state.step}: val_loss {loss:.4f}")
         if prompts:
             if engine.is_main():
-                pictures = engine.draw_pictures(
+                images = engine.draw_images(
                     pipeline,
                     frozen | {"unet": result_weights()},
                     prompts,
@@ -431,7 +431,7 @@ def main(argv=None):
                     (latents[0], args.resolution // latents[1], args.resolution // latents[1]),
                     **flags.drawing(args),
                 )
-                reporting.publish_pictures(trackers, pictures, prompts, state.step, args.output_dir)
+                reporting.publish_images(trackers, images, prompts, state.step, args.output_dir)
             grids[:] = [reporting.grid_name(state.step)]
         progress.pause()
 
@@ -456,12 +456,12 @@ def main(argv=None):
     )
     keep = None if args.dry_run else checkpoint
     batches = engine.training_batches(samples, updates, state, mesh, args.dataloader_num_workers, keep)
-    looks = prompts or held_out_rows is not None
+    looks = prompts or val_dataset is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     pace, stopped_by, planned = engine.Pace(), 0, args.max_train_steps
     if args.dry_run:
         batches = engine.begin_dry_run(batches, samples)
-        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
+        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.STEPS), None
     with Interruption(engine.largest_of_processes(mesh)) as interruption:
         if args.validation_at_start and looks and state.step == 0:
             validate()
@@ -470,7 +470,7 @@ def main(argv=None):
             trained, seen = step(trained, encode(next(batches)), rate)
             pace(seen["loss"])
             state.micro_step += args.gradient_accumulation_steps
-            # As in the torch scripts: the end of an update.
+            # As in the torch scripts: the end of a step.
             state.position = updates.after(state.position)
             updated = not fp16 or bool(seen["applied"])  # False: an overflow, only data moved on
             if updated:
@@ -487,7 +487,7 @@ def main(argv=None):
             uploads.finish(engine.from_main)
     progress.close()
     if args.dry_run:
-        plan = (rows, held_out_rows, updates, planned, progress)
+        plan = (rows, val_dataset, updates, planned, progress)
         engine.report_dry_run(plan, "unet", trained, frozen)
         return stopped_by and 128 + stopped_by
     if stopped_by:
@@ -507,9 +507,9 @@ def main(argv=None):
                 base_model=args.pretrained_model_name_or_path,
                 data=args.dataset_name,
                 tags=["stable-diffusion", "stable-diffusion-diffusers"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
+                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
                 usage=USAGE_IN_TORCH.format(model=repository or args.output_dir),
-                pictures=[(grid, prompts) for grid in grids],
+                images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
         reporting.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))

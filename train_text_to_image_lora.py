@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Fine-tune a Stable Diffusion 1.x or 2.x model on captioned pictures through low-rank adapters (LoRA).
+"""Fine-tune a Stable Diffusion 1.x or 2.x model on captioned images through low-rank adapters (LoRA).
 
-accelerate launch train_text_to_image_lora.py --pretrained_model_name_or_path MODEL --train_data_dir PICTURES
+accelerate launch train_text_to_image_lora.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
 """
 
 from training_utils import flags
@@ -77,25 +77,25 @@ from diffusers import {classes}
 
 pipeline = StableDiffusionPipeline.{base}
 {sampler}pipeline.load_lora_weights("{model}")
-pipeline("what to draw").images[0].save("picture.png")
+pipeline("what to draw").images[0].save("image.png")
 """
 
 
-class Prepare:
-    """Makes a sample: the picture, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
+class SampleTransform:
+    """Makes a sample: the image, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
 
-    def __init__(self, args, tokenizer, latents, timesteps, held_out=0):
+    def __init__(self, args, tokenizer, latents, timesteps, val_samples=0):
         self.args, self.tokenizer, self.timesteps = args, tokenizer, timesteps
         self.channels, self.factor = latents  # of the VAE: the latents' channels, and pixels a side of one
-        self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
-        self.mirrors, self.cropped = args.random_flip and not held_out, not (args.center_crop or held_out)
-        self.pictures = self.captions = None  # the caches, where there are any
+        self.val_samples = val_samples  # their number; a validation sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not val_samples, not (args.center_crop or val_samples)
+        self.images = self.captions = None  # the caches, where there are any
 
     def show(self, rows, index, mirrored, corner, size):
-        """One view of a picture, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
-        picture = data.resize(rows.picture(index), size, self.args.image_interpolation_mode)
-        picture, _ = data.crop(picture, size, corner)
-        pixels = data.to_array(picture)
+        """One view of an image, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
+        image = data.resize(rows.image(index), size, self.args.image_interpolation_mode)
+        image, _ = data.crop(image, size, corner)
+        pixels = data.to_array(image)
         return {"pixels": np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)}
 
     def tokenize(self, caption):
@@ -104,7 +104,7 @@ class Prepare:
         return {"tokens": np.array(tokens.input_ids, dtype=np.int64)}
 
     def __call__(self, rows, index, draw):
-        args, train = self.args, not self.held_out
+        args, train = self.args, not self.val_samples
         width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
         latent_shape = (self.channels, height // self.factor, width // self.factor)
         mirrored = self.mirrors and draw("flip").random() < 0.5
@@ -112,14 +112,14 @@ class Prepare:
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
             caption = data.shuffle_tags(caption, draw, args.keep_tokens)
-        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        image = self.images.read if self.images else partial(self.show, rows)
         text = self.tokenize(caption or "")
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
-        else:  # spread over the whole schedule, so that few pictures make a steady loss
-            timestep = int((index + 0.5) / self.held_out * self.timesteps)
+        else:  # spread over the whole schedule, so that few images make a steady loss
+            timestep = int((index + 0.5) / self.val_samples * self.timesteps)
         sample = {
-            **picture(index, mirrored, corner, size),
+            **image(index, mirrored, corner, size),
             **(self.captions.read(text) if self.captions else text),
             "timestep": np.int64(timestep),
             "latent_noise": draw("latent").standard_normal(latent_shape, dtype=np.float32),
@@ -135,8 +135,8 @@ class Prepare:
 
 
 @frozen.encoder
-def encode_pictures(vae, batch):
-    """Mean and standard deviation of what the VAE makes of a batch's pictures, each (B, C, h, w)."""
+def encode_images(vae, batch):
+    """Mean and standard deviation of what the VAE makes of a batch's images, each (B, C, h, w)."""
     moments = vae.encode(frozen.cast_for(vae, batch["pixels"])).latent_dist
     return {"latent_mean": moments.mean, "latent_std": moments.std}
 
@@ -148,7 +148,7 @@ def encode_captions(text_encoder, batch):
 
 
 def training_loss(unet, schedule, batch, scaling_factor, snr_gamma=None, dream_p=None):
-    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` and `encode_captions` make of
+    """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,).
 
     Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
@@ -258,43 +258,43 @@ def main(argv=None):
     unusable = from_main(lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
     rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args)))
-    rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
+    rows, val_dataset = data.split_validation(rows, args.validation_split, state.seed)
     tokenizer, text_encoder, vae, unet, schedule, sampler = load_models(args, accelerator, state.seed)
     other_sampler = sampler if flags.schedule_changes(args) else None  # than the base model's own
     adapted = {"unet": unet} | ({"text_encoder": text_encoder} if args.train_text_encoder else {})
     if accelerator.is_main_process:
         data.warn_of_long_captions(rows, tokenizer)
     latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
-    prepare = Prepare(args, tokenizer, latents, schedule.config.num_train_timesteps)
+    prepare = SampleTransform(args, tokenizer, latents, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
-    if held_out_rows is not None:
-        prepare = Prepare(args, tokenizer, latents, schedule.config.num_train_timesteps, len(held_out_rows))
-        held_out = data.Samples(held_out_rows, prepare, state.seed, on_bad_sample="skip")
+    if val_dataset is not None:
+        prepare = SampleTransform(args, tokenizer, latents, schedule.config.num_train_timesteps, len(val_dataset))
+        val_samples = data.Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
-    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    sets = [samples, val_samples] if val_dataset is not None else [samples]
     keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
     if args.cache_latents:
         settings = ["stable diffusion", args.resolution, args.image_interpolation_mode]
-        frozen.keep_pictures(*keeping, [vae], partial(encode_pictures, vae), settings, args.cached_crops)
+        frozen.cache_images(*keeping, [vae], partial(encode_images, vae), settings, args.cached_crops)
     if args.cache_text_embeddings:
         empty = bool(args.caption_dropout)
-        frozen.keep_captions(*keeping, [text_encoder], partial(encode_captions, text_encoder), empty)
+        frozen.cache_captions(*keeping, [text_encoder], partial(encode_captions, text_encoder), empty)
     scaling_factor = vae.config.scaling_factor
-    vae = frozen.settle(vae, accelerator.device, args.cache_latents, prompts)
-    text_encoder = frozen.settle(text_encoder, accelerator.device, args.cache_text_embeddings, prompts)
-    frozen.give_back([vae, text_encoder])
+    vae = frozen.place_frozen(vae, accelerator.device, args.cache_latents, prompts)
+    text_encoder = frozen.place_frozen(text_encoder, accelerator.device, args.cache_text_embeddings, prompts)
+    frozen.release_memory([vae, text_encoder])
     unet.to(accelerator.device)
 
     def encode(batch, text_encoder):
         """A batch with what the frozen networks make of it; caches have put it there already."""
-        pictures = {} if args.cache_latents else encode_pictures(vae, batch)
+        images = {} if args.cache_latents else encode_images(vae, batch)
         captions = {} if args.cache_text_embeddings else encode_captions(text_encoder, batch)
-        return batch | pictures | captions
+        return batch | images | captions
 
-    # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    updates = data.Updates.of(
+    # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
+    updates = data.BatchPlan.of(
         rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     )
     if args.max_train_steps is None:
@@ -330,7 +330,7 @@ def main(argv=None):
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
     named = (about, args.pretrained_model_name_or_path, engine.device_name(accelerator), args.output_dir)
-    facts = reporting.announce(*named, parameters, updates, held_out_rows, args.max_train_steps, state)
+    facts = reporting.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
     if accelerator.is_main_process and not args.dry_run:
         checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
         accelerator.trackers.append(metrics.Metrics(args.output_dir, state.step, facts))
@@ -352,21 +352,21 @@ def main(argv=None):
         return training_loss(unet, schedule, encode(batch, text_encoder), scaling_factor)
 
     def validate():
-        """Held-out loss and pictures with the weights that would be saved now."""
+        """Validation loss and images with the weights that would be saved now."""
         progress.flush()
         for model in adapted.values():
             model.eval()
-        with averaged(ema), frozen.visiting([vae, text_encoder], accelerator.device):
-            if held_out_rows is not None:
-                validation.log_held_out_loss(accelerator, held_out, args.train_batch_size, loss_of, state.step)
+        with averaged(ema), frozen.temporarily_on([vae, text_encoder], accelerator.device):
+            if val_dataset is not None:
+                validation.log_validation_loss(accelerator, val_samples, args.train_batch_size, loss_of, state.step)
             if prompts:
                 parts = (vae, text_encoder, tokenizer, unet, sampler, None, None)
                 pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
 
                 def draw(at, noise):
-                    return validation.stable_diffusion_picture(pipeline, prompts[at], noise, **flags.drawing(args))
+                    return validation.stable_diffusion_image(pipeline, prompts[at], noise, **flags.drawing(args))
 
-                grids[:] = [validation.show_pictures(accelerator, draw, prompts, state, args.output_dir)]
+                grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
         for model in adapted.values():
             model.train()
         progress.pause()
@@ -381,12 +381,12 @@ def main(argv=None):
     keep = None if args.dry_run else checkpoint
     batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
     dream_p = args.dream_detail_preservation if args.dream_training else None
-    looks = prompts or held_out_rows is not None
+    looks = prompts or val_dataset is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    update_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
+    step_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
     if args.dry_run:
         batches = engine.begin_dry_run(accelerator, batches, samples, updates)
-        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
+        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.STEPS), None
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
         if args.validation_at_start and looks and state.step == 0:
             validate()
@@ -399,7 +399,7 @@ def main(argv=None):
                 sample_losses = training_loss(network, schedule, batch, scaling_factor, args.snr_gamma, dream_p)
                 loss = (sample_losses * batch["weight"]).sum()
                 accelerator.backward(loss)
-                update_loss += loss.detach() / args.gradient_accumulation_steps
+                step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     grad_norm = engine.clip(accelerator, parameters, args.max_grad_norm)
                     guard.look_at(grad_norm)
@@ -407,9 +407,9 @@ def main(argv=None):
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
-            # Same in every script: the end of an update.
+            # Same in every script: the end of a step.
             state.position = updates.after(state.position)
-            finished_loss, update_loss = update_loss, 0.0
+            finished_loss, step_loss = step_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:
                 lr_scheduler.step()
@@ -428,7 +428,7 @@ def main(argv=None):
             uploads.finish(from_main)
     progress.close()
     if args.dry_run:
-        plan = (rows, held_out_rows, updates, planned, progress)
+        plan = (rows, val_dataset, updates, planned, progress)
         engine.report_dry_run(accelerator, plan, adapted, [vae, text_encoder], optimizer, ema)
         return stopped_by and 128 + stopped_by
     if stopped_by:
@@ -447,9 +447,9 @@ def main(argv=None):
                 base_model=args.pretrained_model_name_or_path,
                 data=args.dataset_name,
                 tags=["stable-diffusion", "stable-diffusion-diffusers", "lora"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
+                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
                 usage=usage(args, other_sampler, repository or args.output_dir, public=True),
-                pictures=[(grid, prompts) for grid in grids],
+                images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
         reporting.conclude(args.output_dir, progress, usage(args, other_sampler, args.output_dir))

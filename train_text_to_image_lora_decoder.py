@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Fine-tune a Kandinsky 2.2 decoder, picture embedding to picture, through low-rank adapters (LoRA).
+"""Fine-tune a Kandinsky 2.2 decoder, image embedding to image, through low-rank adapters (LoRA).
 
-accelerate launch train_text_to_image_lora_decoder.py --train_data_dir PICTURES
+accelerate launch train_text_to_image_lora_decoder.py --train_data_dir IMAGES
 """
 
 from training_utils import flags
@@ -92,59 +92,59 @@ from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 prior = KandinskyV22PriorPipeline.{prior}
 decoder = KandinskyV22Pipeline.{decoder}
 decoder.unet.load_lora_adapter("{model}", prefix="unet", use_safetensors=True)
-decoder(**prior("what to draw")).images[0].save("picture.png")
+decoder(**prior("what to draw")).images[0].save("image.png")
 """
 
 
-class Prepare:
-    """Makes a sample: the picture, once more as CLIP sees it, and all that is drawn for it.
+class SampleTransform:
+    """Makes a sample: the image, once more as CLIP sees it, and all that is drawn for it.
 
     Runs in the data workers.
     """
 
-    def __init__(self, args, image_processor, latents, timesteps, held_out=0):
+    def __init__(self, args, image_processor, latents, timesteps, val_samples=0):
         self.args, self.image_processor, self.timesteps = args, image_processor, timesteps
         self.channels, self.factor = latents  # of MOVQ: the latents' channels, and pixels a side of one
-        self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
-        self.mirrors, self.cropped = args.random_flip and not held_out, args.random_crop and not held_out
-        self.pictures = None  # the cache, where there is one
+        self.val_samples = val_samples  # their number; a validation sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not val_samples, args.random_crop and not val_samples
+        self.images = None  # the cache, where there is one
 
     def show(self, rows, index, mirrored, corner, size):
-        """One view of a picture, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
-        args, picture = self.args, rows.picture(index)
+        """One view of an image, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
+        args, image = self.args, rows.image(index)
         if mirrored:
-            picture = ImageOps.mirror(picture)
-        cut, _ = data.crop(picture, data.largest_within(picture.size, size), corner)
+            image = ImageOps.mirror(image)
+        cut, _ = data.crop(image, data.largest_within(image.size, size), corner)
         pixels = cut.resize(size, data.FILTERS[args.image_interpolation_mode], reducing_gap=args.reducing_gap)
-        seen = picture if corner is None else cut  # CLIP's processor takes the middle of the picture by itself
+        seen = image if corner is None else cut  # CLIP's processor takes the middle of the image by itself
         clip_pixels = self.image_processor(seen, return_tensors="np").pixel_values[0]
         return {"pixels": data.to_array(pixels), "clip_pixels": clip_pixels}
 
     def blank(self):
-        """What a cache holds for no picture: CLIP sees zeros, the pipeline's condition for that; MOVQ sees black."""
+        """What a cache holds for no image: CLIP sees zeros, the pipeline's condition for that; MOVQ sees black."""
         black = Image.new("RGB", (self.args.resolution, self.args.resolution))
         clip_pixels = self.image_processor(black, return_tensors="np").pixel_values[0]
         return {"pixels": data.to_array(black), "clip_pixels": np.zeros_like(clip_pixels)}
 
     def __call__(self, rows, index, draw):
-        args, train = self.args, not self.held_out
+        args, train = self.args, not self.val_samples
         width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
         latent_shape = (self.channels, height // self.factor, width // self.factor)
         mirrored = self.mirrors and draw("flip").random() < 0.5
         corner = draw("crop") if self.cropped else None
-        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        image = self.images.read if self.images else partial(self.show, rows)
         dropped = train and args.caption_dropout and draw("caption_dropout").random() < args.caption_dropout
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
-        else:  # spread over the whole schedule, so that few pictures make a steady loss
-            timestep = int((index + 0.5) / self.held_out * self.timesteps)
+        else:  # spread over the whole schedule, so that few images make a steady loss
+            timestep = int((index + 0.5) / self.val_samples * self.timesteps)
         sample = {
-            **picture(index, mirrored, corner, size),
+            **image(index, mirrored, corner, size),
             "timestep": np.int64(timestep),
             "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
         }
-        if dropped and self.pictures:
-            sample["image"] = self.pictures.read_blank()["image"]
+        if dropped and self.images:
+            sample["image"] = self.images.read_blank()["image"]
         elif dropped:
             sample["clip_pixels"] = np.zeros_like(sample["clip_pixels"])
         if train and args.noise_offset:
@@ -154,8 +154,8 @@ class Prepare:
 
 
 @frozen.encoder
-def encode_pictures(networks, batch):
-    """What MOVQ and CLIP make of a batch's pictures: latents (B, C, h, w), which are x0 as they are, and embeddings
+def encode_images(networks, batch):
+    """What MOVQ and CLIP make of a batch's images: latents (B, C, h, w), which are x0 as they are, and embeddings
     (B, D)."""
     movq, image_encoder = networks
     latents = movq.encode(frozen.cast_for(movq, batch["pixels"])).latents
@@ -166,10 +166,10 @@ def encode_pictures(networks, batch):
 
 
 def training_loss(unet, schedule, batch, snr_gamma=None):
-    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` makes of it; shape (B,).
+    """The diffusion loss of each sample of a batch, which holds what `encode_images` makes of it; shape (B,).
 
     Noise is mixed into MOVQ's latents in float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4); the UNet is told CLIP's
-    embedding of the picture. Of its output only the first C channels get a loss. The other C, the variance that the
+    embedding of the image. Of its output only the first C channels get a loss. The other C, the variance that the
     released decoders predict (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1), get none, as in the original
     script, so that they follow what the layers before them learn. `snr_gamma` weights by min-SNR.
     """
@@ -187,12 +187,12 @@ def training_loss(unet, schedule, batch, snr_gamma=None):
     return loss
 
 
-def load_models(args, accelerator, draws_pictures, seed):
+def load_models(args, accelerator, draws_images, seed):
     """The prior's folder and the parts, in host memory, adapted: (folder, image_processor, image_encoder, movq, unet,
     schedule, sampler).
 
     `schedule` is the noise schedule of the training, `sampler` the decoder's own scheduler. Of the prior, only what
-    sees pictures is fetched, unless it `draws_pictures`.
+    sees images is fetched, unless it `draws_images`.
     """
     variant, options = args.variant, (args.variant, args.cache_dir)
     prior_base = engine.model_folder(
@@ -200,7 +200,7 @@ def load_models(args, accelerator, draws_pictures, seed):
         KandinskyV22PriorPipeline,
         args.prior_revision,
         *options,
-        left_out=[] if draws_pictures else ["prior", "scheduler", "text_encoder", "tokenizer"],
+        left_out=[] if draws_images else ["prior", "scheduler", "text_encoder", "tokenizer"],
         trained=False,
     )
     base = engine.model_folder(
@@ -274,7 +274,7 @@ def main(argv=None):
     unusable = from_main(lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
     rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args)))
-    rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
+    rows, val_dataset = data.split_validation(rows, args.validation_split, state.seed)
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     prior_base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(
         args, accelerator, bool(prompts), state.seed
@@ -287,14 +287,16 @@ def main(argv=None):
     latents = latents_of(movq, unet, resolution=args.resolution)
     if args.aspect_ratio_bucketing:
         latents_of(movq, unet, bucket_reso_steps=args.bucket_reso_steps)
-    prepare = Prepare(args, image_processor, latents, schedule.config.num_train_timesteps)
+    prepare = SampleTransform(args, image_processor, latents, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
-    if held_out_rows is not None:
-        prepare = Prepare(args, image_processor, latents, schedule.config.num_train_timesteps, len(held_out_rows))
-        held_out = data.Samples(held_out_rows, prepare, state.seed, on_bad_sample="skip")
+    if val_dataset is not None:
+        prepare = SampleTransform(
+            args, image_processor, latents, schedule.config.num_train_timesteps, len(val_dataset)
+        )
+        val_samples = data.Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
-    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    sets = [samples, val_samples] if val_dataset is not None else [samples]
     keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
     if args.cache_latents:
         settings = [
@@ -305,19 +307,19 @@ def main(argv=None):
             repr(image_processor),
         ]
         blank, seen_by = prepare.blank() if args.caption_dropout else None, [movq, image_encoder]
-        frozen.keep_pictures(*keeping, seen_by, partial(encode_pictures, seen_by), settings, args.cached_crops, blank)
+        frozen.cache_images(*keeping, seen_by, partial(encode_images, seen_by), settings, args.cached_crops, blank)
         del seen_by  # else the networks would stay in memory
-    movq = frozen.settle(movq, accelerator.device, args.cache_latents, prompts)
-    image_encoder = frozen.settle(image_encoder, accelerator.device, args.cache_latents, wanted_again=False)
-    frozen.give_back([movq, image_encoder])
+    movq = frozen.place_frozen(movq, accelerator.device, args.cache_latents, prompts)
+    image_encoder = frozen.place_frozen(image_encoder, accelerator.device, args.cache_latents, wanted_again=False)
+    frozen.release_memory([movq, image_encoder])
     unet.to(accelerator.device)
 
     def encode(batch):
         """A batch with what the frozen networks make of it; a cache has put it there already."""
-        return batch if args.cache_latents else batch | encode_pictures((movq, image_encoder), batch)
+        return batch if args.cache_latents else batch | encode_images((movq, image_encoder), batch)
 
-    # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    updates = data.Updates.of(
+    # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
+    updates = data.BatchPlan.of(
         rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     )
     if args.max_train_steps is None:
@@ -352,7 +354,7 @@ def main(argv=None):
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
     named = (about, args.pretrained_decoder_model_name_or_path, engine.device_name(accelerator), args.output_dir)
-    facts = reporting.announce(*named, parameters, updates, held_out_rows, args.max_train_steps, state)
+    facts = reporting.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
     if accelerator.is_main_process and not args.dry_run:
         checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
         accelerator.trackers.append(metrics.Metrics(args.output_dir, state.step, facts))
@@ -374,19 +376,19 @@ def main(argv=None):
         return training_loss(unet, schedule, encode(batch))
 
     def validate():
-        """Held-out loss and pictures with the weights that would be saved now."""
+        """Validation loss and images with the weights that would be saved now."""
         progress.flush()
         unet.eval()
-        with averaged(ema), frozen.visiting([movq], accelerator.device):
-            if held_out_rows is not None:
-                validation.log_held_out_loss(accelerator, held_out, args.train_batch_size, loss_of, state.step)
+        with averaged(ema), frozen.temporarily_on([movq], accelerator.device):
+            if val_dataset is not None:
+                validation.log_validation_loss(accelerator, val_samples, args.train_batch_size, loss_of, state.step)
             if prompts:
                 pipeline = KandinskyV22Pipeline(unet, sampler, movq)
 
                 def draw(at, noise):
-                    return kandinsky.picture(pipeline, pairs[at], noise, args.resolution, *drawing)
+                    return kandinsky.image(pipeline, pairs[at], noise, args.resolution, *drawing)
 
-                grids[:] = [validation.show_pictures(accelerator, draw, prompts, state, args.output_dir)]
+                grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
         unet.train()
         progress.pause()
 
@@ -399,12 +401,12 @@ def main(argv=None):
     # --- the loop ----------------------------------------------------------------------------------------------------
     keep = None if args.dry_run else checkpoint
     batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
-    looks = prompts or held_out_rows is not None
+    looks = prompts or val_dataset is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    update_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
+    step_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
     if args.dry_run:
         batches = engine.begin_dry_run(accelerator, batches, samples, updates)
-        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
+        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.STEPS), None
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
         if args.validation_at_start and looks and state.step == 0:
             validate()
@@ -417,7 +419,7 @@ def main(argv=None):
                 sample_losses = training_loss(network, schedule, batch, args.snr_gamma)
                 loss = (sample_losses * batch["weight"]).sum()
                 accelerator.backward(loss)
-                update_loss += loss.detach() / args.gradient_accumulation_steps
+                step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     grad_norm = engine.clip(accelerator, parameters, args.max_grad_norm)
                     guard.look_at(grad_norm)
@@ -425,9 +427,9 @@ def main(argv=None):
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
-            # Same in every script: the end of an update.
+            # Same in every script: the end of a step.
             state.position = updates.after(state.position)
-            finished_loss, update_loss = update_loss, 0.0
+            finished_loss, step_loss = step_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:
                 lr_scheduler.step()
@@ -446,7 +448,7 @@ def main(argv=None):
             uploads.finish(from_main)
     progress.close()
     if args.dry_run:
-        plan = (rows, held_out_rows, updates, planned, progress)
+        plan = (rows, val_dataset, updates, planned, progress)
         engine.report_dry_run(accelerator, plan, adapted, [movq, image_encoder], optimizer, ema)
         return stopped_by and 128 + stopped_by
     if stopped_by:
@@ -465,9 +467,9 @@ def main(argv=None):
                 base_model=args.pretrained_decoder_model_name_or_path,
                 data=args.dataset_name,
                 tags=["kandinsky", "lora"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
+                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
                 usage=usage(args, repository or args.output_dir, public=True),
-                pictures=[(grid, prompts) for grid in grids],
+                images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
         reporting.conclude(args.output_dir, progress, usage(args, args.output_dir))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Fine-tune every weight of a Kandinsky 2.2 prior, which turns a caption into CLIP's embedding of a picture.
+"""Fine-tune every weight of a Kandinsky 2.2 prior, which turns a caption into CLIP's embedding of an image.
 
-accelerate launch train_text_to_image_prior.py --train_data_dir PICTURES
+accelerate launch train_text_to_image_prior.py --train_data_dir IMAGES
 """
 
 from training_utils import flags
@@ -83,27 +83,27 @@ from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 prior = KandinskyV22PriorPipeline.from_pretrained("{model}", use_safetensors=True)
 decoder = KandinskyV22Pipeline.{decoder}
-decoder(**prior("what to draw")).images[0].save("picture.png")
+decoder(**prior("what to draw")).images[0].save("image.png")
 """
 
 
-class Prepare:
-    """Makes a sample: the picture as CLIP sees it, its caption's tokens, and all that is drawn for it.
+class SampleTransform:
+    """Makes a sample: the image as CLIP sees it, its caption's tokens, and all that is drawn for it.
 
     Runs in the data workers.
     """
 
-    def __init__(self, args, tokenizer, image_processor, width, timesteps, held_out=0):
+    def __init__(self, args, tokenizer, image_processor, width, timesteps, val_samples=0):
         self.args, self.tokenizer, self.image_processor = args, tokenizer, image_processor
         self.width, self.timesteps = width, timesteps
-        self.held_out = held_out  # their number; a held-out sample is the same at every evaluation
-        self.mirrors, self.cropped = args.random_flip and not held_out, False
-        self.pictures = self.captions = None  # the caches, where there are any
+        self.val_samples = val_samples  # their number; a validation sample is the same at every evaluation
+        self.mirrors, self.cropped = args.random_flip and not val_samples, False
+        self.images = self.captions = None  # the caches, where there are any
 
     def show(self, rows, index, mirrored, corner=None):
-        """One view of a picture, whose middle CLIP's processor takes."""
-        picture = rows.picture(index)
-        seen = ImageOps.mirror(picture) if mirrored else picture
+        """One view of an image, whose middle CLIP's processor takes."""
+        image = rows.image(index)
+        seen = ImageOps.mirror(image) if mirrored else image
         return {"clip_pixels": self.image_processor(seen, return_tensors="np").pixel_values[0]}
 
     def tokenize(self, caption):
@@ -115,19 +115,19 @@ class Prepare:
         }
 
     def __call__(self, rows, index, draw):
-        args, train = self.args, not self.held_out
+        args, train = self.args, not self.val_samples
         mirrored = self.mirrors and draw("flip").random() < 0.5
         caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
             caption = data.shuffle_tags(caption, draw, args.keep_tokens)
-        picture = self.pictures.read if self.pictures else partial(self.show, rows)
+        image = self.images.read if self.images else partial(self.show, rows)
         text = self.tokenize(caption or "")
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
-        else:  # spread over the whole schedule, so that few pictures make a steady loss
-            timestep = int((index + 0.5) / self.held_out * self.timesteps)
+        else:  # spread over the whole schedule, so that few images make a steady loss
+            timestep = int((index + 0.5) / self.val_samples * self.timesteps)
         return {
-            **picture(index, mirrored, None),
+            **image(index, mirrored, None),
             **text,
             **(self.captions.read(text) if self.captions else {}),
             "timestep": np.int64(timestep),
@@ -136,8 +136,8 @@ class Prepare:
 
 
 @frozen.encoder
-def encode_pictures(image_encoder, batch):
-    """CLIP's embeddings of a batch's pictures, (B, D)."""
+def encode_images(image_encoder, batch):
+    """CLIP's embeddings of a batch's images, (B, D)."""
     return {"image": image_encoder(frozen.cast_for(image_encoder, batch["clip_pixels"])).image_embeds}
 
 
@@ -149,10 +149,10 @@ def encode_captions(text_encoder, batch):
 
 
 def training_loss(prior, schedule, batch, statistics, snr_gamma=None):
-    """The diffusion loss of each sample of a batch, which holds what `encode_pictures` and `encode_captions` make of
+    """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,).
 
-    x0 is CLIP's embedding of the picture, shifted and scaled by `statistics`, the embeddings' mean and standard
+    x0 is CLIP's embedding of the image, shifted and scaled by `statistics`, the embeddings' mean and standard
     deviation (Ramesh et al. 2022, arXiv 2204.06125, section 2.2, and the released priors). Noise is mixed into it in
     float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), and the prior predicts x0 itself (arXiv 2204.06125, eq. 2), told
     the caption; padding tokens are masked out. `snr_gamma` weights by min-SNR.
@@ -262,7 +262,7 @@ def main(argv=None):
     rows = data.take(rows, args.max_train_samples, state.seed)
     unusable = from_main(lambda: data.check(rows, args.on_bad_sample))
     rows = rows.without(unusable)
-    rows, held_out_rows = data.hold_out(rows, args.validation_split, state.seed)
+    rows, val_dataset = data.split_validation(rows, args.validation_split, state.seed)
     base, tokenizer, image_processor, text_encoder, image_encoder, prior, statistics, schedule, sampler = load_models(
         args, accelerator
     )
@@ -279,35 +279,35 @@ def main(argv=None):
     if accelerator.is_main_process:
         data.warn_of_long_captions(rows, tokenizer)
     facts = (tokenizer, image_processor, prior.config.embedding_dim)
-    prepare = Prepare(args, *facts, schedule.config.num_train_timesteps)
+    prepare = SampleTransform(args, *facts, schedule.config.num_train_timesteps)
     samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
-    if held_out_rows is not None:
-        prepare = Prepare(args, *facts, schedule.config.num_train_timesteps, len(held_out_rows))
-        held_out = data.Samples(held_out_rows, prepare, state.seed, on_bad_sample="skip")
+    if val_dataset is not None:
+        prepare = SampleTransform(args, *facts, schedule.config.num_train_timesteps, len(val_dataset))
+        val_samples = data.Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
-    sets = [samples, held_out] if held_out_rows is not None else [samples]
+    sets = [samples, val_samples] if val_dataset is not None else [samples]
     keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
     if args.cache_latents:
         settings = [repr(image_processor)]
-        frozen.keep_pictures(*keeping, [image_encoder], partial(encode_pictures, image_encoder), settings)
+        frozen.cache_images(*keeping, [image_encoder], partial(encode_images, image_encoder), settings)
     if args.cache_text_embeddings:
         empty = bool(args.caption_dropout)
-        frozen.keep_captions(*keeping, [text_encoder], partial(encode_captions, text_encoder), empty)
-    image_encoder = frozen.settle(image_encoder, accelerator.device, args.cache_latents, prompts)
-    text_encoder = frozen.settle(text_encoder, accelerator.device, args.cache_text_embeddings, prompts)
-    frozen.give_back([image_encoder, text_encoder])
+        frozen.cache_captions(*keeping, [text_encoder], partial(encode_captions, text_encoder), empty)
+    image_encoder = frozen.place_frozen(image_encoder, accelerator.device, args.cache_latents, prompts)
+    text_encoder = frozen.place_frozen(text_encoder, accelerator.device, args.cache_text_embeddings, prompts)
+    frozen.release_memory([image_encoder, text_encoder])
     prior.to(accelerator.device)
     statistics = [statistic.to(accelerator.device) for statistic in statistics]
 
     def encode(batch):
         """A batch with what the frozen networks make of it; caches have put it there already."""
-        pictures = {} if args.cache_latents else encode_pictures(image_encoder, batch)
+        images = {} if args.cache_latents else encode_images(image_encoder, batch)
         captions = {} if args.cache_text_embeddings else encode_captions(text_encoder, batch)
-        return batch | pictures | captions
+        return batch | images | captions
 
-    # --- optimizer and learning rate, in updates ---------------------------------------------------------------------
-    updates = data.Updates.of(
+    # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
+    updates = data.BatchPlan.of(
         rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     )
     if args.max_train_steps is None:
@@ -343,7 +343,7 @@ def main(argv=None):
         saved.read(resume_from, state.step)
     engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
     named = (about, args.pretrained_prior_model_name_or_path, engine.device_name(accelerator), args.output_dir)
-    facts = reporting.announce(*named, parameters, updates, held_out_rows, args.max_train_steps, state)
+    facts = reporting.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
     if accelerator.is_main_process and not args.dry_run:
         checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
         accelerator.trackers.append(metrics.Metrics(args.output_dir, state.step, facts))
@@ -366,24 +366,22 @@ def main(argv=None):
         return training_loss(prior, schedule, encode(batch), statistics)
 
     def validate():
-        """Held-out loss and pictures with the weights that would be saved now."""
+        """Validation loss and images with the weights that would be saved now."""
         progress.flush()
         prior.eval()
-        with averaged(ema), frozen.visiting([image_encoder, text_encoder], accelerator.device):
-            if held_out_rows is not None:
-                validation.log_held_out_loss(accelerator, held_out, args.train_batch_size, loss_of, state.step)
+        with averaged(ema), frozen.temporarily_on([image_encoder, text_encoder], accelerator.device):
+            if val_dataset is not None:
+                validation.log_validation_loss(accelerator, val_samples, args.train_batch_size, loss_of, state.step)
             if prompts:
                 pipeline = KandinskyV22PriorPipeline(
                     prior, image_encoder, text_encoder, tokenizer, sampler, image_processor
                 )
-                with frozen.visiting(kandinsky.networks(decoder), accelerator.device):
+                with frozen.temporarily_on(kandinsky.networks(decoder), accelerator.device):
 
                     def draw(at, noise):
-                        return kandinsky.prompt_picture(
-                            pipeline, decoder, prompts[at], noise, args.resolution, *drawing
-                        )
+                        return kandinsky.prompt_image(pipeline, decoder, prompts[at], noise, args.resolution, *drawing)
 
-                    grids[:] = [validation.show_pictures(accelerator, draw, prompts, state, args.output_dir)]
+                    grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
         prior.train()
         progress.pause()
 
@@ -396,12 +394,12 @@ def main(argv=None):
     # --- the loop ----------------------------------------------------------------------------------------------------
     keep = None if args.dry_run else checkpoint
     batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
-    looks = prompts or held_out_rows is not None
+    looks = prompts or val_dataset is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    update_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
+    step_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
     if args.dry_run:
         batches = engine.begin_dry_run(accelerator, batches, samples, updates)
-        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.UPDATES), None
+        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.STEPS), None
     with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
         if args.validation_at_start and looks and state.step == 0:
             validate()
@@ -416,7 +414,7 @@ def main(argv=None):
                 if fused:
                     fused.begin(loss)
                 accelerator.backward(loss)
-                update_loss += loss.detach() / args.gradient_accumulation_steps
+                step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     grad_norm = (
                         fused.gradient_norm() if fused else engine.clip(accelerator, parameters, args.max_grad_norm)
@@ -426,9 +424,9 @@ def main(argv=None):
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
-            # Same in every script: the end of an update.
+            # Same in every script: the end of a step.
             state.position = updates.after(state.position)
-            finished_loss, update_loss = update_loss, 0.0
+            finished_loss, step_loss = step_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:
                 lr_scheduler.step()
@@ -447,7 +445,7 @@ def main(argv=None):
             uploads.finish(from_main)
     progress.close()
     if args.dry_run:
-        plan = (rows, held_out_rows, updates, planned, progress)
+        plan = (rows, val_dataset, updates, planned, progress)
         engine.report_dry_run(
             accelerator, plan, {"prior": prior}, [image_encoder, text_encoder], optimizer, ema, fused
         )
@@ -469,9 +467,9 @@ def main(argv=None):
                 base_model=args.pretrained_prior_model_name_or_path,
                 data=args.dataset_name,
                 tags=["kandinsky"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "updates": state.step, "pictures": len(rows)},
+                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
                 usage=usage(args, repository or args.output_dir, public=True),
-                pictures=[(grid, prompts) for grid in grids],
+                images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
         reporting.conclude(args.output_dir, progress, usage(args, args.output_dir))

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Peak device memory of an update of each script, for models of the released sizes: computed, without a GPU.
+"""Peak device memory of a step of each script, for models of the released sizes: computed, without a GPU.
 
     python benchmarks/memory.py --family sd sdxl --batch 1 4
     python benchmarks/memory.py --check                     exit code 1, and what is missed, unless the goals are met
 
-The update is the scripts' own (their losses, adapters, optimizers) on fake tensors, which have shapes and types but no
+The step is the scripts' own (their losses, adapters, optimizers) on fake tensors, which have shapes and types but no
 contents: nothing is computed and nothing allocated. Every storage that comes and goes on the way, in the frozen
-networks, the forward pass, the backward pass and the update, is entered in a ledger, whose largest sum is the peak. It
+networks, the forward pass, the backward pass and the step, is entered in a ledger, whose largest sum is the peak. It
 is what torch.cuda.max_memory_allocated counts, but for scratch space inside single kernels (cuDNN's, cuBLAS's), and
-supposes attention that never keeps its matrix, as torch's on CUDA. Validation pictures are not counted. `--measure`
-makes the same update for real too, on a CUDA GPU.
+supposes attention that never keeps its matrix, as torch's on CUDA. Validation images are not counted. `--measure`
+makes the same step for real too, on a CUDA GPU.
 """
 
 import argparse
@@ -143,15 +143,15 @@ def cuda_autocast():
 
 
 def account(family, adapted, switches, batch_size, resolution, size="real", fake=True):
-    """The memory of an update, in bytes: {"resident", between updates, "peak"}, and the "phase" of the peak.
+    """The memory of a step, in bytes: {"resident", between steps, "peak"}, and the "phase" of the peak.
 
-    See `make_update`. What is not `fake` is computed on the CPU.
+    See `make_step`. What is not `fake` is computed on the CPU.
     """
     ledger = Ledger()
     with ExitStack() as stack:
         for context in (cuda_autocast(), *(_faking() if fake else ()), ledger):
             stack.enter_context(context)
-        update = make_update(family, adapted, switches, batch_size, resolution, size, "cpu")
+        update = make_step(family, adapted, switches, batch_size, resolution, size, "cpu")
         resident = ledger.now
         ledger.restart()
         update(lambda phase: setattr(ledger, "phase", phase))
@@ -168,9 +168,9 @@ def _faking():
 
 
 def measure(*setting):
-    """What torch.cuda.max_memory_allocated says after a real update; None where it does not fit."""
+    """What torch.cuda.max_memory_allocated says after a real step; None where it does not fit."""
     try:
-        update = make_update(*setting, device="cuda")
+        update = make_step(*setting, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         update()
         return torch.cuda.max_memory_allocated()
@@ -182,12 +182,12 @@ def measure(*setting):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The update
+# The step
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_update(family, adapted, switches, batch_size, resolution, size="real", device="cpu"):
-    """A function that makes an update as the script does; what stays in memory between updates is there already.
+def make_step(family, adapted, switches, batch_size, resolution, size="real", device="cpu"):
+    """A function that makes a step as the script does; what stays in memory between steps is there already.
 
     `adapted`: by the LoRA script; `switches`: flags that the script must take; `size`: of the
     networks, as in models.py. The function tells its argument, a function, what it does next.
@@ -309,14 +309,14 @@ def _encoders(family, script, args, frozen):
         return torch.no_grad()(partial(encode, networks if len(networks) > 1 else networks[0]))
 
     made = {True: [], False: []}
-    made[args.cache_latents].append(encoder("encode_pictures", SEEING[family]))
+    made[args.cache_latents].append(encoder("encode_images", SEEING[family]))
     if READING[family]:
         made[args.cache_text_embeddings].append(encoder("encode_captions", READING[family]))
     return made[True], made[False]
 
 
 def _batch(family, count, resolution, trained, frozen, device):
-    """What the data workers make of pictures and captions: zeros, of the shapes of `count` samples."""
+    """What the data workers make of images and captions: zeros, of the shapes of `count` samples."""
 
     def zeros(*shape, dtype=torch.float32):
         return torch.zeros(count, *shape, dtype=dtype, device=device)
@@ -365,10 +365,10 @@ def missed(rows):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="numbers of pictures in a batch")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="numbers of images in a batch")
     parser.add_argument("--json", help="file for the figures, in bytes")
     parser.add_argument("--check", action="store_true", help="are the goals met? sd and sdxl, every weight, batch 1")
-    parser.add_argument("--measure", action="store_true", help="make each update for real too, on a CUDA GPU")
+    parser.add_argument("--measure", action="store_true", help="make each step for real too, on a CUDA GPU")
     args = parser.parse_args(argv)
     if args.measure and not torch.cuda.is_available():
         parser.error("--measure needs a CUDA GPU")
@@ -385,7 +385,7 @@ def main(argv=None):
         ]
         for adapted, resolution, batch in tables:
             print(f"\n### {_script_name(family, adapted)}.py, {resolution} px, batch {batch}\n")
-            print(f"| switches | between updates | peak | when | card |{last}")
+            print(f"| switches | between steps | peak | when | card |{last}")
             print(f"|:--|--:|--:|:--|--:|{'--:|' if last else ''}")
             for switches in ADAPTERS if adapted else EVERY_WEIGHT:
                 setting = (family, adapted, switches, batch, resolution)

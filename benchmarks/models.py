@@ -1,7 +1,7 @@
-"""What the benchmark trains on: base models with random weights, photograph-like pictures, and the arithmetic of both.
+"""What the benchmark trains on: base models with random weights, photograph-like images, and the arithmetic of both.
 
 `real` models have the released ones' shapes. `mid` ones have a quarter of the width, the same blocks and attention,
-and pictures so much smaller that frozen and trained networks do their arithmetic in the released models' proportion.
+and images so much smaller that frozen and trained networks do their arithmetic in the released models' proportion.
 """
 
 import json
@@ -254,7 +254,7 @@ def write(folder, family, size):
         ).save_pretrained(folder)
         return ["--pretrained_prior_model_name_or_path", str(folder)]
     else:
-        # Of the prior's folder the decoder's script reads what sees pictures and nothing else.
+        # Of the prior's folder the decoder's script reads what sees images and nothing else.
         prior = folder / "prior"
         parts["image_encoder"].save_pretrained(prior / "image_encoder")
         _image_processor().save_pretrained(prior / "image_processor")
@@ -280,7 +280,7 @@ def _image_processor():
 
 
 def count(family, size):
-    """What a picture costs in FLOP, a multiplication with its addition counted as two, and the size of the networks:
+    """What an image costs in FLOP, a multiplication with its addition counted as two, and the size of the networks:
     {"training", "lora", "frozen"}, and {"trained parameters", "frozen parameters"}. Nothing is computed for it."""
     tokenizer, shape = _tokenizer(), SHAPES[family][size]
     with torch.device("meta"):
@@ -335,14 +335,14 @@ def _encode(network, shape):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 SUBJECTS = ["a red bicycle", "an old lighthouse", "a bowl of oranges", "two children on a swing", "a sleeping cat"]
 PLACES = ["in front of a brick wall", "by the sea at dawn", "on a wooden table", "in heavy rain", "seen from above"]
 
 
-def write_pictures(folder, resolution, number):
+def write_images(folder, resolution, number):
     """Write `number` captioned JPEGs of 4:3 whose shorter side is a quarter longer than `resolution` pixels.
 
     Their spectrum falls as 1/f, as that of photographs does (Field 1987), so that decoding one costs what a photograph

@@ -6,7 +6,7 @@
 
 It compares what the scripts do with what they might do: channels_last, PEFT's own forward of an adapter, and on a GPU
 CUDA graphs, as `--dynamo_backend cudagraphs` has them, and the network's blocks compiled by inductor each by itself,
-which takes two minutes. "host" is the time until Python has issued an update: where it is the whole of it, the GPU
+which takes two minutes. "host" is the time until Python has issued a step: where it is the whole of it, the GPU
 waits for Python.
 """
 
@@ -40,7 +40,7 @@ def inputs(size, batch, device):
 
 
 def measure(name, network, parameters, tensors, updates):
-    """Print the time of an update, its peak memory and pictures a second."""
+    """Print the time of a step, its peak memory and images a second."""
     device, batch = tensors[0].device, len(tensors[0])
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 
@@ -95,7 +95,7 @@ def parse_args(argv=None):
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--size", choices=("tiny", "mid", "real"), default="real" if on_gpu else "mid")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32] if on_gpu else [8])
-    parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
     return parser.parse_args(argv)
 
 
@@ -108,16 +108,16 @@ def main(argv=None):
         for batch in args.batches:
             latents, *rest = inputs(args.size, batch, device)
             tensors = (latents.to(memory_format=layout), *rest)
-            measure(f"every weight, {layout}", unet, list(unet.parameters()), tensors, args.updates)
+            measure(f"every weight, {layout}", unet, list(unet.parameters()), tensors, args.steps)
     if device.type == "cuda":
         unet.to(memory_format=torch.contiguous_format)
         parameters = list(unet.parameters())
         few, many = (inputs(args.size, batch, device) for batch in (args.batches[0], args.batches[-1]))
-        measure("every weight, CUDA graphs", replayed(unet), parameters, few, args.updates)
+        measure("every weight, CUDA graphs", replayed(unet), parameters, few, args.steps)
         torch.compiler.reset()
         torch._dynamo.config.recompile_limit = 64  # the blocks have as many shapes
         compile_blocks(unet)
-        measure("every weight, blocks compiled", unet, parameters, many, args.updates)
+        measure("every weight, blocks compiled", unet, parameters, many, args.steps)
 
     adapted = unet_of(args.size, device)
     if device.type == "cuda":
@@ -127,11 +127,11 @@ def main(argv=None):
     for name, own in 2 * [("ours", True), ("PEFT's", False)]:  # in turn, twice
         use_own_forward(adapted, own)
         for batch in (1, 16) if device.type == "cuda" else args.batches:
-            measure(f"adapters, {name} forward", adapted, parameters, inputs(args.size, batch, device), args.updates)
+            measure(f"adapters, {name} forward", adapted, parameters, inputs(args.size, batch, device), args.steps)
     if device.type == "cuda":
         use_own_forward(adapted, True)
         tensors = inputs(args.size, 1, device)
-        measure("adapters, CUDA graphs", replayed(adapted), parameters, tensors, args.updates)
+        measure("adapters, CUDA graphs", replayed(adapted), parameters, tensors, args.steps)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Runs one training script as a user does, in a process of its own, and measures it on request.
 
-    python benchmarks/run_script.py updates|building SCRIPT FLAGS...
+    python benchmarks/run_script.py steps|building SCRIPT FLAGS...
 
 With `updates` it trains until its optimizer has its state and then does what it is told, a line on stdin each: "script
-N" makes N updates, "bare N" makes N bare steps of the trained network, "end" ends it. With `building` it lets the
+N" makes N steps, "bare N" makes N bare steps of the trained network, "end" ends it. With `building` it lets the
 script build its cache for each "build" that it is told, and makes the bare encoders' calls too: on a CPU each right
 after the script's own, on a GPU all of them once the cache stands. Each line is answered by one of JSON on stdout.
 Nothing of this is in the scripts: their functions are wrapped from outside.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-WARM_UP = 2  # the first update makes the optimizer's state, and may compile
+WARM_UP = 2  # the first step makes the optimizer's state, and may compile
 
 
 def mapped_entries():
@@ -95,8 +95,8 @@ class Dialogue:
         return words
 
 
-class Updates:
-    """Stands behind `reporting.Progress.update`, which every script calls once an update."""
+class BatchPlan:
+    """Stands behind `reporting.Progress.update`, which every script calls once a step."""
 
     def __init__(self, dialogue):
         self.dialogue, self.left, self.began, self.step = dialogue, WARM_UP, None, None
@@ -125,15 +125,15 @@ class Updates:
         files, and of what no step reads, such as the VAE's decoder, nothing would count."""
         from training_utils import frozen
 
-        original = frozen.settle
+        original = frozen.place_frozen
 
-        def settle(*args, **kwargs):
+        def place_frozen(*args, **kwargs):
             network = original(*args, **kwargs)
             for weight in network.parameters() if network is not None else ():
                 weight.sum()
             return network
 
-        frozen.settle = settle
+        frozen.place_frozen = place_frozen
 
     def watch_network(self):
         """Keep what the trained network is called with first, and its optimizer."""
@@ -168,7 +168,7 @@ class Updates:
 
 
 def bare_step(network, optimizer, args, kwargs):
-    """Forward, backward and update of a network on ready tensors, and nothing else; its targets are zero."""
+    """Forward, backward and step of a network on ready tensors, and nothing else; its targets are zero."""
     network(*args, **kwargs)[0].float().square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -181,7 +181,7 @@ class Building:
     meet the same machine, whatever it does beside. On a GPU the bare calls follow when the cache stands.
     """
 
-    KEEPERS = ("keep_pictures", "keep_captions")
+    KEEPERS = ("cache_images", "cache_captions")
 
     def __init__(self, dialogue):
         self.dialogue, self.calls, self.inside, self.bare = dialogue, {}, False, 0.0
@@ -254,7 +254,7 @@ class Building:
 
 def main(kind, script, *argv):
     dialogue, jax = Dialogue(), script.endswith("flax")
-    watchers = [Updates(dialogue)] + ([Building(dialogue)] if kind == "building" else [])
+    watchers = [BatchPlan(dialogue)] + ([Building(dialogue)] if kind == "building" else [])
     sys.argv[1:] = argv
     module = importlib.import_module(script)
     for watcher in watchers:

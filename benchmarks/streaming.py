@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Measure --streaming: what an epoch downloads, the room it takes on the disk, pictures a second, and its start.
+"""Measure --streaming: what an epoch downloads, the room it takes on the disk, images a second, and its start.
 
-    python benchmarks/streaming.py                 4,000 pictures in tables, from a hub on loopback
+    python benchmarks/streaming.py                 4,000 images in tables, from a hub on loopback
     python benchmarks/streaming.py --shards        in tar shards
 
-Pictures are read in the order of an epoch, in batches, and decoded, as a run without data workers does; the network
-that would be trained is left out. The same pictures are then read from a local copy of the tables without --streaming,
-in the order of such a run. Chunks have 2 MiB instead of 64, so that there are as many as in a data set of 10 GB.
+Images are read in the order of an epoch, in batches, and decoded, as a run without data workers does; the network
+that would be trained is left out. The same images are then read from a local copy of the tables without --streaming,
+in the order of such a run. Chunks have 2 MiB instead of 64, so that there are as many as in a dataset of 10 GB.
 """
 
 import argparse
@@ -26,11 +26,11 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 FILES, ROWS, GROUP = 20, 200, 20
-NAME = "some/pictures"
+NAME = "some/images"
 
 
 def jpeg(index):
-    """A picture of 512 pixels a side that another one does not resemble, about 130 kB."""
+    """An image of 512 pixels a side that another one does not resemble, about 130 kB."""
     coarse = np.random.default_rng(index).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     content = io.BytesIO()
     Image.fromarray(coarse).resize((512, 512), Image.Resampling.BICUBIC).save(content, "jpeg", quality=90)
@@ -38,13 +38,13 @@ def jpeg(index):
 
 
 def write(folder, shards):
-    """The data set, as files in a folder."""
+    """The dataset, as files in a folder."""
     import pyarrow
     import pyarrow.parquet
 
     folder.mkdir()
     for file in range(FILES):
-        samples = [(index, jpeg(index), f"picture {index}") for index in range(file * ROWS, (file + 1) * ROWS)]
+        samples = [(index, jpeg(index), f"image {index}") for index in range(file * ROWS, (file + 1) * ROWS)]
         if shards:
             with tarfile.open(folder / f"{file:03}.tar", "w") as tar:
                 for index, content, text in samples:
@@ -59,7 +59,7 @@ def write(folder, shards):
 
 
 def serve(root, folder, pipe):
-    """A hub with this data set, until something comes through the pipe; tells its address, then what it has sent."""
+    """A hub with this dataset, until something comes through the pipe; tells its address, then what it has sent."""
     from hub_server import Hub
 
     with Hub(root) as hub:
@@ -70,7 +70,7 @@ def serve(root, folder, pipe):
 
 
 def read(updates, rows, look=None):
-    """Read and decode an epoch. Returns (seconds to the first batch, seconds for all, pictures)."""
+    """Read and decode an epoch. Returns (seconds to the first batch, seconds for all, images)."""
     from training_utils.data import Position
 
     began, first, count = time.perf_counter(), None, 0
@@ -78,7 +78,7 @@ def read(updates, rows, look=None):
         if at == updates.per_epoch:
             break
         for _, index, _ in batch:
-            rows.captions(index), rows.picture(index)
+            rows.captions(index), rows.image(index)
         count += len(batch)
         first = first or time.perf_counter() - began
         if look:
@@ -129,19 +129,19 @@ def measure(folder, buffer, pipe):
     data.load_rows(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
     again, before = time.perf_counter() - began, sent()
     streams.LATE = 0
-    first, seconds, count = read(data.Updates(len(rows), 1, 16, stream=rows), rows, look)
+    first, seconds, count = read(data.BatchPlan(len(rows), 1, 16, stream=rows), rows, look)
     whole = sum(chunk.bytes for chunk in rows.source.chunks)
     plain = data.load_rows(folder=folder / "set", cache_dir=str(folder / "cache"))
-    _, local, _ = read(data.Updates(len(plain), 1, 16), plain)
+    _, local, _ = read(data.BatchPlan(len(plain), 1, 16), plain)
     print(
-        f"pictures            {len(rows):,}, {whole / 1e6:.0f} MB, in {len(rows.source.chunks)} chunks\n"
+        f"images            {len(rows):,}, {whole / 1e6:.0f} MB, in {len(rows.source.chunks)} chunks\n"
         f"first start         {opened:.2f} s, which downloads {walked / 1e6:.1f} MB\n"
         f"later starts        {again:.2f} s, {(before - walked) / 1e6:.1f} MB\n"
         f"first batch of 16   {first:.2f} s after it\n"
-        f"an epoch downloads  {(sent() - before) / whole:.2f} of the data set\n"
+        f"an epoch downloads  {(sent() - before) / whole:.2f} of the dataset\n"
         f"on the disk         {most / 1e6:.0f} MB at most, {most / whole:.2f} of it; "
         f"{rows.source.most() / 1e6:.0f} MB were announced\n"
-        f"pictures a second   {count / seconds:.0f}, and {count / local:.0f} from a local copy without --streaming"
+        f"images a second   {count / seconds:.0f}, and {count / local:.0f} from a local copy without --streaming"
     )
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Measure the training scripts: pictures a second, peak memory, and how much of the time is not the trained network's.
+"""Measure the training scripts: images a second, peak memory, and how much of the time is not the trained network's.
 
     python benchmarks/throughput.py                     mid-size models on the CPU, or real-size ones on a GPU
     python benchmarks/throughput.py --family sd --check  exit code 1, and what is missed, unless the goals are met
     python benchmarks/throughput.py --family sd --only cached --batch 32 --repeats 1   one run, where time is short
 
 Every run is a process that calls a script's real `main` with a real command line, on models with random weights and
-pictures that are made here. Runs of a family take turns, a few updates each, so that whatever else the machine does
+images that are made here. Runs of a family take turns, a few updates each, so that whatever else the machine does
 meets all of them; what is reported are medians over the turns, and of ratios the median ratio within a turn. "outside"
-is the share of a step's time beyond forward, backward and update of the same network, in the same process and turn, on
+is the share of a step's time beyond forward, backward and step of the same network, in the same process and turn, on
 tensors that are ready. On a CPU, peak memory is that of the whole process once everything is loaded, the whole of each
-frozen network included and what is mapped of the cache left out, in further runs of two updates whose allocator gives
+frozen network included and what is mapped of the cache left out, in further runs of two steps whose allocator gives
 back at once what is free.
 """
 
@@ -74,7 +74,7 @@ PEAKS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "A10": 125, "L4": 1
 
 @dataclass
 class Run:
-    """One way to run a script, and what was measured: seconds an update, one for each turn, and bytes.
+    """One way to run a script, and what was measured: seconds a step, one for each turn, and bytes.
 
     Runs of one `kind` differ by their caches and by what torch.compile makes of the network alone.
     """
@@ -172,7 +172,7 @@ class Child:
 
 
 class Bench:
-    """The models and pictures of one family in a folder, and the runs over them."""
+    """The models and images of one family in a folder, and the runs over them."""
 
     def __init__(self, folder, family, size, device, repeats, updates):
         import models
@@ -181,15 +181,15 @@ class Bench:
         self.shape = models.SHAPES[family][size]
         self.threads = cores()
         self.models = models.write(folder / "model", family, size)
-        self.pictures = {"tiny": 8, "mid": 48, "real": 128}[size]
-        models.write_pictures(folder / "pictures", self.shape["resolution"], self.pictures)
+        self.images = {"tiny": 8, "mid": 48, "real": 128}[size]
+        models.write_images(folder / "images", self.shape["resolution"], self.images)
 
     def child(self, kind, run, environment=None):
         out = self.folder / f"{kind} {run.name}".replace(" ", "-")
         words = f"--train_batch_size {run.batch} --max_train_steps 1000000 --learning_rate 1e-5 --seed 1"
         words += f" --resolution {self.shape['resolution']} --report_to none --checkpointing_steps 0"
         words += f" --mixed_precision {'no' if self.device == 'cpu' else 'bf16'}"
-        argv = [*self.models, "--train_data_dir", str(self.folder / "pictures"), "--output_dir", str(out)]
+        argv = [*self.models, "--train_data_dir", str(self.folder / "images"), "--output_dir", str(out)]
         argv += words.split() + run.flags
         if self.family in ("sd", "sdxl", "flax"):
             argv += ["--center_crop"]
@@ -202,7 +202,7 @@ class Bench:
         return Child(kind, run, argv, out, settings | (environment or {}))
 
     def take_turns(self, runs, repeats, environment=None):
-        """Start these runs at once, and let each make its updates in turn."""
+        """Start these runs at once, and let each make its steps in turn."""
         with ExitStack() as stack:
             pairs = [(run, stack.enter_context(self.child("updates", run, environment))) for run in runs]
             _each(pairs, lambda run, child: child.answer())  # warmed up
@@ -248,7 +248,7 @@ class Bench:
                     bare[turn] += answer["bare"]
                 child.tell("next")
             found["peak"] = child.ask("end")["peak"]
-        return found | {"pictures": self.pictures, "build": build.tolist(), "bare": bare.tolist()}
+        return found | {"images": self.images, "build": build.tolist(), "bare": bare.tolist()}
 
 
 def _each(pairs, work):
@@ -263,14 +263,14 @@ def _each(pairs, work):
 
 
 def seconds_to_read(repeats=200):
-    """The seconds that reading the cached moments of a picture of 1024 pixels takes, 4 x 128 x 128 in float32 each."""
+    """The seconds that reading the cached moments of an image of 1024 pixels takes, 4 x 128 x 128 in float32 each."""
     from training_utils import cache
 
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        store = cache.Store(folder, "pictures", "benchmark")
+        store = cache.Store(folder, "images", "benchmark")
         store.folder.mkdir(parents=True)
-        keys = [f"picture {number}" for number in range(64)]
+        keys = [f"image {number}" for number in range(64)]
         moments = {name: draw.standard_normal((64, 4, 128, 128), dtype=np.float32) for name in ("mean", "std")}
         store.write(keys, {name: ("float32", array) for name, array in moments.items()})
         store.look()
@@ -303,12 +303,12 @@ class Goal(NamedTuple):
 
 
 def faster(family, name, than):
-    """How many times as many pictures a second a run makes as another one: the median over the turns."""
+    """How many times as many images a second a run makes as another one: the median over the turns."""
 
     def measure(results):
         one, other = results[family]["runs"][name], results[family]["runs"][than]
-        per_picture = [(a / one["batch"], b / other["batch"]) for a, b in zip(one["step"], other["step"])]
-        return median(b / a for a, b in per_picture)
+        per_image = [(a / one["batch"], b / other["batch"]) for a, b in zip(one["step"], other["step"])]
+        return median(b / a for a, b in per_image)
 
     return measure
 
@@ -403,7 +403,7 @@ def summary(run, plain, flop, frozen_flop, peak_flops):
     return {
         "script": f"{run.script}.py",
         "batch": run.batch,
-        "pictures per second": speed,
+        "images per second": speed,
         "over plain": None if plain is None or plain.failed else median(b / a for a, b in zip(run.step, plain.step)),
         "step": run.step,
         "bare": run.bare,
@@ -416,7 +416,7 @@ def summary(run, plain, flop, frozen_flop, peak_flops):
 def table(results):
     """The results as Markdown."""
     lines = [
-        "| | run | batch | pictures/s | over plain | seconds an update | outside the network | over the bare step "
+        "| | run | batch | images/s | over plain | seconds a step | outside the network | over the bare step "
         "| peak memory, GB | MFU |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -424,7 +424,7 @@ def table(results):
         for name, run in results[family]["runs"].items():
             bare = over_bare(family, name)(results) if run["bare"] else None
             cells = [
-                *(TITLES[family], name, run["batch"], f"{run['pictures per second']:.3g}"),
+                *(TITLES[family], name, run["batch"], f"{run['images per second']:.3g}"),
                 *("–" if run["over plain"] is None else f"{run['over plain']:.2f}", f"{median(run['step']):.3g}"),
                 *("–" if run["outside"] is None else f"{run['outside']:.1%}", "–" if bare is None else f"{bare:.3f}"),
                 *(f"{run['peak'] / 1e9:.2f}", "–" if run["mfu"] is None else f"{run['mfu']:.1%}"),
@@ -432,7 +432,7 @@ def table(results):
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
         "",
-        "| | frozen over trained arithmetic, here | in the released model | building, pictures/s | over the bare "
+        "| | frozen over trained arithmetic, here | in the released model | building, images/s | over the bare "
         "encoders | peak memory while building, GB | frozen networks, GB |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -441,7 +441,7 @@ def table(results):
         cells = [TITLES[family], f"{found['proportion']:.3f}", f"{found['real proportion']:.3f}"]
         built = found.get("building", {})
         if "build" in built:
-            speed = built["pictures"] / median(built["build"])
+            speed = built["images"] / median(built["build"])
             cells += [f"{speed:.3g}", f"{building(family)(results):.3f}"]
         else:
             cells += ["–", "–"]
@@ -513,12 +513,12 @@ def parse_args(argv):
     parser.add_argument("--device", choices=("cpu", "cuda"), help="left out, the GPU where there is one")
     parser.add_argument("--size", choices=("tiny", "mid", "real"), help="left out, mid on a CPU, real on a GPU")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each run")
-    parser.add_argument("--updates", type=int, help="updates in a turn; left out, 1 on a CPU, 20 on a GPU")
+    parser.add_argument("--steps", type=int, help="steps in a turn; left out, 1 on a CPU, 20 on a GPU")
     parser.add_argument(
         "--compiled", action="store_true", help="compiled runs on the CPU too, which take minutes more"
     )
     parser.add_argument("--only", nargs="+", metavar="RUN", help="runs by their names, such as 'LoRA cached'")
-    parser.add_argument("--batch", type=int, help="pictures in an update of each run")
+    parser.add_argument("--batch", type=int, help="images in a step of each run")
     parser.add_argument("--check", action="store_true", help="exit code 1 unless all goals are met")
     parser.add_argument("--json", type=Path, default=Path("throughput.json"), help="file for all that was measured")
     args = parser.parse_args(argv)
@@ -528,7 +528,7 @@ def parse_args(argv):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     on_cpu = args.device == "cpu"
     args.size = args.size or ("mid" if on_cpu else "real")
-    args.updates = args.updates or (1 if on_cpu else 20)
+    args.steps = args.steps or (1 if on_cpu else 20)
     known = {run.name for family in args.family for run in runs_of(family, args.device, args.compiled)}
     unknown = set(args.only or []) - known
     if unknown:
@@ -544,7 +544,7 @@ def measure(args):
         for family in args.family:
             print(f"measuring {TITLES[family]} …", file=sys.stderr, flush=True)
             place = Path(folder) / family
-            options = (args.size, args.device, args.repeats, args.updates, args.compiled, args.only, args.batch)
+            options = (args.size, args.device, args.repeats, args.steps, args.compiled, args.only, args.batch)
             results[family] = measure_family(place, family, *options)
             shutil.rmtree(place)  # real models are gigabytes
     return results

@@ -3,7 +3,7 @@
 #
 #   sbatch examples/slurm.sh train_text_to_image.py --pretrained_model_name_or_path MODEL --output_dir OUT …
 #
-# Told to stop, by the queue or shortly before its time is up, it lets the script finish the update and write a
+# Told to stop, by the queue or shortly before its time is up, it lets the script finish the step and write a
 # checkpoint, asks to be queued again, and continues there, with as many machines and GPUs as it is given then.
 # --output_dir must lie on a disk that all machines share. ACCELERATE_CONFIG=examples/fsdp2.yaml, set before sbatch,
 # launches as that file says.

@@ -414,7 +414,7 @@ class Decoder(_VAEHalf):
 
 
 class FlaxAutoencoderKL(_Part):
-    """The autoencoder of pictures (B, 3, H, W) in [-1, 1] and latents (B, C, h, w), h = H / 2^(blocks - 1).
+    """The autoencoder of images (B, 3, H, W) in [-1, 1] and latents (B, C, h, w), h = H / 2^(blocks - 1).
 
     Latents are not scaled here: a UNet's are `config.scaling_factor` times as large.
     """

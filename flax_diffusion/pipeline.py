@@ -1,11 +1,11 @@
-"""Text to pictures with Stable Diffusion 1.x and 2.x in JAX, on one device or, with replicated parameters, on several.
+"""Text to images with Stable Diffusion 1.x and 2.x in JAX, on one device or, with replicated parameters, on several.
 
 The interface is that of the class which diffusers had until 0.39:
 
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
     ids = shard(pipeline.prepare_inputs(["a watercolour of a fox"] * jax.device_count()))
     keys = jax.random.split(jax.random.key(0), jax.device_count())
-    images = pipeline(ids, replicate(params), keys, jit=True).images  # (devices, pictures a device, H, W, 3)
+    images = pipeline(ids, replicate(params), keys, jit=True).images  # (devices, images a device, H, W, 3)
 """
 
 import functools
@@ -28,14 +28,14 @@ LATENTS = {"clip_sample": False, "steps_offset": 1}
 PARTS = ("text_encoder", "unet", "vae")
 
 
-class Pictures(NamedTuple):
+class Images(NamedTuple):
     """What a call returns: `images`, float32 in [0, 1], of shape (..., H, W, 3)."""
 
     images: jax.Array
 
 
 def _generate(networks, params, ids, negative_ids, latents, key, guidance, plan):
-    """The pictures (B, H, W, 3) of token ids (B, T), from noise `latents` (B, C, h, w), all in one compilation.
+    """The images (B, H, W, 3) of token ids (B, T), from noise `latents` (B, C, h, w), all in one compilation.
 
     networks: (text encoder, unet, vae); guidance: its scale, (B,), of which 1 or less means none (Ho & Salimans 2022,
     arXiv 2207.12598); key: for samplers that add noise; plan: see schedulers.Plan.
@@ -141,7 +141,7 @@ class FlaxStableDiffusionPipeline:
         neg_prompt_ids=None,
         jit=False,
     ):
-        """Draw a picture for each prompt.
+        """Draw an image for each prompt.
 
         Args: prompt_ids, (B, T); params, the dict of parameters; prng_seed, a jax.random key; height and width in
         pixels, by default those that the UNet was made for; guidance_scale, a number or one for each prompt, of which
@@ -153,7 +153,7 @@ class FlaxStableDiffusionPipeline:
         prng_seed through jax.random.split. Without it the call is compiled too, for one device.
 
         Compiled once for each shape and number of steps; another guidance scale or prompt does not compile again.
-        Returns Pictures. Raises ValueError for inputs that do not fit.
+        Returns Images. Raises ValueError for inputs that do not fit.
         """
         ids = np.asarray(prompt_ids) if not isinstance(prompt_ids, jax.Array) else prompt_ids
         self._check_axes(ids, params, jit)
@@ -173,7 +173,7 @@ class FlaxStableDiffusionPipeline:
         networks = (self.text_encoder, self.unet, self.vae)
         run = _on_each_device if jit else _on_one_device
         latents = latents.astype(jnp.float32)
-        return Pictures(run(networks, params, ids, neg_prompt_ids, latents, prng_seed, guidance, plan))
+        return Images(run(networks, params, ids, neg_prompt_ids, latents, prng_seed, guidance, plan))
 
     def _check_axes(self, ids, params, jit):
         """Complain about the two usual slips with jit in a sentence, before XLA does it in a hundred lines."""
@@ -185,7 +185,7 @@ class FlaxStableDiffusionPipeline:
             raise ValueError(f"with jit={jit} the params {wanted}")
 
     def _latent_shape(self, height, width):
-        """(C, h, w) of the latents of a picture, whose sizes are by default what the UNet was made for."""
+        """(C, h, w) of the latents of an image, whose sizes are by default what the UNet was made for."""
         size, factor = self.unet.config.get("sample_size"), self.vae_scale_factor
         sizes = size if isinstance(size, list | tuple) else (size, size)
         pixels = [given or (own and own * factor) for given, own in zip((height, width), sizes)]
@@ -197,10 +197,10 @@ class FlaxStableDiffusionPipeline:
 
     @staticmethod
     def numpy_to_pil(images):
-        """A list of PIL pictures from an array of numbers in [0, 1], shape (..., H, W, 3)."""
+        """A list of PIL images from an array of numbers in [0, 1], shape (..., H, W, 3)."""
         images = np.asarray(images)
         pixels = (images.reshape(-1, *images.shape[-3:]) * 255).round().astype(np.uint8)
-        return [Image.fromarray(picture) for picture in pixels]
+        return [Image.fromarray(image) for image in pixels]
 
     def save_pretrained(self, folder, params):
         """Write a folder that torch's StableDiffusionPipeline loads, and this one: safetensors only.

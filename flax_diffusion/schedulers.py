@@ -343,5 +343,5 @@ def for_sampling(config):
         reason = f"DDPM with variance_type = {scheduler.config.variance_type!r} is not supported"
     if reason is None:
         return scheduler
-    warnings.warn(f"{reason}: pictures are drawn with DDIM over the same noise schedule", stacklevel=3)
+    warnings.warn(f"{reason}: images are drawn with DDIM over the same noise schedule", stacklevel=3)
     return FlaxDDIMScheduler.from_config(config)

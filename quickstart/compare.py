@@ -3,7 +3,7 @@
     python quickstart/compare.py --output_dir quickstart-output/compare --charts docs
 
 Every weight is trained with min-SNR weights off, at gamma 1 and at gamma 5, and with a moving average of the weights;
-then adapters of three ranks learn the word "mirrored" on the first of these models. A tenth of the pictures is held
+then adapters of three ranks learn the word "mirrored" on the first of these models. A tenth of the images is held
 out. What is compared is the loss on them, in which nothing is weighted, and the share of a hundred drawings that a
 classifier of real digits reads as the word in their prompt. Several seeds tell a difference between settings from
 luck. Stopped half-way it continues when it is called again.
@@ -46,15 +46,15 @@ RANKS = {f"rank {rank}": ["--rank", str(rank), "--train_text_encoder"] for rank 
 
 
 def looks(steps):
-    """The updates after which drawings are read: an eighth, a quarter and half of them, and all."""
+    """The steps after which drawings are read: an eighth, a quarter and half of them, and all."""
     return [steps // 8, steps // 4, steps // 2, steps]
 
 
-def train(script, base, pictures, out, flags, args, seed):
+def train(script, base, images, out, flags, args, seed):
     """Run a script as a user does, or what is left of it."""
     out.mkdir(parents=True, exist_ok=True)
     every = str(args.max_train_steps // 8)
-    command = [sys.executable, script, "--pretrained_model_name_or_path", base, "--train_data_dir", pictures]
+    command = [sys.executable, script, "--pretrained_model_name_or_path", base, "--train_data_dir", images]
     command += ["--output_dir", out, "--encoding_cache_dir", args.output_dir / "encodings", "--seed", seed, *TRAIN]
     command += ["--max_train_steps", args.max_train_steps, "--checkpointing_steps", every]
     command += ["--validation_steps", every, *flags]
@@ -62,7 +62,7 @@ def train(script, base, pictures, out, flags, args, seed):
 
 
 def accuracies(reader, base, out, steps, mirrored):
-    """The share of drawings that are read rightly after some updates, {update: share}; kept in a file."""
+    """The share of drawings that are read rightly after some steps, {step: share}; kept in a file."""
     path = out / "accuracy.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     for step in looks(steps):
@@ -83,7 +83,7 @@ def accuracies(reader, base, out, steps, mirrored):
 
 
 def averaged(curves):
-    """The mean of several {update: value} at the updates that all have."""
+    """The mean of several {step: value} at the steps that all have."""
     shared = sorted(set.intersection(*map(set, curves)))
     return {step: mean(curve[step] for curve in curves) for step in shared}
 
@@ -95,9 +95,9 @@ def spread(values, digits):
 
 
 def table(results, steps):
-    """Lines of Markdown: a row for each setting of {name: [(held-out losses, accuracies), one for each seed]}."""
+    """Lines of Markdown: a row for each setting of {name: [(validation losses, accuracies), one for each seed]}."""
     titles = " | ".join(f"read rightly after {step}" for step in looks(steps))
-    yield f"| setting | held-out loss after {steps} updates | {titles} |"
+    yield f"| setting | validation loss after {steps} steps | {titles} |"
     yield "|---" * (2 + len(looks(steps))) + "|"
     for name, runs in results.items():
         last = [losses[steps] for losses, _ in runs]
@@ -107,7 +107,7 @@ def table(results, steps):
 
 def charts(results, folder, name, title):
     """Write two charts of a table's results as SVG files."""
-    for kind, at, what in (("loss", 0, "held-out loss"), ("accuracy", 1, "digits read rightly")):
+    for kind, at, what in (("loss", 0, "validation loss"), ("accuracy", 1, "digits read rightly")):
         lines = [
             Line(setting, list(averaged([run[at] for run in runs]).items()), colour, "dotted")
             for colour, (setting, runs) in enumerate(results.items())
@@ -123,7 +123,7 @@ def parse_args(argv=None):
     parser.add_argument("--digits", type=Path, default=Path("quickstart-output/digits"), help="of make_data.py")
     parser.add_argument("--mirrored", type=Path, default=Path("quickstart-output/mirrored"), help="with --mirrored")
     parser.add_argument("--charts", type=Path, help="folder to write the charts to, left out --output_dir")
-    parser.add_argument("--max_train_steps", type=int, default=800, help="updates of a run, a multiple of 8")
+    parser.add_argument("--max_train_steps", type=int, default=800, help="steps of a run, a multiple of 8")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the runs of each setting")
     return parser.parse_args(argv)
 
@@ -136,13 +136,13 @@ def main(argv=None):
         ("weights", "every weight", "train_text_to_image.py", args.base, args.digits, WEIGHTS),
         ("ranks", "adapters", "train_text_to_image_lora.py", None, args.mirrored, RANKS),
     ]
-    for name, title, script, base, pictures, settings in groups:
+    for name, title, script, base, images, settings in groups:
         results = {}
         for setting, flags in settings.items():
             for seed in args.seeds:
                 out = args.output_dir / "-".join([name, *flags, str(seed)]).replace("--", "")
                 start = (base or args.output_dir / f"weights-{args.seeds[0]}").resolve()
-                train(script, start, pictures.resolve(), out, flags, args, seed)
+                train(script, start, images.resolve(), out, flags, args, seed)
                 read = accuracies(reader, start, out, args.max_train_steps, mirrored=base is None)
                 results.setdefault(setting, []).append((Log(out).finite("val_loss"), read))
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ stays so: all that the UNet needs is that different captions come out different.
 to draw is left to `train_text_to_image.py`. The same seed gives the same folder.
 
 With `--sdxl` it is a folder in the layout of Stable Diffusion XL for `train_text_to_image_sdxl.py`: two text encoders
-side by side, and a UNet that is also told the pooled text, the picture's first size and the crop.
+side by side, and a UNet that is also told the pooled text, the image's first size and the crop.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Write the 1,797 handwritten digits that ship inside scikit-learn as a folder of pictures with captions.
+"""Write the 1,797 handwritten digits that ship inside scikit-learn as a folder of images with captions.
 
     python quickstart/make_data.py --output_dir quickstart-output/digits
 
 They are the test set of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998, UCI repository): 13
-people wrote on paper forms, and the scans were reduced to 8x8 counts of ink, 0 to 16. Each becomes a 32x32 picture,
+people wrote on paper forms, and the scans were reduced to 8x8 counts of ink, 0 to 16. Each becomes a 32x32 image,
 dark ink on white, and a line of `metadata.jsonl`:
 
     {"file_name": "0003.png", "text": "a handwritten three"}
@@ -29,15 +29,15 @@ def caption(digit: int, mirrored: bool = False) -> str:
 
 
 def draw_scan(ink: np.ndarray) -> Image.Image:
-    """Ink counts (8, 8) in 0..16 to a 32x32 RGB picture, dark on white, with a margin of 4 pixels."""
+    """Ink counts (8, 8) in 0..16 to a 32x32 RGB image, dark on white, with a margin of 4 pixels."""
     paper = np.rint(255 * (1 - np.pad(ink, 2) / FULL_INK)).astype(np.uint8)
     scan = Image.fromarray(paper).resize((36, 36), Image.Resampling.BICUBIC)
     return scan.crop((2, 2, 34, 34)).convert("RGB")
 
 
-def read_ink(picture: Image.Image) -> np.ndarray:
-    """The way back: a 32x32 picture to ink counts (8, 8) in 0..16."""
-    paper = picture.convert("L").crop((4, 4, 28, 28)).resize((8, 8), Image.Resampling.BOX)
+def read_ink(image: Image.Image) -> np.ndarray:
+    """The way back: a 32x32 image to ink counts (8, 8) in 0..16."""
+    paper = image.convert("L").crop((4, 4, 28, 28)).resize((8, 8), Image.Resampling.BOX)
     return FULL_INK * (1 - np.asarray(paper, dtype=np.float32) / 255)
 
 
@@ -63,7 +63,7 @@ def main(argv=None):
                 (ImageOps.mirror(scan) if mirrored else scan).save(args.output_dir / file_name)
                 line = {"file_name": file_name, "text": caption(digit, mirrored)}
                 metadata.write(json.dumps(line) + "\n")
-    print(f"{len(digits.target) * len(kinds)} pictures and their captions are in {args.output_dir}")
+    print(f"{len(digits.target) * len(kinds)} images and their captions are in {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def load_pipeline(model_dir: Path, lora_dir: Path | None = None, **parts) -> Dif
 def draw_digits(
     pipeline: DiffusionPipeline, mirrored: bool, steps: int, guidance_scale: float, seed: int
 ) -> list[Image.Image]:
-    """Ten pictures of each digit in turn, all in one batch."""
+    """Ten images of each digit in turn, all in one batch."""
     return pipeline(
         [caption(digit, mirrored) for digit in range(len(WORDS)) for _ in range(PER_DIGIT)],
         num_inference_steps=steps,
@@ -62,13 +62,13 @@ def draw_digits(
     ).images
 
 
-def read_digits(reader: SVC, pictures: list[Image.Image], mirrored: bool) -> np.ndarray:
-    """What the classifier takes each picture for, (digits, PER_DIGIT); mirrored ones it sees in a mirror."""
-    seen = [ImageOps.mirror(picture) if mirrored else picture for picture in pictures]
-    return reader.predict([read_ink(picture).ravel() for picture in seen]).reshape(len(WORDS), PER_DIGIT)
+def read_digits(reader: SVC, images: list[Image.Image], mirrored: bool) -> np.ndarray:
+    """What the classifier takes each image for, (digits, PER_DIGIT); mirrored ones it sees in a mirror."""
+    seen = [ImageOps.mirror(image) if mirrored else image for image in images]
+    return reader.predict([read_ink(image).ravel() for image in seen]).reshape(len(WORDS), PER_DIGIT)
 
 
-def draw_grid(pictures: list[Image.Image], hits: np.ndarray, mirrored: bool) -> Image.Image:
+def draw_grid(images: list[Image.Image], hits: np.ndarray, mirrored: bool) -> Image.Image:
     """One row a word, misread drawings framed in red. `hits` is (digits, PER_DIGIT) of bool."""
     cell, gap, margin, label_width, title_height = 64, 4, 24, 84, 60
     step = cell + gap
@@ -90,8 +90,8 @@ def draw_grid(pictures: list[Image.Image], hits: np.ndarray, mirrored: bool) -> 
         pen.text((margin, top + cell // 2), word, INK, ImageFont.load_default(20), anchor="lm")
         for column in range(PER_DIGIT):
             left = margin + label_width + column * step
-            picture = pictures[row * PER_DIGIT + column].convert("RGB")
-            grid.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), (left, top))
+            image = images[row * PER_DIGIT + column].convert("RGB")
+            grid.paste(image.resize((cell, cell), Image.Resampling.BICUBIC), (left, top))
             colour, line = (FAINT, 1) if hits[row, column] else (WRONG, 2)
             pen.rectangle((left - 1, top - 1, left + cell, top + cell), outline=colour, width=line)
     return grid
@@ -111,7 +111,7 @@ def parse_args(argv=None):
     parser.add_argument("--model_dir", type=Path, default=Path("quickstart-output/model"), help="fine-tuned pipeline")
     parser.add_argument("--lora_dir", type=Path, help="adapters to load into it")
     parser.add_argument("--mirrored", action="store_true", help="ask for mirrored digits as well")
-    parser.add_argument("--grid", type=Path, default=Path("quickstart-output/digits.png"), help="picture to write")
+    parser.add_argument("--grid", type=Path, default=Path("quickstart-output/digits.png"), help="image to write")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps for each drawing")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="pull towards the caption; 1 is none")
     parser.add_argument("--seed", type=int, default=0, help="of the noise that the drawings start from")
@@ -127,14 +127,14 @@ def main(argv=None):
     grids, results = [], []
     for mirrored in (True, False) if args.mirrored else (False,):
         kind = "mirrored digit" if mirrored else "digit"
-        pictures = draw_digits(pipeline, mirrored, args.num_inference_steps, args.guidance_scale, args.seed)
-        read = read_digits(reader, pictures, mirrored)
+        images = draw_digits(pipeline, mirrored, args.num_inference_steps, args.guidance_scale, args.seed)
+        read = read_digits(reader, images, mirrored)
         hits = read == np.arange(len(WORDS))[:, None]
         for word, row, row_hits in zip(WORDS, read, hits):
             mistaken = ", ".join(WORDS[digit] for digit in row[~row_hits])
             others = f", the others read as {mistaken}" if mistaken else ""
             print(f"{'mirrored ' if mirrored else ''}{word:>6}: {row_hits.sum():2d} of {PER_DIGIT}{others}")
-        grids.append(draw_grid(pictures, hits, mirrored))
+        grids.append(draw_grid(images, hits, mirrored))
         results.append(f"{kind} accuracy: {hits.mean():.2f}")
 
     args.grid.parent.mkdir(parents=True, exist_ok=True)

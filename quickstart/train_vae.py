@@ -2,7 +2,7 @@
 
     python quickstart/train_vae.py --output_dir quickstart/vae
 
-Four levels, as in Stable Diffusion: a 32x32 picture becomes a 4x4 latent of 4 channels. That is 64 numbers, as many as
+Four levels, as in Stable Diffusion: a 32x32 image becomes a 4x4 latent of 4 channels. That is 64 numbers, as many as
 scikit-learn keeps of each digit.
 """
 
@@ -47,8 +47,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train the tiny VAE of the quickstart.")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "vae", help="folder to write to")
     parser.add_argument("--max_train_steps", type=int, default=2500, help="updates; 2500 take 12 minutes on one core")
-    parser.add_argument("--train_batch_size", type=int, default=64, help="scans in an update")
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak, reached after a tenth of the updates")
+    parser.add_argument("--train_batch_size", type=int, default=64, help="scans in a step")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak, reached after a tenth of the steps")
     parser.add_argument(
         "--kl_weight",
         type=float,

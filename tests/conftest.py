@@ -17,7 +17,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # JAX compiles t
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started: sums over threads round by their number
 
 from forked import Forked  # noqa: E402
-from tiny import build_kandinsky_decoder, build_kandinsky_prior, build_sd, build_sdxl, write_pictures  # noqa: E402
+from tiny import build_kandinsky_decoder, build_kandinsky_prior, build_sd, build_sdxl, write_images  # noqa: E402
 
 from training_utils.reporting import UserError  # noqa: E402
 
@@ -47,9 +47,9 @@ def kandinsky(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """A folder of ten captioned pictures."""
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "train")
+def images(tmp_path_factory):
+    """A folder of ten captioned images."""
+    return write_images(tmp_path_factory.mktemp("images") / "train")
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ class Runner:
     `base` is its folder; for Kandinsky, the folders of the prior and of the decoder.
     """
 
-    def __init__(self, script, base, pictures):
-        self.script, self.base, self.pictures = script, base, pictures
+    def __init__(self, script, base, images):
+        self.script, self.base, self.images = script, base, images
         names = ("prior_", "decoder_") if isinstance(base, tuple) else ("",)
         folders = base if isinstance(base, tuple) else (base,)
         pairs = [(f"--pretrained_{name}model_name_or_path", folder) for name, folder in zip(names, folders)]
@@ -91,7 +91,7 @@ class Runner:
     def argv(self, out, *more):
         """The command line; a flag in `more` comes last and so replaces the one here."""
         named = {"--dataset_name", "--train_data_config"} & set(map(str, more))
-        folder = [] if named else ["--train_data_dir", self.pictures]
+        folder = [] if named else ["--train_data_dir", self.images]
         plain = "--resolution 16 --train_batch_size 4 --max_train_steps 6 --learning_rate 1e-3 --seed 7"
         plain += " --report_to none --checkpointing_steps 0"
         start = [*self.models, "--output_dir", out, *folder, *plain.split()]
@@ -102,7 +102,7 @@ class Runner:
         return importlib.import_module(self.script).main(self.argv(out, *more))
 
     def fails(self, out, *more):
-        """Run, expecting an error that a user can mend; returns (sentence, exit code)."""
+        """Run, expecting an error that a user can fix; returns (sentence, exit code)."""
         with pytest.raises(UserError) as caught:
             self(out, *more)
         return str(caught.value), caught.value.exit_code
@@ -132,43 +132,43 @@ class Runner:
 
 
 @pytest.fixture(scope="session")
-def run(sd, pictures):
-    return Runner("train_text_to_image", sd, pictures)
+def run(sd, images):
+    return Runner("train_text_to_image", sd, images)
 
 
 @pytest.fixture(scope="session")
-def run_lora(sd, pictures):
-    return Runner("train_text_to_image_lora", sd, pictures)
+def run_lora(sd, images):
+    return Runner("train_text_to_image_lora", sd, images)
 
 
 @pytest.fixture(scope="session")
-def run_sdxl(sdxl, pictures):
-    return Runner("train_text_to_image_sdxl", sdxl, pictures)
+def run_sdxl(sdxl, images):
+    return Runner("train_text_to_image_sdxl", sdxl, images)
 
 
 @pytest.fixture(scope="session")
-def run_lora_sdxl(sdxl, pictures):
-    return Runner("train_text_to_image_lora_sdxl", sdxl, pictures)
+def run_lora_sdxl(sdxl, images):
+    return Runner("train_text_to_image_lora_sdxl", sdxl, images)
 
 
 @pytest.fixture(scope="session")
-def run_prior(kandinsky, pictures):
-    return Runner("train_text_to_image_prior", kandinsky, pictures)
+def run_prior(kandinsky, images):
+    return Runner("train_text_to_image_prior", kandinsky, images)
 
 
 @pytest.fixture(scope="session")
-def run_lora_prior(kandinsky, pictures):
-    return Runner("train_text_to_image_lora_prior", kandinsky, pictures)
+def run_lora_prior(kandinsky, images):
+    return Runner("train_text_to_image_lora_prior", kandinsky, images)
 
 
 @pytest.fixture(scope="session")
-def run_decoder(kandinsky, pictures):
-    return Runner("train_text_to_image_decoder", kandinsky, pictures)
+def run_decoder(kandinsky, images):
+    return Runner("train_text_to_image_decoder", kandinsky, images)
 
 
 @pytest.fixture(scope="session")
-def run_lora_decoder(kandinsky, pictures):
-    return Runner("train_text_to_image_lora_decoder", kandinsky, pictures)
+def run_lora_decoder(kandinsky, images):
+    return Runner("train_text_to_image_lora_decoder", kandinsky, images)
 
 
 KANDINSKY = ["run_prior", "run_lora_prior", "run_decoder", "run_lora_decoder"]
@@ -185,14 +185,14 @@ def each(request):
 
 
 LOOKS = ["--use_ema", "--validation_split", "0.3", "--validation_steps", "3", "--report_to", "tensorboard"]
-PICTURES = ["--validation_num_inference_steps", "2"]
+IMAGES = ["--validation_num_inference_steps", "2"]
 
 
 @pytest.fixture(scope="session")
 def alone(run, tmp_path_factory):
-    """A run of one process, with a checkpoint after updates 3 and 6."""
+    """A run of one process, with a checkpoint after steps 3 and 6."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    run(out, *LOOKS, *PICTURES, "--checkpointing_steps", "3", "--validation_prompts", "one", "two", "three")
+    run(out, *LOOKS, *IMAGES, "--checkpointing_steps", "3", "--validation_prompts", "one", "two", "three")
     return out
 
 
@@ -250,7 +250,7 @@ def relative_difference(out, other):
 
 
 def logged(out, name="train_loss"):
-    """What the run wrote to TensorBoard under a name: {update: value}, of two runs that of the later."""
+    """What the run wrote to TensorBoard under a name: {step: value}, of two runs that of the later."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     values = {}

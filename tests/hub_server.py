@@ -148,7 +148,7 @@ if adapter:
 pipeline.set_progress_bar_config(disable=True)
 noise = torch.Generator().manual_seed(0)
 drawn = pipeline("a handwritten one", num_inference_steps=2, generator=noise, output_type="np")
-numpy.save(place + "/picture.npy", drawn.images[0])
+numpy.save(place + "/image.npy", drawn.images[0])
 """
 
 
@@ -193,10 +193,10 @@ class Machine:
         return said.split(": error: ", 1)[1].strip()
 
     def draws(self, name, place, adapter=""):
-        """The picture that a model of the hub draws, downloaded into an empty cache."""
+        """The image that a model of the hub draws, downloaded into an empty cache."""
         shutil.rmtree(place, ignore_errors=True)
         self.runs("-c", DRAW, name, place, adapter)
-        return np.load(place / "picture.npy")
+        return np.load(place / "image.npy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -80,18 +80,18 @@ def run_files():
     return {text.splitlines()[0].removeprefix("# "): text for text in texts}
 
 
-def as_shards(pictures, folder):
-    """A folder of tar shards, one for each of the tests' pictures."""
-    for at, line in enumerate((Path(pictures) / "metadata.jsonl").read_text().splitlines()):
+def as_shards(images, folder):
+    """A folder of tar shards, one for each of the tests' images."""
+    for at, line in enumerate((Path(images) / "metadata.jsonl").read_text().splitlines()):
         entry = json.loads(line)
         name = Path(entry["file_name"])
-        pair = [(name.name, (Path(pictures) / name).read_bytes()), (f"{name.stem}.txt", entry["text"].encode())]
+        pair = [(name.name, (Path(images) / name).read_bytes()), (f"{name.stem}.txt", entry["text"].encode())]
         write_tar(folder / f"{at}.tar", pair)
     return str(folder)
 
 
-def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
-    """The words after the script's name, with the tests' models, pictures and output folder in place of the page's."""
+def on_tiny_models(command, sd, sdxl, kandinsky, images, out):
+    """The words after the script's name, with the tests' models, images and output folder in place of the page's."""
     words = list(command.flags)
 
     def put(name, value):
@@ -104,8 +104,8 @@ def on_tiny_models(command, sd, sdxl, kandinsky, pictures, out):
         words[words.index("--dataset_name")] = "--train_data_dir"
     if "--streaming" in words:
         put("--cache_dir", str(out.with_name("cache")))
-        pictures = as_shards(pictures, out.with_name("shards"))
-    put("--train_data_dir", pictures)
+        images = as_shards(images, out.with_name("shards"))
+    put("--train_data_dir", images)
     if "--check_data" in words:
         return words
     if "--config" in words:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib import metadata
 
 import pytest
-from conftest import PICTURES, ROOT, free_port, logged, relative_difference
+from conftest import IMAGES, ROOT, free_port, logged, relative_difference
 
 LONG = ["--max_train_steps", "9000", "--checkpointing_steps", "20", "--checkpoints_total_limit", "2"]
 
@@ -92,7 +92,7 @@ def wait_for(processes, path):
 
 def trains_as_one_process(run, tmp_path, own, launch):
     """Two processes with accumulation end in the weights of one, which continues what they have written."""
-    flags = [*own, "--validation_split", "0.3", "--validation_steps", "3", *PICTURES, "--report_to", "tensorboard"]
+    flags = [*own, "--validation_split", "0.3", "--validation_steps", "3", *IMAGES, "--report_to", "tensorboard"]
     run(tmp_path / "one", *flags)
     two = [*flags, "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     ended([run.start(tmp_path / "two", *two, "--checkpointing_steps", "3", launcher=launch)])

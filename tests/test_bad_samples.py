@@ -1,5 +1,5 @@
 """Samples that cannot be used: all of them are named before training, or left out without a change to the rest, and
---check_data tells everything about a data set without a model."""
+--check_data tells everything about a dataset without a model."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import relative_difference, result_bytes
 from PIL import Image
-from tiny import picture, png, write_pictures
+from tiny import image, png, write_images
 
 from training_utils import data, draws, inspection
 from training_utils.draws import SampleDraws
@@ -32,10 +32,10 @@ def add_line(folder, **entry):
 def spoiled(tmp_path):
     """Fourteen samples, of which 0, 1, 2 and 3 can be used; 4 shows its fault only when it is decoded."""
     folder = tmp_path / "spoiled"
-    write_pictures(folder, 9)
+    write_images(folder, 9)
     cut_off(folder / "4.png")
     (folder / "5.png").write_bytes(b"")
-    (folder / "6.png").write_bytes(b"no picture")
+    (folder / "6.png").write_bytes(b"no image")
     (folder / "7.png").write_bytes(png(30_000, 30_000, 8, 2, b""))
     Image.new("RGB", (4, 201)).save(folder / "8.png")
     add_line(folder, file_name="absent.png", text="x")
@@ -45,14 +45,14 @@ def spoiled(tmp_path):
 
 
 KINDS_IN_A_SENTENCE = [
-    "1 pictures named in the metadata do not exist: ",
+    "1 images named in the metadata do not exist: ",
     "4 captions are neither a string nor a list of strings: ",
     "0.png (nothing)",
-    "3 files cannot be read as pictures: ",
+    "3 files cannot be read as images: ",
     "5.png (zero bytes)",
-    "6.png (not a picture)",
+    "6.png (not an image)",
     "7.png (Image size (900000000 pixels) exceeds limit",
-    "1 pictures are more than 50 times as long as they are wide: ",
+    "1 images are more than 50 times as long as they are wide: ",
     "8.png (4 x 201 pixels",
 ]
 
@@ -75,16 +75,16 @@ def test_what_can_be_found_before_training_is_left_out(spoiled, capsys):
 
 
 def test_only_ten_of_a_kind_are_named_in_a_sentence(tmp_path):
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     for at in range(13):
         add_line(tmp_path, file_name=f"absent{at}.png", text="x")
-    long = "13 pictures named.*absent9.png and 3 more; mend or remove them.*--check_data lists all"
+    long = "13 images named.*absent9.png and 3 more; fix or remove them.*--check_data lists all"
     with pytest.raises(UserError, match=long):
         data.check(data.load_rows(folder=tmp_path))
 
 
 def test_nothing_that_can_be_used_is_an_error(tmp_path):
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     for index in range(2):
         (tmp_path / f"{index}.png").write_bytes(b"")
     rows = data.load_rows(folder=tmp_path)
@@ -96,7 +96,7 @@ def test_nothing_that_can_be_used_is_an_error(tmp_path):
 
 
 def test_malformed_metadata_stay_an_error(tmp_path):
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     with open(tmp_path / "metadata.jsonl", "a") as file:
         file.write('{"file_name": \n[]\n')
     with pytest.raises(UserError, match=r"line 3 is not JSON.* \(and 1 more such lines, which --check_data lists\)"):
@@ -108,27 +108,27 @@ def test_malformed_metadata_stay_an_error(tmp_path):
 
 def samples_of(folder, on_bad_sample="skip"):
     def prepare(rows, index, draw):
-        return {"pixels": data.to_array(rows.picture(index)), "noise": draw("noise").standard_normal(3)}
+        return {"pixels": data.to_array(rows.image(index)), "noise": draw("noise").standard_normal(3)}
 
     rows = data.load_rows(folder=folder)
     return data.Samples(rows.without(data.check(rows, "skip")), prepare, 7, on_bad_sample)
 
 
-def test_the_next_picture_stands_in_with_the_draws_of_the_place(tmp_path):
-    write_pictures(tmp_path, 6)
+def test_the_next_image_stands_in_with_the_draws_of_the_place(tmp_path):
+    write_images(tmp_path, 6)
     for index in (2, 3, 5):
         cut_off(tmp_path / f"{index}.png")
     samples = samples_of(tmp_path)
     for index, shown in {0: 0, 2: 4, 3: 4, 4: 4, 5: 0}.items():  # after the last comes the first
         sample = samples[3, index, 0.5]
-        assert np.array_equal(sample["pixels"], data.to_array(picture(shown)))
+        assert np.array_equal(sample["pixels"], data.to_array(image(shown)))
         assert np.array_equal(sample["noise"], SampleDraws(7, 3, index)("noise").standard_normal(3))
         assert sample["weight"] == 0.5
         assert len(sample.get("skipped", [])) == {2: 2, 3: 1, 5: 1}.get(index, 0)
 
 
 def test_a_batch_without_skipped_samples_looks_as_ever(tmp_path):
-    write_pictures(tmp_path, 4)
+    write_images(tmp_path, 4)
     cut_off(tmp_path / "1.png")
     samples = samples_of(tmp_path)
     whole, mended = (data.collate([samples[0, index, 1.0] for index in some]) for some in ([0, 2], [0, 1]))
@@ -137,8 +137,8 @@ def test_a_batch_without_skipped_samples_looks_as_ever(tmp_path):
     assert all(value.shape == whole[key].shape for key, value in mended.items() if key != "skipped")
 
 
-def test_a_data_set_of_damaged_pictures_is_an_error(tmp_path):
-    write_pictures(tmp_path, 3)
+def test_a_data_set_of_damaged_images_is_an_error(tmp_path):
+    write_images(tmp_path, 3)
     for index in range(3):
         cut_off(tmp_path / f"{index}.png")
     error = samples_of(tmp_path)[0, 1, 1.0]
@@ -148,7 +148,7 @@ def test_a_data_set_of_damaged_pictures_is_an_error(tmp_path):
 
 def test_a_file_that_is_gone_is_no_fault_of_the_data(tmp_path):
     """What depends on the moment must not decide what is trained."""
-    write_pictures(tmp_path, 3)
+    write_images(tmp_path, 3)
     samples = samples_of(tmp_path)
     (tmp_path / "1.png").unlink()
     error = samples[0, 1, 1.0]
@@ -159,7 +159,7 @@ def test_a_file_that_is_gone_is_no_fault_of_the_data(tmp_path):
 @pytest.fixture(scope="module")
 def partly_damaged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged") / "train"
-    write_pictures(folder, 8)
+    write_images(folder, 8)
     for index in (1, 5, 6):
         cut_off(folder / f"{index}.png")
     return folder
@@ -170,9 +170,9 @@ def test_a_run_that_skips_is_exact(run, partly_damaged, tmp_path, capsys):
     run(tmp_path / "whole", *flags)
     said = capsys.readouterr().err
     for index in (1, 5, 6):
-        assert said.count(f"{index}.png cannot be read as a picture") == 1  # in three epochs
-    assert said.count("the next picture stands in for it") == 3
-    assert "3 pictures could not be used in training" in said
+        assert said.count(f"{index}.png cannot be read as an image") == 1  # in three epochs
+    assert said.count("the next image stands in for it") == 3
+    assert "3 images could not be used in training" in said
     run(tmp_path / "workers", *flags, "--dataloader_num_workers", "2")
     assert said.count("stands in for it") == capsys.readouterr().err.count("stands in for it")
     run(tmp_path / "cut", *flags, "--max_train_steps", "3", "--checkpointing_steps", "3")
@@ -182,10 +182,10 @@ def test_a_run_that_skips_is_exact(run, partly_damaged, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("accumulation", ["1", "2"])
-def test_what_was_trained_before_a_bad_picture_is_kept(run, pictures, tmp_path, accumulation):
-    """The last update before it, from which the run goes on once the picture is mended."""
-    folder = tmp_path / "pictures"
-    shutil.copytree(pictures, folder)
+def test_what_was_trained_before_a_bad_image_is_kept(run, images, tmp_path, accumulation):
+    """The last step before it, from which the run goes on once the image is fixed."""
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
     bad = folder / f"{draws.order(7, 0, 10)[5]}.png"
     whole = bad.read_bytes()
     cut_off(bad)
@@ -200,31 +200,31 @@ def test_what_was_trained_before_a_bad_picture_is_kept(run, pictures, tmp_path, 
     assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
 
 
-def test_a_held_out_picture_ends_no_run(run, tmp_path, capsys):
+def test_a_held_out_image_ends_no_run(run, tmp_path, capsys):
     """It is met at the first look, when there is training to lose."""
-    write_pictures(tmp_path / "set", 10)
+    write_images(tmp_path / "set", 10)
     flags = ["--train_data_dir", tmp_path / "set", "--validation_split", "0.2", "--validation_steps", "2"]
-    _, held_out = data.hold_out(data.load_rows(folder=tmp_path / "set"), 0.2, seed=7)
-    cut_off(Path(held_out.name(0)))
+    _, val_samples = data.split_validation(data.load_rows(folder=tmp_path / "set"), 0.2, seed=7)
+    cut_off(Path(val_samples.name(0)))
     assert run(tmp_path / "out", *flags) == 0
     said = capsys.readouterr().err
-    assert "val_loss" in said and f"{held_out.name(0)} cannot be read as a picture" in said
+    assert "val_loss" in said and f"{val_samples.name(0)} cannot be read as an image" in said
 
 
-def test_held_out_pictures_are_skipped_too(run, partly_damaged, tmp_path, capsys):
+def test_held_out_images_are_skipped_too(run, partly_damaged, tmp_path, capsys):
     flags = ["--validation_split", "0.5", "--validation_steps", "1", "--max_train_steps", "2"]
     run(tmp_path, "--train_data_dir", partly_damaged, "--on_bad_sample", "skip", *flags)
     said = capsys.readouterr().err
-    assert "val_loss" in said and "3 pictures could not be used" in said
+    assert "val_loss" in said and "3 images could not be used" in said
 
 
 def test_other_processes_name_what_they_skip(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("RANK", "1")
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     rows = data.load_rows(folder=tmp_path)
     for _ in range(2):
-        data.note_skipped(rows.select([0]), ["1.png cannot be read as a picture (cut off)"])
-    assert capsys.readouterr().err.count("1.png cannot be read as a picture (cut off); the next picture") == 1
+        data.note_skipped(rows.select([0]), ["1.png cannot be read as an image (cut off)"])
+    assert capsys.readouterr().err.count("1.png cannot be read as an image (cut off); the next image") == 1
     assert len(rows.findings.skipped) == 1
 
 
@@ -232,38 +232,38 @@ def test_two_processes_skip_the_same(run, partly_damaged, tmp_path):
     flags = ["--train_data_dir", partly_damaged, "--on_bad_sample", "skip"]
     run(tmp_path / "one", *flags, "--gradient_accumulation_steps", "2", "--train_batch_size", "2")
     said = run.on_two_processes(tmp_path / "two", *flags, "--train_batch_size", "2")
-    assert "3 pictures could not be used in training" in said
+    assert "3 images could not be used in training" in said
     for index in (1, 5, 6):
-        assert f"{index}.png cannot be read as a picture" in said
+        assert f"{index}.png cannot be read as an image" in said
     assert relative_difference(tmp_path / "one", tmp_path / "two") < 1e-4
 
 
-def odd_pictures(folder):
-    """A picture of each unusual sort, all of which can be used, and one that is cut off."""
-    write_pictures(folder, 2)
+def odd_images(folder):
+    """An image of each unusual sort, all of which can be used, and one that is cut off."""
+    write_images(folder, 2)
     cut_off(folder / "1.png")
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(2).save(folder / "turned.png", exif=exif)
+    image(2).save(folder / "turned.png", exif=exif)
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     Image.new("L", (3, 3)).save(folder / "tiny.png")
     Image.fromarray(np.zeros((20, 20), np.uint16)).save(folder / "sixteen.png")
     Image.new("CMYK", (20, 20)).save(folder / "cmyk.jpg")
     Image.new("LA", (20, 18)).save(folder / "seen-through.png")
     Image.new("RGB", (16, 800)).save(folder / "long.png")
-    picture(3).save(folder / "moving.gif", save_all=True, append_images=[picture(4)])
+    image(3).save(folder / "moving.gif", save_all=True, append_images=[image(4)])
     for name in ("turned.png", "dot.png", "tiny.png", "sixteen.png", "cmyk.jpg", "seen-through.png", "long.png"):
         add_line(folder, file_name=name, text="")
     add_line(folder, file_name="moving.gif", text=["one", "another"])
     return folder
 
 
-def test_every_script_trains_on_odd_pictures_and_skips(each, tmp_path, capsys):
-    folder = odd_pictures(tmp_path / "odd")
+def test_every_script_trains_on_odd_images_and_skips(each, tmp_path, capsys):
+    folder = odd_images(tmp_path / "odd")
     flags = ["--train_data_dir", folder, "--on_bad_sample", "skip", "--train_batch_size", "64"]  # more than there are
     assert each(tmp_path / "out", *flags, "--max_train_steps", "1") == 0
     said = capsys.readouterr().err
-    assert "1.png cannot be read as a picture" in said and "1 pictures could not be used in training" in said
+    assert "1.png cannot be read as an image" in said and "1 images could not be used in training" in said
 
 
 # --- --check_data ---------------------------------------------------------------------------------------------------
@@ -277,14 +277,14 @@ def test_every_script_checks_data_without_a_model(each, spoiled, tmp_path, capsy
     assert main.main(argv) == 2
     report = capsys.readouterr().out
     reads_captions = "decoder" not in each.script
-    for part in ("zero bytes: 1\n", "not a picture: 1\n", "damaged: 1\n", "too large: 1\n", "too narrow: 1\n"):
+    for part in ("zero bytes: 1\n", "not an image: 1\n", "damaged: 1\n", "too large: 1\n", "too narrow: 1\n"):
         assert f"  {part}" in report
     assert ("no usable caption: 4\n" in report) == reads_captions
     assert "absent: 1\n" in report
     assert not (tmp_path / "out").exists()
     for index in range(4, 9):
         (spoiled / f"{index}.png").unlink()
-    write_pictures(spoiled, 9)
+    write_images(spoiled, 9)
     assert main.main(argv[:-2] if models else argv) == 0  # the model's flag may be left out
     assert "Every sample can be used." in capsys.readouterr().out
 
@@ -321,24 +321,24 @@ def test_a_report_on_metadata_that_are_malformed_goes_on(spoiled, capsys):
 
 
 def test_a_column_that_no_line_has_is_told_once(tmp_path, capsys):
-    write_pictures(tmp_path, 5)
+    write_images(tmp_path, 5)
     code, report = report_on(tmp_path, caption_column="title", capsys=capsys)
     assert code == 2 and report.count("caption column 'title'") == 1
     assert "line 1 has no caption column 'title' (--caption_column); it has text; nor has any other line" in report
 
 
 def test_a_report_remarks_on_what_can_be_used(tmp_path, capsys):
-    folder = odd_pictures(tmp_path)
-    write_pictures(tmp_path / "more", 0)
-    picture(0).save(tmp_path / "more" / "0 again.bmp")
-    picture(9).save(tmp_path / "unnamed.png")
+    folder = odd_images(tmp_path)
+    write_images(tmp_path / "more", 0)
+    image(0).save(tmp_path / "more" / "0 again.bmp")
+    image(9).save(tmp_path / "unnamed.png")
     add_line(folder, file_name="more/0 again.bmp", text="a handwritten zero")
     add_line(folder, file_name="more/0 again.bmp", text="  ")
     code, report = report_on(folder, 16, capsys)
     assert code == 2
     for part in (
         "captions   13\n",
-        "pictures   10 decoded\n",
+        "images     10 decoded\n",
         "smallest   1 x 1  dot.png\n",
         "largest    16 x 800  long.png\n",
         "empty captions, trained as such: 8\n",
@@ -348,7 +348,7 @@ def test_a_report_remarks_on_what_can_be_used(tmp_path, capsys):
         "turned upright: 1\n      turned.png\n",
         "without a caption, which are left out: 1\n      unnamed.png\n",
         "equals pixel by pixel: 1\n      0.png = more/0 again.bmp\n",
-        "name a picture again; each is a sample: 1\n",
+        "name an image again; each is a sample: 1\n",
         "  below 16",
         "  16 to 63",
     ):
@@ -361,37 +361,37 @@ def test_a_report_on_a_table(tmp_path, capsys):
     def cell(content, path=None):
         return {"bytes": content, "path": path}
 
-    write_pictures(tmp_path, 3)
+    write_images(tmp_path, 3)
     content = [(tmp_path / f"{index}.png").read_bytes() for index in range(3)]
-    pictures = [cell(content[0]), None, cell(b""), cell(content[1]), cell(content[1][:100]), cell(content[2])]
+    images = [cell(content[0]), None, cell(b""), cell(content[1]), cell(content[1][:100]), cell(content[2])]
     captions = ["a", "b", "c", None, "", "f"]
     features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
     (tmp_path / "table").mkdir()
-    table = datasets.Dataset.from_dict({"image": pictures, "text": captions}, features=features)
+    table = datasets.Dataset.from_dict({"image": images, "text": captions}, features=features)
     table.to_parquet(tmp_path / "table" / "train.parquet")
     source = {"dataset_name": str(tmp_path / "table"), "cache_dir": tmp_path / "cache"}
     code, report = report_on(None, None, capsys, **source)
     assert code == 2 and "samples    6, 4 of which cannot be used" in report
     for part in (
         "no usable caption: 1\n      row 3  (nothing)",
-        "no picture: 1\n      row 1\n",
+        "no image: 1\n      row 1\n",
         "zero bytes: 1\n      row 2",
     ):
         assert part in report
     assert "damaged: 1\n      row 4  (" in report and "empty captions, trained as such: 1\n      row 4" in report
     rows = data.load_rows(**source)
     unusable = data.check(rows, "skip")
-    assert unusable == [1, 3]  # the rest shows when a picture is read
+    assert unusable == [1, 3]  # the rest shows when an image is read
     rest = rows.without(unusable)
     assert [rest.name(index) for index in range(len(rest))] == ["row 0", "row 2", "row 4", "row 5"]
-    with pytest.raises(UserError, match="1 rows hold no picture: row 1; 1 captions are .*: row 3 .nothing."):
+    with pytest.raises(UserError, match="1 rows hold no image: row 1; 1 captions are .*: row 3 .nothing."):
         data.check(rows)
     assert data.check(rows.select([0, 5])) == []
 
 
 def test_names_cannot_break_a_report(tmp_path, capsys):
-    write_pictures(tmp_path, 1)
-    picture(1).save(tmp_path / "two\nlines \x1b[31m.png")
+    write_images(tmp_path, 1)
+    image(1).save(tmp_path / "two\nlines \x1b[31m.png")
     add_line(tmp_path, file_name="two\nlines \x1b[31m.png", text=None)
     code, report = report_on(tmp_path, capsys=capsys)
     assert code == 2 and "\n      two\\nlines \\x1b[31m.png  (nothing)\n" in report and "\x1b" not in report

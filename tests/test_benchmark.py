@@ -14,7 +14,7 @@ from throughput import Goal, conclude, faster, judge
 
 
 def results(**speeds):
-    """Results of a family "sd" whose runs take so many seconds an update, in each of their turns."""
+    """Results of a family "sd" whose runs take so many seconds a step, in each of their turns."""
     return {
         "device": "cpu",
         "sd": {"runs": {name: {"batch": 4, "step": step} for name, step in speeds.items()}},
@@ -51,7 +51,7 @@ def test_a_run_that_does_not_exist_is_said(capsys):
 @pytest.mark.slow
 def test_the_scripts_are_measured_and_a_missed_goal_is_said(tmp_path, capsys):
     path = tmp_path / "found.json"
-    words = "--family sd --device cpu --size tiny --repeats 1 --updates 1 --json".split()
+    words = "--family sd --device cpu --size tiny --repeats 1 --steps 1 --json".split()
     found = throughput.measure(throughput.parse_args([*words, str(path)]))
     runs = found["sd"]["runs"]
     assert set(runs) == {"plain", "cached", "LoRA plain", "LoRA cached"}
@@ -80,7 +80,7 @@ def test_mid_size_models_have_the_released_models_proportions(family):
 
 @pytest.mark.slow
 def test_the_arithmetic_is_that_of_the_released_models():
-    """In TFLOP a picture of 512 pixels: the UNet's training, and the VAE's and the text encoder's encoding."""
+    """In TFLOP an image of 512 pixels: the UNet's training, and the VAE's and the text encoder's encoding."""
     import models
 
     found = models.count("sd", "real")

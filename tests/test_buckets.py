@@ -1,4 +1,4 @@
-"""With aspect-ratio buckets pictures are trained at shapes near their own: a batch has one, an epoch all pictures."""
+"""With aspect-ratio buckets images are trained at shapes near their own: a batch has one, an epoch all images."""
 
 import importlib
 import io
@@ -15,23 +15,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from test_sdxl import prepared
-from tiny import picture, write_pictures
+from tiny import image, write_images
 
 import train_text_to_image_lora_sdxl
 import train_text_to_image_sdxl
 from training_utils import buckets, data, draws
-from training_utils.data import Position, Updates
+from training_utils.data import BatchPlan, Position
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
-# --- which updates take which samples --------------------------------------------------------------------------------
+# --- which steps take which samples --------------------------------------------------------------------------------
 
 SHAPES = st.lists(st.integers(0, 4), min_size=1, max_size=40).map(np.array)
 SPLITS = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))  # batch size, accumulation, processes
 
 
 def epoch_of(updates, position):
-    """The shares of each update from a position to the end of its epoch, and the positions before them."""
+    """The shares of each step from a position to the end of its epoch, and the positions before them."""
     shares, positions, epoch = [], [], position.epoch
     while position.epoch == epoch:
         shares.append(updates.shares(position))
@@ -44,7 +44,7 @@ def epoch_of(updates, position):
 @quick
 @given(SHAPES, SPLITS, st.integers(0, 3))
 def test_an_epoch_visits_each_sample_once_in_batches_of_one_shape(shapes, split, epoch):
-    updates = Updates(len(shapes), 5, *split, shapes=shapes)
+    updates = BatchPlan(len(shapes), 5, *split, shapes=shapes)
     batch_size, accumulation, world = split
     shares, _ = epoch_of(updates, Position(epoch))
     assert len(shares) == updates.per_epoch
@@ -69,9 +69,9 @@ def test_an_epoch_visits_each_sample_once_in_batches_of_one_shape(shapes, split,
 @given(SHAPES, SPLITS, SPLITS)
 def test_a_run_continues_at_every_position(shapes, split, other):
     """With the same split it does the same; with more processes or accumulation, the same micro-batches."""
-    updates = Updates(len(shapes), 5, *split, shapes=shapes)
+    updates = BatchPlan(len(shapes), 5, *split, shapes=shapes)
     shares, positions = epoch_of(updates, Position(1))
-    on_others = Updates(len(shapes), 5, split[0], *other[1:], shapes=shapes)
+    on_others = BatchPlan(len(shapes), 5, split[0], *other[1:], shapes=shapes)
     for at, position in enumerate(positions):
         again, _ = epoch_of(updates, position)
         assert flat(again) == flat(shares[at:])
@@ -87,7 +87,7 @@ def flat(updates):
 @quick
 @given(SHAPES, SPLITS, SPLITS, st.integers(0, 39))
 def test_another_batch_size_visits_the_rest_of_its_own_order(shapes, split, other, sample):
-    updates = Updates(len(shapes), 5, *other, shapes=shapes)
+    updates = BatchPlan(len(shapes), 5, *other, shapes=shapes)
     start = Position(0, sample).within(len(shapes))
     shares, _ = epoch_of(updates, start)
     visited = np.concatenate([share for update in shares for share in update])
@@ -98,7 +98,7 @@ def test_another_batch_size_visits_the_rest_of_its_own_order(shapes, split, othe
 @quick
 @given(st.integers(1, 30), SPLITS, st.integers(0, 30))
 def test_one_shape_is_as_none(size, split, sample):
-    plain, shaped = Updates(size, 5, *split), Updates(size, 5, *split, shapes=np.full((size, 2), 512))
+    plain, shaped = BatchPlan(size, 5, *split), BatchPlan(size, 5, *split, shapes=np.full((size, 2), 512))
     position = Position(2, sample)
     for _ in range(5):
         assert flat([plain.shares(position)]) == flat([shaped.shares(position)])
@@ -109,12 +109,12 @@ def test_one_shape_is_as_none(size, split, sample):
 
 def test_the_plan_with_shapes_is_frozen():
     """Like the draws: a change would alter runs that are resumed."""
-    shares, _ = epoch_of(Updates(9, 5, 2, 2, shapes=np.array([0, 1, 1, 0, 1, 2, 0, 0, 1])), Position())
+    shares, _ = epoch_of(BatchPlan(9, 5, 2, 2, shapes=np.array([0, 1, 1, 0, 1, 2, 0, 0, 1])), Position())
     assert flat(shares) == [[7, 3], [8, 4], [5], [2, 1], [6, 0]]
 
 
 def test_micro_batches_are_others_in_every_epoch():
-    updates = Updates(40, 5, 4, shapes=np.arange(40) % 2)
+    updates = BatchPlan(40, 5, 4, shapes=np.arange(40) % 2)
     first, second = (sorted(map(sorted, flat(epoch_of(updates, Position(epoch))[0]))) for epoch in (0, 1))
     assert first != second
 
@@ -123,13 +123,17 @@ def test_micro_batches_are_others_in_every_epoch():
 @given(SHAPES, st.integers(1, 5), st.integers(1, 3))
 def test_held_out_samples_come_once_in_batches_of_one_shape(shapes, batch_size, world):
     batches = [
-        batch for rank in range(world) for batch in data.held_out_samples(len(shapes), batch_size, rank, world, shapes)
+        batch
+        for rank in range(world)
+        for batch in data.validation_batches(len(shapes), batch_size, rank, world, shapes)
     ]
-    assert sorted(key for batch in batches for key in batch) == [(draws.HELD_OUT, i, 1.0) for i in range(len(shapes))]
+    assert sorted(key for batch in batches for key in batch) == [
+        (draws.VALIDATION_EPOCH, i, 1.0) for i in range(len(shapes))
+    ]
     assert all(len({shapes[index] for _, index, _ in batch}) == 1 and len(batch) <= batch_size for batch in batches)
 
 
-# --- which bucket a picture belongs to -------------------------------------------------------------------------------
+# --- which bucket an image belongs to -------------------------------------------------------------------------------
 
 
 def test_the_usual_buckets():
@@ -157,19 +161,19 @@ def test_buckets_are_as_large_as_the_area_allows(eights, steps, low, high):
         fits = [max(size) <= largest and math.prod(size) <= resolution**2 for size in (wider, taller)]
         assert not all(fits)
     if smallest <= resolution // step * step:
-        assert sizes, "a picture would have no bucket"
+        assert sizes, "an image would have no bucket"
 
 
 @quick
 @given(st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), min_size=1, max_size=20))
-def test_a_picture_goes_to_the_nearest_ratio(sizes):
+def test_a_image_goes_to_the_nearest_ratio(sizes):
     choice = buckets.make(512, 256, 1024, 64)
     for (width, height), number in zip(sizes, buckets.nearest(np.array(sizes), choice)):
         distances = np.abs(np.log(choice[:, 0] / choice[:, 1]) - np.log(width / height))
         assert distances[number] <= distances.min() + 1e-12
 
 
-def test_sizes_are_those_of_the_upright_picture(tmp_path):
+def test_sizes_are_those_of_the_upright_image(tmp_path):
     """From the header; of a PNG also where its EXIF tags stand there, and nothing is decoded."""
     paths = []
     for kind in ("jpg", "png", "webp", "tiff"):
@@ -177,7 +181,7 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path):
             tags = Image.Exif()
             tags[0x0112] = turn
             paths.append(tmp_path / f"{turn}.{kind}")
-            picture(0, (30, 20)).save(paths[-1], exif=tags)
+            image(0, (30, 20)).save(paths[-1], exif=tags)
     for path in paths:
         with Image.open(path) as opened:
             expected = data.upright_rgb(opened).size
@@ -187,13 +191,13 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path):
 
 
 def rows_of(folder, sizes, **broken):
-    """The Rows of a table of pictures of these sizes; `broken` are bytes in place of a picture: p3=b"..."."""
+    """The Rows of a table of images of these sizes; `broken` are bytes in place of an image: p3=b"..."."""
     import datasets
 
     cells = []
     for index, size in enumerate(sizes):
         content = io.BytesIO()
-        picture(index, size).save(content, "png")
+        image(index, size).save(content, "png")
         cells.append({"bytes": broken.get(f"p{index}", content.getvalue()), "path": f"{index}.png"})
     table = datasets.Dataset.from_dict({"image": cells, "text": [str(at) for at in range(len(cells))]})
     table.to_parquet(folder / "train.parquet")
@@ -203,10 +207,10 @@ def rows_of(folder, sizes, **broken):
 LIMITS = {"resolution": 64, "smallest": 32, "largest": 128, "step": 16}
 
 
-def test_the_report_tells_of_pictures_that_no_bucket_suits(tmp_path, capsys):
+def test_the_report_tells_of_images_that_no_bucket_suits(tmp_path, capsys):
     sizes = [(64, 64), (128, 32), (600, 60), (20, 20), (96, 54), (90, 90)]
-    rows = rows_of(tmp_path, sizes, p5=b"no picture")
-    assert data.picture_sizes(rows).tolist() == [*map(list, sizes[:5]), [0, 0]]
+    rows = rows_of(tmp_path, sizes, p5=b"no image")
+    assert data.image_sizes(rows).tolist() == [*map(list, sizes[:5]), [0, 0]]
     chosen, lines, remarks = buckets.assign(rows, **LIMITS)
     assert chosen.tolist() == [[64, 64], [128, 32], [128, 32], [64, 64], [80, 48], [64, 64]]
     table = [line.split() for line in lines[1:]]
@@ -216,22 +220,22 @@ def test_the_report_tells_of_pictures_that_no_bucket_suits(tmp_path, capsys):
     assert "enlarged more than 2 times" in remarks[1][0] and remarks[1][1] == ["3.png"]
     rows.sizes = buckets.training_sizes(rows, 64, LIMITS)
     said = capsys.readouterr().err
-    assert "warning: 1 pictures lose more than 25 %, since no bucket is near their shape: 2.png" in said
+    assert "warning: 1 images lose more than 25 %, since no bucket is near their shape: 2.png" in said
     assert (
         rows.select([4, 0]).sizes.tolist() == rows.without([1, 2, 3, 5]).sizes.tolist()[::-1] == [[80, 48], [64, 64]]
     )
 
 
-# --- how a picture is cut --------------------------------------------------------------------------------------------
+# --- how an image is cut --------------------------------------------------------------------------------------------
 
 SIDES = st.integers(1, 300)
 
 
 @quick
 @given(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES), st.booleans())
-def test_a_picture_just_covers_its_bucket_unstretched(size, bucket, drawn):
-    """To the pixel: the longer side that an unstretched picture would have is rounded down to a whole one."""
-    if max(size) > 50 * min(size):  # such pictures are refused
+def test_a_image_just_covers_its_bucket_unstretched(size, bucket, drawn):
+    """To the pixel: the longer side that an unstretched image would have is rounded down to a whole one."""
+    if max(size) > 50 * min(size):  # such images are refused
         return
     covering = data.resize(Image.new("L", size), bucket, "nearest")
     exact = [side * max(bucket[0] / size[0], bucket[1] / size[1]) for side in size]
@@ -259,16 +263,16 @@ SHOWN = [(40, 14), (14, 40), (20, 20), (40, 16), (16, 42), (21, 20), (30, 30), (
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """A folder of wide, tall and square pictures."""
+    """A folder of wide, tall and square images."""
     folder = tmp_path_factory.mktemp("shapes") / "train"
-    write_pictures(folder)
+    write_images(folder)
     for index, size in enumerate(SHOWN):
-        picture(index, size).save(folder / f"{index}.png")
+        image(index, size).save(folder / f"{index}.png")
     return folder
 
 
 @pytest.mark.parametrize("name", PIXELS)
-def test_wide_tall_and_square_pictures_are_trained(request, name, shapes, tmp_path, monkeypatch, capsys):
+def test_wide_tall_and_square_images_are_trained(request, name, shapes, tmp_path, monkeypatch, capsys):
     """Each batch in the shape of its bucket, held-out ones too."""
     run, seen = request.getfixturevalue(name), []
     real = UNet2DConditionModel.forward
@@ -286,10 +290,10 @@ def test_wide_tall_and_square_pictures_are_trained(request, name, shapes, tmp_pa
     assert importlib.import_module(run.script).main([*argv[:at], *argv[at + 2 :]]) == 0
     said = capsys.readouterr().err
     assert "aspect-ratio buckets, width x height in pixels" in said and "3 of 5 buckets are used" in said
-    trained, held_out = ([shape for training, shape in seen if training is mode] for mode in (True, False))
-    assert {shape[2:] for shape in trained} == {(8, 8), (4, 12), (12, 4)} >= {shape[2:] for shape in held_out}
-    assert sum(shape[0] for shape in trained) == 7, "each picture once"
-    assert sum(shape[0] for shape in held_out) == 3
+    trained, val_samples = ([shape for training, shape in seen if training is mode] for mode in (True, False))
+    assert {shape[2:] for shape in trained} == {(8, 8), (4, 12), (12, 4)} >= {shape[2:] for shape in val_samples}
+    assert sum(shape[0] for shape in trained) == 7, "each image once"
+    assert sum(shape[0] for shape in val_samples) == 3
     assert list(logged(tmp_path, "val_loss")) == [len(trained)]
 
 
@@ -303,7 +307,7 @@ def test_a_run_with_buckets_resumed_equals_one_uninterrupted(request, name, cuts
         out = tmp_path / f"cut{cut}"
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{cut}", out / f"checkpoint-{cut}")
         run(out, *flags, "--resume_from_checkpoint", "latest")
-        assert result_bytes(out) == result_bytes(tmp_path / "whole"), f"cut after update {cut}"
+        assert result_bytes(out) == result_bytes(tmp_path / "whole"), f"cut after step {cut}"
 
 
 def test_two_processes_with_buckets_equal_one(run, shapes, tmp_path):
@@ -314,7 +318,7 @@ def test_two_processes_with_buckets_equal_one(run, shapes, tmp_path):
     assert relative_difference(tmp_path / "two", tmp_path / "one") < 1e-6
 
 
-def test_pictures_of_one_bucket_train_as_without_buckets(run, pictures, tmp_path):
+def test_images_of_one_bucket_train_as_without_buckets(run, images, tmp_path):
     """The bucket is the square: 20 x 16 pixels are nearer to it than to 8 x 24."""
     run(tmp_path / "with", *SMALL, "--random_flip")
     run(tmp_path / "without", "--random_flip")
@@ -331,8 +335,8 @@ def test_the_held_out_loss_does_not_depend_on_the_batches(run, shapes, tmp_path)
 
 
 @pytest.mark.parametrize("script", [train_text_to_image_sdxl, train_text_to_image_lora_sdxl])
-def test_time_ids_name_the_picture_the_corner_and_the_bucket(script, run_sdxl, tmp_path):
-    """Each picture holds its own coordinates as colours, so that what was cut can be read off and compared."""
+def test_time_ids_name_the_image_the_corner_and_the_bucket(script, run_sdxl, tmp_path):
+    """Each image holds its own coordinates as colours, so that what was cut can be read off and compared."""
     sizes = {(60, 20): [8, 24], (20, 60): [24, 8], (33, 33): [16, 16], (50, 21): [8, 24]}
     for index, (width, height) in enumerate(sizes):
         across, down = np.meshgrid(np.arange(width), np.arange(height))
@@ -346,7 +350,7 @@ def test_time_ids_name_the_picture_the_corner_and_the_bucket(script, run_sdxl, t
             got = sample(epoch, index)
             first_height, first_width, top, left, *told = map(int, got["time_ids"])
             assert (first_height, first_width) == (height, width) and told == target
-            resized = data.resize(rows.picture(index), tuple(target[::-1]), "lanczos")
+            resized = data.resize(rows.image(index), tuple(target[::-1]), "lanczos")
             mirrored = draws.SampleDraws(7, epoch, index)("flip").random() < 0.5
             whole = data.to_array(resized)[:, :, :: -1 if mirrored else 1]
             cut = whole[:, top : top + target[0], left : left + target[1]]
@@ -355,13 +359,13 @@ def test_time_ids_name_the_picture_the_corner_and_the_bucket(script, run_sdxl, t
 
 
 def spoil(path):
-    """Cut a picture's pixels off, which its header does not show."""
+    """Cut an image's pixels off, which its header does not show."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 2 // 3])
 
 
 @pytest.mark.parametrize("name", ["run", "run_sdxl", "run_decoder"])
-def test_another_picture_stands_in_at_the_size_of_the_place(request, name, shapes, tmp_path, capsys):
+def test_another_image_stands_in_at_the_size_of_the_place(request, name, shapes, tmp_path, capsys):
     """Also where its own is another one: or the batch could not be stacked. And a cache holds it at that size."""
     run, folder = request.getfixturevalue(name), tmp_path / "spoiled"
     shutil.copytree(shapes, folder)
@@ -371,13 +375,13 @@ def test_another_picture_stands_in_at_the_size_of_the_place(request, name, shape
     flags = [*SMALL, *crops, "--train_data_dir", folder, "--on_bad_sample", "skip", "--random_flip"]
     flags += ["--validation_split", "0.2", "--validation_steps", "3"]
     run(tmp_path / "plain", *flags)
-    assert "3 pictures could not be used" in capsys.readouterr().err
+    assert "3 images could not be used" in capsys.readouterr().err
     run(tmp_path / "cached", *flags, "--cache_latents", "--encoding_cache_dir", tmp_path / "cache")
     assert result_bytes(tmp_path / "cached") == result_bytes(tmp_path / "plain")
 
 
 def test_cached_crops_are_of_the_bucket(run, shapes, tmp_path):
-    """A picture that fits its bucket leaves a crop no room and is kept once, another one as often as is asked."""
+    """An image that fits its bucket leaves a crop no room and is kept once, another one as often as is asked."""
     flags = [*SMALL, "--train_data_dir", shapes, "--cache_latents", "--cached_crops", "3"]
     assert run(tmp_path / "out", *flags, "--encoding_cache_dir", tmp_path / "cache") == 0
     store = next((tmp_path / "cache").iterdir())

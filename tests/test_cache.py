@@ -13,7 +13,7 @@ from conftest import logged, relative_difference, result_bytes
 from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.numpy import load_file
-from tiny import picture, write_pictures
+from tiny import image, write_images
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 import train_text_to_image
@@ -100,18 +100,18 @@ def test_two_processes_share_the_work_and_equal_one(run, tmp_path):
     assert relative_difference(tmp_path / "one", tmp_path / "two") < 1e-6
 
 
-def test_pictures_that_are_skipped(run, pictures, tmp_path, capsys):
+def test_images_that_are_skipped(run, images, tmp_path, capsys):
     folder = tmp_path / "damaged"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(images, folder)
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:300])
     common = ["--train_data_dir", folder, "--center_crop", "--report_to", "tensorboard", "--on_bad_sample", "skip"]
     run(tmp_path / "plain", *common)
     capsys.readouterr()
     run(tmp_path / "cached", *common, *switches(run, tmp_path / "kept"))
-    assert "1 pictures could not be used in training" in capsys.readouterr().err
+    assert "1 images could not be used in training" in capsys.readouterr().err
     assert same(tmp_path / "plain", tmp_path / "cached")
     sentence, code = run.fails(tmp_path / "no", *common[:-1], "error", *switches(run, tmp_path / "other"))
-    assert "3.png cannot be read as a picture" in sentence and "--on_bad_sample skip" in sentence and code == 2
+    assert "3.png cannot be read as an image" in sentence and "--on_bad_sample skip" in sentence and code == 2
 
 
 # --- random crops ----------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_crops_are_kept_with_their_coordinates(run_sdxl, tmp_path, monkeypatch):
     possible = {}
     for index in range(10):
         for mirrored in (False, True):
-            whole = picture(index)
+            whole = image(index)
             whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else whole
             for left in range(5):  # of 20 x 16
                 pixels = (
@@ -164,11 +164,11 @@ def test_another_seed_finds_the_same_crops(run, tmp_path, never_encodes):
     assert result_bytes(tmp_path / "one") != result_bytes(tmp_path / "two")
 
 
-def test_a_square_picture_is_kept_once(run, tmp_path):
-    folder = tmp_path / "pictures"
-    write_pictures(folder)
+def test_a_square_image_is_kept_once(run, tmp_path):
+    folder = tmp_path / "images"
+    write_images(folder)
     for index in range(10):
-        picture(index, (24, 24)).save(folder / f"{index}.png")
+        image(index, (24, 24)).save(folder / f"{index}.png")
     run(tmp_path / "out", "--train_data_dir", folder, "--cached_crops", "4", *switches(run, tmp_path / "kept")[:1],
         *switches(run, tmp_path / "kept")[2:])  # fmt: skip
     assert entries(tmp_path / "kept") == 10
@@ -191,7 +191,7 @@ def test_adapters_find_what_full_fine_tuning_kept(run, run_lora, tmp_path, never
 
 
 def encoded_by(run, out, *flags):
-    """How many pictures and how many captions a run puts into its stores."""
+    """How many images and how many captions a run puts into its stores."""
     written, real = [], cache.Store.write
 
     def write(store, keys, arrays):
@@ -205,15 +205,15 @@ def encoded_by(run, out, *flags):
 
 
 def test_only_what_has_changed_is_encoded_again(run, sd, tmp_path):
-    folder, base = tmp_path / "pictures", tmp_path / "model"
-    write_pictures(folder)
+    folder, base = tmp_path / "images", tmp_path / "model"
+    write_images(folder)
     shutil.copytree(sd, base)
     flags = ["--train_data_dir", folder, "--pretrained_model_name_or_path", base, "--center_crop"]
     flags += ["--max_train_steps", "1", *switches(run, tmp_path / "kept")]
     count = lambda *more: encoded_by(run, tmp_path / "out", *flags, *more)  # noqa: E731
     assert count() == (10, 10)
     assert count() == (0, 0)
-    picture(100).save(folder / "4.png")
+    image(100).save(folder / "4.png")
     assert count() == (1, 0)
     lines = (folder / "metadata.jsonl").read_text().replace("a handwritten six", "something else")
     (folder / "metadata.jsonl").write_text(lines)
@@ -230,8 +230,8 @@ def test_only_what_has_changed_is_encoded_again(run, sd, tmp_path):
 
 
 def test_a_caption_of_several_rows_is_read_once(run, tmp_path):
-    folder = tmp_path / "pictures"
-    write_pictures(folder)
+    folder = tmp_path / "images"
+    write_images(folder)
     lines = [{"file_name": f"{index}.png", "text": ["zero", "one"]} for index in range(10)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert encoded_by(run, tmp_path / "out", "--train_data_dir", folder, *switches(run, tmp_path / "kept"))[1] == 2
@@ -240,7 +240,7 @@ def test_a_caption_of_several_rows_is_read_once(run, tmp_path):
 def test_a_killed_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
     flags = ["--center_crop", *switches(run, tmp_path / "kept"), "--train_batch_size", "2"]
     monkeypatch.setattr(cache, "SHARD_BYTES", 1)  # a shard a batch
-    real, count = train_text_to_image.encode_pictures, [0]
+    real, count = train_text_to_image.encode_images, [0]
 
     def dies(*arguments):
         count[0] += 1
@@ -249,7 +249,7 @@ def test_a_killed_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_text_to_image, "encode_pictures", dies)
+        patch.setattr(train_text_to_image, "encode_images", dies)
         run(tmp_path / "out", *flags)
     assert entries(tmp_path / "kept") == 6
     assert encoded_by(run, tmp_path / "out", *flags) == (4, 10)
@@ -277,7 +277,7 @@ def test_a_damaged_shard_is_made_again(run, tmp_path, damage, capsys):
 
 def test_a_shard_that_cannot_be_opened_is_no_damaged_one(tmp_path, monkeypatch):
     """safetensors says of it that there is no such file; to drop it would cost what it holds."""
-    store = cache.Store(tmp_path, "pictures", {"a": 1})
+    store = cache.Store(tmp_path, "images", {"a": 1})
     store.make_folder()
     store.write(["key"], {"x": ("float32", np.ones((1, 4), np.float32))})
     (shard,) = store.folder.glob("*.safetensors")
@@ -287,26 +287,26 @@ def test_a_shard_that_cannot_be_opened_is_no_damaged_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match="cannot be read .*Permission denied"):
-        cache.open_store(cache.Store(tmp_path, "pictures", {"a": 1}), ["key"], cache.Team(0, 1, 0, 1, lambda x: x))
+        cache.open_store(cache.Store(tmp_path, "images", {"a": 1}), ["key"], cache.Team(0, 1, 0, 1, lambda x: x))
     monkeypatch.undo()
     assert shard.exists()
 
 
 def test_only_shards_that_are_wanted_are_read_through(tmp_path, monkeypatch):
-    """Other data sets may be kept in the same store."""
-    store = cache.Store(tmp_path, "pictures", ["test"])
+    """Other datasets may be kept in the same store."""
+    store = cache.Store(tmp_path, "images", ["test"])
     cache.open_store(store, [], alone())
     for key in "abc":
         store.write([key], {"mean": ("float32", np.ones((1, 3), dtype=np.float32))})
     checked, real = [], cache.Store.is_damaged
     monkeypatch.setattr(cache.Store, "is_damaged", lambda store, path: checked.append(path) or real(store, path))
-    again = cache.Store(tmp_path, "pictures", ["test"])
+    again = cache.Store(tmp_path, "images", ["test"])
     cache.open_store(again, ["b", "d"], alone())
     assert checked == [again.places["b"][0]] and "d" not in again
 
 
 def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
-    store = cache.Store(tmp_path, "pictures", ["test"])
+    store = cache.Store(tmp_path, "images", ["test"])
     cache.open_store(store, [], alone())
     store.write(["one", "two"], {"mean": ("float32", np.arange(6, dtype=np.float32).reshape(2, 3))})
     path = next(store.folder.glob("*.safetensors"))
@@ -316,9 +316,9 @@ def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
         changed = bytearray(whole)
         changed[at // 8] ^= 1 << (at % 8)
         path.write_bytes(changed)
-        again = cache.Store(tmp_path, "pictures", ["test"])
+        again = cache.Store(tmp_path, "images", ["test"])
         cache.open_store(again, ["two"], alone())
-        if "two" in again:  # a bit that says nothing, such as of a space in the header
+        if "two" in again:  # a bit that has no effect, such as of a space in the header
             unseen += 1
             assert again.read("two")["mean"].tolist() == [3, 4, 5]
     assert unseen < 100
@@ -331,7 +331,7 @@ def alone():
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 def test_an_entry_comes_back_as_it_was_computed(tmp_path, kind):
     values = torch.randn(3, 4, 5).to(getattr(torch, kind)).float().numpy()
-    store = cache.Store(tmp_path, "pictures", [kind])
+    store = cache.Store(tmp_path, "images", [kind])
     cache.open_store(store, [], alone())
     store.write(["a", "b", "c"], {"mean": (kind, values)})
     store.look()
@@ -347,7 +347,7 @@ def test_a_machine_that_does_not_see_the_others_encodes_all(tmp_path):
         made.extend(batch["x"].tolist())
         return {"y": ("float32", batch["x"].astype(np.float32)[:, None])}
 
-    store = cache.Store(tmp_path, "pictures", ["two"])
+    store = cache.Store(tmp_path, "images", ["two"])
     team = cache.Team(1, 2, 0, 1, lambda items: items * 2)
     wanted = {str(number): number for number in range(7)}
     cache.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, team, 4, "numbers")
@@ -356,7 +356,7 @@ def test_a_machine_that_does_not_see_the_others_encodes_all(tmp_path):
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_a_cpu_reads_no_picture_while_its_networks_run(tmp_path, on_cpu):
+def test_a_cpu_reads_no_image_while_its_networks_run(tmp_path, on_cpu):
     """A core that reads keeps all threads of a network waiting; beside a GPU the next batch is read meanwhile."""
     reading, seen = [], []
 
@@ -370,7 +370,7 @@ def test_a_cpu_reads_no_picture_while_its_networks_run(tmp_path, on_cpu):
         seen.append((before, len(reading)))
         return {"y": ("float32", batch["x"].astype(np.float32)[:, None])}
 
-    store = cache.Store(tmp_path, "pictures", [on_cpu])
+    store = cache.Store(tmp_path, "images", [on_cpu])
     team = cache.Team(0, 1, 0, 1, lambda items: items, on_cpu)
     wanted = {str(number): number for number in range(100)}
     cache.fill(store, wanted, make, encode, team, 20, "numbers")
@@ -404,7 +404,7 @@ def test_networks_are_let_go_once_the_cache_stands(each, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "training_loss", spy)
     each(tmp_path / "out", "--max_train_steps", "1", *switches(each, tmp_path / "kept"))
     assert alive == [set()]
-    if each.script == "train_text_to_image":  # unless pictures are to be drawn
+    if each.script == "train_text_to_image":  # unless images are to be drawn
         flags = ["--validation_prompts", "zero"]
         each(tmp_path / "out", "--max_train_steps", "1", *flags, *switches(each, tmp_path / "kept"))
         assert alive[1] == {AutoencoderKL, CLIPTextModel}
@@ -418,10 +418,10 @@ def test_networks_visit_the_device():
             moves.append(str(device))
             return self
 
-    with frozen.visiting([Network(2, 2), None], "meta"):
+    with frozen.temporarily_on([Network(2, 2), None], "meta"):
         assert moves == ["meta"]
     assert moves == ["meta", "cpu"]
-    with frozen.visiting([Network(2, 2)], "cpu"):
+    with frozen.temporarily_on([Network(2, 2)], "cpu"):
         pass
     assert moves == ["meta", "cpu"], "one that is there already was moved"
 
@@ -445,38 +445,38 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(run, tmp_path, monkeypa
     assert not list((tmp_path / "kept").rglob("*.unfinished"))
 
 
-def test_a_network_that_overflows_is_said_with_the_picture(run, tmp_path, monkeypatch):
-    real = train_text_to_image.encode_pictures
+def test_a_network_that_overflows_is_said_with_the_image(run, tmp_path, monkeypatch):
+    real = train_text_to_image.encode_images
 
     def overflows(vae, batch):
         made = real(vae, batch)
         made["latent_mean"][0, 0, 0, 0] = torch.inf
         return made
 
-    monkeypatch.setattr(train_text_to_image, "encode_pictures", overflows)
+    monkeypatch.setattr(train_text_to_image, "encode_images", overflows)
     sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
     assert "0.png is not finite" in sentence and "--mixed_precision no" in sentence and code == 1
 
 
-def test_a_picture_that_overflows_can_be_skipped(run, tmp_path, monkeypatch):
-    real = train_text_to_image.encode_pictures
+def test_a_image_that_overflows_can_be_skipped(run, tmp_path, monkeypatch):
+    real = train_text_to_image.encode_images
 
     def overflows(vae, batch):
         made = real(vae, batch)
         made["latent_mean"][batch["pixels"][:, 0, 0, 0] == first] = torch.inf
         return made
 
-    first = float(np.asarray(picture(0).crop((2, 0, 18, 16)))[0, 0, 0] / 127.5 - 1)
+    first = float(np.asarray(image(0).crop((2, 0, 18, 16)))[0, 0, 0] / 127.5 - 1)
     first = torch.tensor(first, dtype=torch.float32)
-    monkeypatch.setattr(train_text_to_image, "encode_pictures", overflows)
+    monkeypatch.setattr(train_text_to_image, "encode_images", overflows)
     flags = ["--center_crop", "--on_bad_sample", "skip", *switches(run, tmp_path / "kept")]
     run(tmp_path / "out", *flags)
-    assert entries(tmp_path / "kept") == 19  # ten captions, and the pictures but one
+    assert entries(tmp_path / "kept") == 19  # ten captions, and the images but one
 
 
 def test_rounds_of_work_leave_nothing_out(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "ROUND", 3)
-    store, wanted = cache.Store(tmp_path, "pictures", ["rounds"]), {str(number): number for number in range(10)}
+    store, wanted = cache.Store(tmp_path, "images", ["rounds"]), {str(number): number for number in range(10)}
     encode = lambda batch: {"y": ("float32", batch["x"].astype(np.float32)[:, None])}  # noqa: E731
     cache.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, alone(), 2, "numbers")
     assert all(store.read(key)["y"] == number for key, number in wanted.items())
@@ -495,21 +495,21 @@ def test_contradictions(run, run_lora, tmp_path, capsys):
 
 def test_that_one_crop_is_kept_is_said(run, tmp_path, capsys):
     run(tmp_path / "out", "--max_train_steps", "1", *switches(run, tmp_path / "kept"))
-    assert "one random crop of each of 10 pictures is kept" in capsys.readouterr().err
+    assert "one random crop of each of 10 images is kept" in capsys.readouterr().err
     for more in (["--cached_crops", "2"], ["--center_crop"]):
         run(tmp_path / "out", "--max_train_steps", "1", *more, *switches(run, tmp_path / "kept"))
         assert "random crop" not in capsys.readouterr().err
 
 
 def test_crops_come_from_the_content(tmp_path):
-    pictures = cache.Pictures(None, ["a" * 64, "b" * 64], [False, False], 3)
-    drawn = [pictures.corner(index, crop).integers(1000) for index in (0, 1) for crop in range(3)]
+    images = cache.Images(None, ["a" * 64, "b" * 64], [False, False], 3)
+    drawn = [images.corner(index, crop).integers(1000) for index in (0, 1) for crop in range(3)]
     assert len(set(drawn)) > 3
     assert drawn[0] == draws.generator(int("a" * 15, 16), "cached_crop", 0).integers(1000)
-    assert pictures.corner(0, None) is None
+    assert images.corner(0, None) is None
 
 
 def test_bad_data_raise_what_they_are(tmp_path):
-    store = cache.Store(tmp_path, "pictures", ["bad"])
+    store = cache.Store(tmp_path, "images", ["bad"])
     with pytest.raises(UserError, match="gone"):
         cache.fill(store, {"a": 0}, lambda _: UserError("gone"), None, alone(), 1, "numbers")

@@ -279,8 +279,8 @@ def test_what_differs_is_named(run, tmp_path, capsys):
     assert "train_batch_size 4 -> 2" in said and "snr_gamma None -> 5.0" in said
 
 
-def test_fewer_pictures_than_were_seen_in_the_epoch(run, tmp_path):
-    """After two updates the run stood at picture eight; with six it goes on with the next epoch."""
+def test_fewer_images_than_were_seen_in_the_epoch(run, tmp_path):
+    """After two steps the run stood at image eight; with six it goes on with the next epoch."""
     run(tmp_path, "--checkpointing_steps", "2")
     assert run(tmp_path, "--resume_from_checkpoint", "checkpoint-2", "--max_train_samples", "6") == 0
 
@@ -288,7 +288,7 @@ def test_fewer_pictures_than_were_seen_in_the_epoch(run, tmp_path):
 def test_nothing_left_to_train_is_said(run, tmp_path, capsys):
     run(tmp_path, "--checkpointing_steps", "6")
     run(tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", "4")
-    assert "update 6 was the last one already: nothing was trained" in capsys.readouterr().err
+    assert "step 6 was the last one already: nothing was trained" in capsys.readouterr().err
 
 
 def test_an_unfused_optimizer_state_continues_fused(run, tmp_path):
@@ -316,7 +316,7 @@ def test_another_optimizer_cannot_continue(run, tmp_path):
 def test_changed_data_are_named(run, tmp_path, capsys):
     run(tmp_path, "--checkpointing_steps", "3")
     run(tmp_path, "--resume_from_checkpoint", "checkpoint-3", "--max_train_samples", "8")
-    assert "the data set has changed" in capsys.readouterr().err
+    assert "the dataset has changed" in capsys.readouterr().err
 
 
 def test_layout_is_the_familiar_one(run, tmp_path):

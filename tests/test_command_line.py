@@ -49,7 +49,7 @@ OURS = {
     "streaming": (bool, False),
     "shuffle_buffer": (int, 10_000),
 }
-OURS_FOR_PIXELS = {  # not for the priors, whose pictures CLIP sizes, and not for JAX, which compiles one shape
+OURS_FOR_PIXELS = {  # not for the priors, whose images CLIP sizes, and not for JAX, which compiles one shape
     "aspect_ratio_bucketing": (bool, False),
     "min_bucket_reso": (int, None),
     "max_bucket_reso": (int, None),
@@ -259,8 +259,8 @@ REFUSED = {
     "--hub_tok hf_x": "there is no flag --hub_tok; did you mean --hub_token?",
     "--adam_beta2 1": "below 1",
     "--lr_scheduler polynomial --learning_rate 1e-7": "must be above it",
-    "--min_bucket_reso 256": "--min_bucket_reso says nothing without --aspect_ratio_bucketing",
-    "--bucket_reso_steps 64 --max_bucket_reso 512": "--bucket_reso_steps says nothing without",
+    "--min_bucket_reso 256": "--min_bucket_reso has no effect without --aspect_ratio_bucketing",
+    "--bucket_reso_steps 64 --max_bucket_reso 512": "--bucket_reso_steps has no effect without",
     "--aspect_ratio_bucketing --min_bucket_reso 520": "--min_bucket_reso 520 is above --resolution 512",
     "--aspect_ratio_bucketing --max_bucket_reso 504": "--max_bucket_reso 504 is below --resolution 512",
     "--aspect_ratio_bucketing --bucket_reso_steps 60": "not a multiple of 8; the nearest is 64",
@@ -280,19 +280,19 @@ REFUSED = {
     "--full_bf16 --mixed_precision fp16": "contradicts --mixed_precision fp16",
     "--full_bf16 --mixed_precision no": "contradicts --mixed_precision no",
     "--enable_xformers_memory_efficient_attention": "pip install xformers",
-    "--hub_private_repo": "--hub_private_repo says nothing without --push_to_hub",
-    "--push_checkpoints": "--push_checkpoints says nothing without --push_to_hub",
+    "--hub_private_repo": "--hub_private_repo has no effect without --push_to_hub",
+    "--push_checkpoints": "--push_checkpoints has no effect without --push_to_hub",
     "--train_data_dir nowhere": "nowhere is not a folder",
     "--single_file_config x": "--single_file_config is for a model in one .safetensors file",
-    "--train_data_config x.yaml": "--train_data_config names all data sets, and --train_data_dir another one",
+    "--train_data_config x.yaml": "--train_data_config names all datasets, and --train_data_dir another one",
     "--dataset_name x --repeats_from_folders": "--repeats_from_folders is for --train_data_dir alone",
-    "--shuffle_buffer 100": "--shuffle_buffer says nothing without --streaming",
+    "--shuffle_buffer 100": "--shuffle_buffer has no effect without --streaming",
     "--streaming --repeats_from_folders": "of which a stream has none; leave it or --streaming out",
     "--streaming --aspect_ratio_bucketing": "which is to read them all; leave it or --streaming out",
-    "--streaming --cache_latents": "--cache_latents keeps on the disk what is made of every picture",
+    "--streaming --cache_latents": "--cache_latents keeps on the disk what is made of every image",
     "--streaming --cache_text_embeddings": "--cache_text_embeddings keeps on the disk what is made of every caption",
     "--streaming --shuffle_buffer 0": "at least 1",
-    "--keep_tokens 1": "--keep_tokens says nothing without --shuffle_tags",
+    "--keep_tokens 1": "--keep_tokens has no effect without --shuffle_tags",
     "--shuffle_tags --cache_text_embeddings": "which --shuffle_tags changes",
     f"--output_dir {ROOT / 'README.md'}": "is a file",
     "--output_dir=": "--output_dir is empty; is a variable of the shell not set?",
@@ -345,7 +345,8 @@ def test_a_bias_without_a_multiplier_is_told():
     parse = train_text_to_image_lora_sdxl.parse_args
     assert "draws all timesteps alike" in parse(words).notices[0]
     assert (
-        "says nothing without --timestep_bias_strategy range" in parse([*words, "--timestep_bias_end", "9"]).notices[0]
+        "has no effect without --timestep_bias_strategy range"
+        in parse([*words, "--timestep_bias_end", "9"]).notices[0]
     )
     assert not parse([*words, "--timestep_bias_multiplier", "2"]).notices
 
@@ -367,13 +368,13 @@ def test_a_wrong_command_line_for_jax_gets_its_sentence(words, capsys, monkeypat
 
 
 TOLD = {
-    "--lr_scheduler cosine --max_train_steps 500": "500 leaves nothing after the warm-up in 500 updates",
+    "--lr_scheduler cosine --max_train_steps 500": "500 leaves nothing after the warm-up in 500 steps",
     "--lr_warmup_steps 3": "--lr_scheduler constant has no warm-up",
-    "--validation_steps 5": "--validation_steps says nothing without a validation prompt",
+    "--validation_steps 5": "--validation_steps has no effect without a validation prompt",
     f"--train_data_dir {ROOT} --output_dir {ROOT}/out": "lies in --train_data_dir",
     "--optimizer prodigy": "it is made for --learning_rate 1",
-    "--ema_decay 0.999": "--ema_decay says nothing without --use_ema",
-    "--lr_num_cycles 3": "--lr_num_cycles says nothing without --lr_scheduler cosine_with_restarts",
+    "--ema_decay 0.999": "--ema_decay has no effect without --use_ema",
+    "--lr_num_cycles 3": "--lr_num_cycles has no effect without --lr_scheduler cosine_with_restarts",
     "--ema_decay 0.9999": None,  # the default, as run.yaml has it
     "--lr_scheduler cosine --max_train_steps 501": None,
     "--validation_steps 5 --validation_split 0.1": None,

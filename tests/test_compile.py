@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import KANDINSKY, relative_difference, result_bytes
-from tiny import write_pictures
+from tiny import write_images
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
@@ -16,8 +16,8 @@ from training_utils import reporting
 
 @pytest.fixture(scope="module")
 def nine(tmp_path_factory):
-    """Nine pictures: windows of four, four and one."""
-    return write_pictures(tmp_path_factory.mktemp("nine") / "train", 9)
+    """Nine images: windows of four, four and one."""
+    return write_images(tmp_path_factory.mktemp("nine") / "train", 9)
 
 
 def compiled(run, monkeypatch, backend, out, *flags):

@@ -1,4 +1,4 @@
-"""Every data set that can be read is read right; every one that cannot gets a sentence that names what to mend."""
+"""Every dataset that can be read is read right; every one that cannot gets a sentence that names what to fix."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from conftest import result_bytes
 from PIL import Image
-from tiny import picture, png, write_pictures
+from tiny import image, png, write_images
 
 from training_utils import data
 from training_utils.draws import SampleDraws
@@ -18,8 +18,8 @@ from training_utils.reporting import UserError
 
 
 def folder_with(tmp_path, lines, count=3):
-    """Pictures 0.png, 1.png, ... and a metadata.jsonl of these lines (dicts or raw text)."""
-    write_pictures(tmp_path, count)
+    """Images 0.png, 1.png, ... and a metadata.jsonl of these lines (dicts or raw text)."""
+    write_images(tmp_path, count)
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     (tmp_path / "metadata.jsonl").write_text(text)
     return tmp_path
@@ -36,17 +36,17 @@ def entry(index, text="a caption"):
 
 
 BAD_METADATA = {
-    "null caption": ([entry(0), entry(1, None), entry(2)], ["1.png (nothing)", "give each picture a caption"]),
+    "null caption": ([entry(0), entry(1, None), entry(2)], ["1.png (nothing)", "give each image a caption"]),
     "number": ([entry(0, 3)], ["0.png (3)"]),
     "empty list": ([entry(0, [])], ["0.png (an empty list)"]),
     "list with null": ([entry(0, ["a", None])], ["0.png (['a', None])"]),
     "not JSON": ([entry(0), '{"file_name": '], ["metadata.jsonl line 2 is not JSON"]),
     "no file_name": ([entry(0), {"text": "x"}], ['metadata.jsonl line 2 has no "file_name"']),
     "no caption": ([{"file_name": "0.png", "title": "x"}], ["line 1 has no caption column 'text'", "it has title"]),
-    "absent pictures": ([entry(0), entry(7), entry(8)], ["2 pictures named", "7.png", "8.png"]),
-    "no line": ([], ["metadata.jsonl names no picture"]),
+    "absent images": ([entry(0), entry(7), entry(8)], ["2 images named", "7.png", "8.png"]),
+    "no line": ([], ["metadata.jsonl names no image"]),
     "half a character": ([r'{"file_name": "0.png", "text": "\ud800"}'], ["0.png ('\\ud800')"]),
-    "name with a zero byte": ([r'{"file_name": "0\u0000.png", "text": "x"}'], ["1 pictures named"]),
+    "name with a zero byte": ([r'{"file_name": "0\u0000.png", "text": "x"}'], ["1 images named"]),
     "brackets without end": (["[" * 100_000], ["metadata.jsonl line 1"]),
 }
 
@@ -61,19 +61,19 @@ def test_bad_metadata(tmp_path, what):
         assert part in str(caught.value)
 
 
-def test_no_pictures(tmp_path):
-    with pytest.raises(UserError, match="holds no pictures"):
+def test_no_images(tmp_path):
+    with pytest.raises(UserError, match="holds no images"):
         rows_of(tmp_path)
 
 
 def test_no_metadata(tmp_path):
-    picture(0).save(tmp_path / "0.png")
+    image(0).save(tmp_path / "0.png")
     with pytest.raises(UserError, match="has no captions: write a metadata.jsonl with lines like"):
         rows_of(tmp_path)
 
 
 def test_metadata_that_is_not_utf8(tmp_path):
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "é"}'.encode("latin-1"))
     with pytest.raises(UserError, match="metadata.jsonl is not UTF-8 text"):
         rows_of(tmp_path)
@@ -81,7 +81,7 @@ def test_metadata_that_is_not_utf8(tmp_path):
 
 @pytest.mark.parametrize("name", ["metadata.csv", "0.txt"])
 def test_other_captions_that_are_not_utf8(tmp_path, name):
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / name).write_bytes("file_name,text\n0.png,é".encode("latin-1"))
     with pytest.raises(UserError, match=f"{name} is not UTF-8 text"):
@@ -90,7 +90,7 @@ def test_other_captions_that_are_not_utf8(tmp_path, name):
 
 BAD_CSV = {
     "file_name,title\n0.png,x\n": "metadata.csv line 2 has no caption column 'text' (--caption_column); it has title",
-    "file,text\n0.png,x\n": 'metadata.csv has no column "file_name", which names the pictures, only file, text',
+    "file,text\n0.png,x\n": 'metadata.csv has no column "file_name", which names the images, only file, text',
     "file_name,text\n0.png\n": "0.png (nothing)",  # the line ends early
     "file_name;text\n0.png;x\n": "only file_name;text; columns are to be separated by commas",
     'file_name,text\n0.png,"x\n1.png,y\n': "metadata.csv is not CSV after line 1: unexpected end of data",
@@ -100,7 +100,7 @@ BAD_CSV = {
 
 @pytest.mark.parametrize("text", BAD_CSV, ids=range(len(BAD_CSV)))
 def test_a_csv_that_lacks_something(tmp_path, text):
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text(text)
     with pytest.raises(UserError) as caught:
@@ -124,12 +124,12 @@ def test_what_is_passed_over_or_read_twice_is_said(tmp_path, capsys):
     shutil.copy(tmp_path / "metadata.jsonl", tmp_path / ".Trash")
     assert len(rows_of(tmp_path)) == 3
     said = capsys.readouterr().err
-    assert f"pictures of a kind that is not read (.heic) are passed over: {tmp_path}/photo.HEIC" in said
+    assert f"images of a kind that is not read (.heic) are skipped: {tmp_path}/photo.HEIC" in said
     assert f"{tmp_path} holds metadata.jsonl and metadata.csv, and both are read" in said
 
 
 def test_links_are_followed_and_what_cannot_be_reached_is_said(tmp_path, capsys, monkeypatch):
-    write_pictures(tmp_path / "elsewhere", 3)
+    write_images(tmp_path / "elsewhere", 3)
     (tmp_path / "elsewhere" / "metadata.jsonl").unlink()
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
@@ -146,8 +146,8 @@ def test_links_are_followed_and_what_cannot_be_reached_is_said(tmp_path, capsys,
     rows = rows_of(tmp_path / "set", caption_column=None)
     assert sorted(rows.name(at) for at in range(3)) == [f"{tmp_path}/elsewhere/{at}.png" for at in range(3)]
     said = capsys.readouterr().err
-    assert f"links that lead nowhere are passed over: {tmp_path}/set/gone.png" in said
-    assert f"{tmp_path}/set/closed cannot be read (Permission denied) and is passed over" in said
+    assert f"links that lead nowhere are skipped: {tmp_path}/set/gone.png" in said
+    assert f"{tmp_path}/set/closed cannot be read (Permission denied) and is skipped" in said
 
 
 def test_a_name_as_long_as_names_can_be(tmp_path):
@@ -161,7 +161,7 @@ def test_a_name_as_long_as_names_can_be(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("picture", "caption", "advice"),
+    ("image", "caption", "advice"),
     [
         ("0.png", "0.png.txt", "belongs in 0.txt, and there is a 0.png.txt"),
         (
@@ -172,11 +172,11 @@ def test_a_name_as_long_as_names_can_be(tmp_path):
         ("0.png", None, "write a metadata.jsonl with lines like"),
     ],
 )
-def test_where_captions_might_be(tmp_path, picture, caption, advice):
-    write_pictures(tmp_path, 1)
+def test_where_captions_might_be(tmp_path, image, caption, advice):
+    write_images(tmp_path, 1)
     (tmp_path / "metadata.jsonl").unlink()
-    (tmp_path / picture).parent.mkdir(exist_ok=True)
-    os.rename(tmp_path / "0.png", tmp_path / picture)
+    (tmp_path / image).parent.mkdir(exist_ok=True)
+    os.rename(tmp_path / "0.png", tmp_path / image)
     if caption:
         (tmp_path / caption).write_text("x")
     with pytest.raises(UserError) as caught:
@@ -191,17 +191,17 @@ def test_an_empty_caption_is_one(tmp_path, capsys):
 
 
 def test_a_name_may_lead_out_of_the_folder(tmp_path):
-    write_pictures(tmp_path / "elsewhere", 1)
+    write_images(tmp_path / "elsewhere", 1)
     folder = folder_with(tmp_path / "here", [{"file_name": "../elsewhere/0.png", "text": "x"}], count=1)
     rows = rows_of(folder)
-    assert rows.name(0) == str(tmp_path / "elsewhere" / "0.png") and rows.picture(0).size == (20, 16)
+    assert rows.name(0) == str(tmp_path / "elsewhere" / "0.png") and rows.image(0).size == (20, 16)
 
 
 def test_links_that_lead_in_circles(tmp_path):
     folder = folder_with(tmp_path, [entry(0), {"file_name": "round.png", "text": "x"}], count=1)
     (folder / "again").symlink_to(folder)
     (folder / "round.png").symlink_to(folder / "round.png")
-    with pytest.raises(UserError, match="1 pictures named in the metadata do not exist: .*round.png"):
+    with pytest.raises(UserError, match="1 images named in the metadata do not exist: .*round.png"):
         rows_of(folder)
     assert len(rows_of(folder_with(tmp_path, [entry(0)], count=1))) == 1
     assert len(rows_of(folder, caption_column=None)) == 1
@@ -235,38 +235,38 @@ def test_what_may_not_be_read_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_a_file_whose_name_is_no_text(tmp_path):
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "0.png").rename(tmp_path / "caf\udce9.png")  # a Latin-1 é, as old archives have it
     with pytest.raises(UserError, match="1 files have a name that is not UTF-8"):
         rows_of(tmp_path, caption_column=None)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
-def test_files_that_are_no_pictures_are_all_named_before_training(tmp_path, content):
-    write_pictures(tmp_path, 4)
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"])
+def test_files_that_are_no_images_are_all_named_before_training(tmp_path, content):
+    write_images(tmp_path, 4)
     for index in (1, 3):
         (tmp_path / f"{index}.png").write_bytes(content)
     with pytest.raises(UserError) as caught:
         rows_of(tmp_path)
-    assert "2 files cannot be read as pictures" in str(caught.value)
+    assert "2 files cannot be read as images" in str(caught.value)
     assert "1.png" in str(caught.value) and "3.png" in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_picture_is_named_without_a_stack_trace(run, tmp_path, workers):
-    folder = tmp_path / "pictures"
-    write_pictures(folder, 6)
+def test_a_truncated_image_is_named_without_a_stack_trace(run, tmp_path, workers):
+    folder = tmp_path / "images"
+    write_images(folder, 6)
     content = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(content[: len(content) // 2])
     sentence, code = run.fails(tmp_path / "out", "--train_data_dir", folder, "--dataloader_num_workers", workers)
-    assert "2.png cannot be read as a picture" in sentence and "Traceback" not in sentence and code == 2
+    assert "2.png cannot be read as an image" in sentence and "Traceback" not in sentence and code == 2
 
 
-def test_pictures_without_a_caption_are_counted(tmp_path, capsys):
+def test_images_without_a_caption_are_counted(tmp_path, capsys):
     rows = rows_of(folder_with(tmp_path, [entry(0)], count=3))
     assert len(rows) == 1
-    assert "2 of 3 pictures" in capsys.readouterr().err
+    assert "2 of 3 images" in capsys.readouterr().err
 
 
 def test_line_separators_inside_captions(tmp_path):
@@ -275,22 +275,22 @@ def test_line_separators_inside_captions(tmp_path):
 
 
 def test_a_comma_without_quotes_in_a_csv(tmp_path):
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a red, blue bike\n")
     with pytest.raises(UserError, match="line 2 has more fields than the header; quote commas"):
         rows_of(tmp_path)
 
 
-def test_a_truncated_picture_in_another_process_is_named_too(run, tmp_path):
-    folder = tmp_path / "pictures"
-    write_pictures(folder, 2)
+def test_a_truncated_image_in_another_process_is_named_too(run, tmp_path):
+    folder = tmp_path / "images"
+    write_images(folder, 2)
     for index in range(2):
         content = (folder / f"{index}.png").read_bytes()
         (folder / f"{index}.png").write_bytes(content[: len(content) // 2])
     flags = ["--train_data_dir", folder, "--train_batch_size", "1"]
     said, _ = run.fork(tmp_path / "out", *flags, processes=2).communicate(timeout=200)
-    assert "0.png cannot be read as a picture" in said and "1.png cannot be read as a picture" in said
+    assert "0.png cannot be read as an image" in said and "1.png cannot be read as an image" in said
 
 
 def test_a_fingerprint_is_of_the_data_and_not_of_their_place(tmp_path, monkeypatch):
@@ -303,18 +303,18 @@ def test_a_fingerprint_is_of_the_data_and_not_of_their_place(tmp_path, monkeypat
     assert rows_of(folder_with(tmp_path / "other", [entry(0), entry(1, "else")], count=2)).fingerprint() not in prints
 
 
-def test_a_picture_named_twice_is_two_samples(tmp_path, capsys):
+def test_a_image_named_twice_is_two_samples(tmp_path, capsys):
     rows = rows_of(folder_with(tmp_path, [entry(0, "one"), entry(0, "two")], count=1))
     assert [rows.captions(index) for index in range(2)] == [["one"], ["two"]]
-    assert "1 lines of the metadata name a picture again" in capsys.readouterr().err
+    assert "1 lines of the metadata name an image again" in capsys.readouterr().err
 
 
 def test_csv_and_text_files_and_nested_folders(tmp_path):
-    write_pictures(tmp_path / "jsonl" / "train", 2)
-    write_pictures(tmp_path / "csv", 2)
+    write_images(tmp_path / "jsonl" / "train", 2)
+    write_images(tmp_path / "csv", 2)
     (tmp_path / "csv" / "metadata.jsonl").unlink()
     (tmp_path / "csv" / "metadata.csv").write_text('file_name,text\n0.png,"one, two"\n1.png,three\n')
-    write_pictures(tmp_path / "txt", 2)
+    write_images(tmp_path / "txt", 2)
     (tmp_path / "txt" / "metadata.jsonl").unlink()
     for index in range(2):
         (tmp_path / "txt" / f"{index}.txt").write_text(f"text {index}\n")
@@ -341,14 +341,14 @@ def test_caption_dropout_is_drawn_anew_each_epoch():
 
 @pytest.fixture
 def table(tmp_path):
-    """A parquet data set with pictures inside, and columns of unusual names."""
+    """A parquet dataset with images inside, and columns of unusual names."""
     import datasets
 
     features = datasets.Features(
         {"photo": datasets.Image(), "legend": datasets.Value("string"), "score": datasets.Value("float32")}
     )
     rows = {
-        "photo": [picture(i) for i in range(6)],
+        "photo": [image(i) for i in range(6)],
         "legend": [f"a handwritten {w}" for w in "abcdef"],
         "score": [1.0] * 6,
     }
@@ -366,7 +366,7 @@ def test_parquet_with_custom_and_extra_columns(run, tmp_path, table, capsys):
     sentence, _ = run.fails(tmp_path / "wrong", *flags, "--caption_column", "title")
     assert "--caption_column title: there is no such column, only photo, legend, score" in sentence
     sentence, _ = run.fails(tmp_path / "wrong", *flags, "--image_column", "score")
-    assert "not pictures" in sentence
+    assert "not images" in sentence
 
 
 def test_a_table_with_columns_named_like_ours(run_sdxl, tmp_path):
@@ -374,7 +374,7 @@ def test_a_table_with_columns_named_like_ours(run_sdxl, tmp_path):
     import datasets
 
     ours = ["pixels", "weight", "index", "tokens", "skipped", "timestep", "file_name", "noise"]
-    rows = {name: ["x"] * 4 for name in ours} | {"photo": [picture(i) for i in range(4)], "legend": list("abcd")}
+    rows = {name: ["x"] * 4 for name in ours} | {"photo": [image(i) for i in range(4)], "legend": list("abcd")}
     features = {name: datasets.Value("string") for name in rows} | {"photo": datasets.Image()}
     (tmp_path / "table").mkdir()
     table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
@@ -394,20 +394,20 @@ def test_a_data_set_that_is_nowhere(run, tmp_path):
     assert "--dataset_name nobody/nothing cannot be loaded" in sentence and code == 2
 
 
-def test_max_train_samples(pictures, capsys):
-    rows = rows_of(pictures)
+def test_max_train_samples(images, capsys):
+    rows = rows_of(images)
     assert len(data.take(rows, 4, seed=1)) == 4
-    names = lambda seed: [rows.name(i) for i in range(4) for rows in [data.take(rows_of(pictures), 4, seed)]]  # noqa: E731
+    names = lambda seed: [rows.name(i) for i in range(4) for rows in [data.take(rows_of(images), 4, seed)]]  # noqa: E731
     assert names(1) == names(1) != names(2)
     assert len(data.take(rows, 50, seed=1)) == 10
-    assert "more than the 10 pictures" in capsys.readouterr().err
+    assert "more than the 10 images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("most", [1, 2, 9])
-def test_a_few_rows_of_many_are_checked_as_themselves(pictures, most):
+def test_a_few_rows_of_many_are_checked_as_themselves(images, most):
     """The datasets library cuts a run of rows out of its table, and keeps a list of indices for other selections."""
     for seed in range(4):
-        rows = data.take(data.load_rows(folder=pictures), most, seed)
+        rows = data.take(data.load_rows(folder=images), most, seed)
         assert data.check(rows) == [] and len(rows) == most
         assert [int(Path(rows.name(index)).stem) for index in range(most)] == list(rows.numbers)
 
@@ -420,23 +420,23 @@ def test_long_captions_are_counted(tmp_path, sd, capsys):
     assert "1 of 2 captions are longer than 16 tokens" in capsys.readouterr().err
 
 
-def test_hold_out(pictures):
-    rows = rows_of(pictures)
-    train, held = data.hold_out(rows, 0.3, seed=1)
+def test_hold_out(images):
+    rows = rows_of(images)
+    train, held = data.split_validation(rows, 0.3, seed=1)
     names = [{part.name(index) for index in range(len(part))} for part in (train, held)]
     assert (len(train), len(held)) == (7, 3) and not names[0] & names[1]
     with pytest.raises(UserError, match="leaves none to train on"):
-        data.hold_out(rows.select([0]), 0.5, seed=1)
+        data.split_validation(rows.select([0]), 0.5, seed=1)
 
 
-def test_all_captions_of_a_picture_are_held_out_with_it(tmp_path):
+def test_all_captions_of_a_image_are_held_out_with_it(tmp_path):
     lines = [{"file_name": f"{at % 20}.png", "text": f"caption {at}"} for at in range(100)]
     folder_with(tmp_path, lines, count=20)
-    parts = data.hold_out(rows_of(tmp_path), 0.1, seed=1)
+    parts = data.split_validation(rows_of(tmp_path), 0.1, seed=1)
     names = [{part.name(index) for index in range(len(part))} for part in parts]
     assert [len(part) for part in parts] == [90, 10] and len(names[1]) == 2 and not names[0] & names[1]
-    with pytest.raises(UserError, match="0.5 of 1 pictures leaves none"):
-        data.hold_out(rows_of(tmp_path).select([0, 20]), 0.5, seed=1)
+    with pytest.raises(UserError, match="0.5 of 1 images leaves none"):
+        data.split_validation(rows_of(tmp_path).select([0, 20]), 0.5, seed=1)
 
 
 def test_so_they_are_where_other_rows_are_no_files(tmp_path):
@@ -448,8 +448,8 @@ def test_so_they_are_where_other_rows_are_no_files(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "table" / "a.parquet")
     (tmp_path / "sets.yaml").write_text(f"- path: {tmp_path}/folder\n- path: {tmp_path}/table\n")
     rows = rows_of(None, config=tmp_path / "sets.yaml")
-    assert len(np.unique(rows.pictures())) == 8 and len(np.unique(rows.pictures()[:20])) == 4
-    parts = data.hold_out(rows, 0.4, seed=1)
+    assert len(np.unique(rows.images())) == 8 and len(np.unique(rows.images()[:20])) == 4
+    parts = data.split_validation(rows, 0.4, seed=1)
     names = [{part.name(at) for at in range(len(part)) if ".png" in part.name(at)} for part in parts]
     assert names[0] and names[1] and not names[0] & names[1]
     (tmp_path / "folder" / "1.png").write_bytes(b"")
@@ -457,14 +457,14 @@ def test_so_they_are_where_other_rows_are_no_files(tmp_path):
         rows_of(None, config=tmp_path / "sets.yaml")
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------
 
 
 def read(tmp_path, image, name="0.png", **options):
-    """What a sample sees of a picture saved with these options: RGB values, shape (H, W, 3)."""
+    """What a sample sees of an image saved with these options: RGB values, shape (H, W, 3)."""
     folder_with(tmp_path, [{"file_name": name, "text": "x"}], count=1)
     image.save(tmp_path / name, **options)
-    return np.asarray(rows_of(tmp_path).picture(0))
+    return np.asarray(rows_of(tmp_path).image(0))
 
 
 def test_transparency_lies_on_white(tmp_path):
@@ -496,7 +496,7 @@ def test_sixteen_bit_colour_and_grey_with_alpha(tmp_path, kind, channels):
     folder_with(tmp_path, [entry(0)], count=1)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in samples)
     (tmp_path / "0.png").write_bytes(png(4, 4, 16, kind, lines))
-    got = np.asarray(rows_of(tmp_path).picture(0)).astype(int)
+    got = np.asarray(rows_of(tmp_path).image(0)).astype(int)
     want = samples[..., :3] if channels > 2 else samples[..., :1].repeat(3, axis=-1)
     assert np.abs(got - want / 257).max() <= 1
 
@@ -515,7 +515,7 @@ def test_of_an_animation_the_first_frame_is_seen(tmp_path, ending):
     assert got.tolist() == np.asarray(first).tolist()
 
 
-def test_a_dot_is_a_picture(tmp_path):
+def test_a_dot_is_a_image(tmp_path):
     got = read(tmp_path, Image.new("RGB", (1, 1), (7, 8, 9)))
     assert got.tolist() == [[[7, 8, 9]]]
     assert data.resize(Image.fromarray(got), (16, 16), "lanczos").size == (16, 16)
@@ -530,13 +530,13 @@ def test_cmyk_grey_and_one_bit(tmp_path):
 def test_exif_orientation_is_honoured(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
-    upright = np.asarray(picture(3).rotate(-90, expand=True))
-    assert read(tmp_path, picture(3), exif=exif).tolist() == upright.tolist()
+    upright = np.asarray(image(3).rotate(-90, expand=True))
+    assert read(tmp_path, image(3), exif=exif).tolist() == upright.tolist()
 
 
 @pytest.mark.parametrize("size", [(20, 16), (16, 20), (64, 30), (17, 100), (8, 8)])
 def test_shorter_side_then_crop(size):
-    resized = data.resize(picture(0, size), (16, 16), "lanczos")
+    resized = data.resize(image(0, size), (16, 16), "lanczos")
     assert min(resized.size) == 16
     assert max(resized.size) == int(16 * max(size) / min(size))
     for draw in (None, SampleDraws(0, 0, 0)):
@@ -546,7 +546,7 @@ def test_shorter_side_then_crop(size):
 
 
 def test_random_crops_reach_every_place():
-    places = {data.crop(picture(0, (20, 16)), (16, 16), SampleDraws(0, epoch, 0)("crop"))[1] for epoch in range(60)}
+    places = {data.crop(image(0, (20, 16)), (16, 16), SampleDraws(0, epoch, 0)("crop"))[1] for epoch in range(60)}
     assert places == {(0, left) for left in range(5)}
 
 

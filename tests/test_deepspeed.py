@@ -6,7 +6,7 @@ import signal
 import sys
 
 import pytest
-from conftest import LOOKS, PICTURES, ROOT, logged, relative_difference, result_bytes
+from conftest import IMAGES, LOOKS, ROOT, logged, relative_difference, result_bytes
 from processes import (
     DEEPSPEED,
     LONG,
@@ -41,7 +41,7 @@ def test_zero_equals_one_process_and_its_checkpoint_is_the_same(run, alone, tmp_
     import torch
 
     two = [*LOOKS, "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
-    prompts = [*PICTURES, "--validation_prompts", "one", "two", "three"]
+    prompts = [*IMAGES, "--validation_prompts", "one", "two", "three"]
     text = (ROOT / "examples/zero2.yaml").read_text() + "  gradient_accumulation_steps: auto\n"
     (tmp_path / "zero2.yaml").write_text(text)
     launch = launcher(2, "--config_file", str(tmp_path / "zero2.yaml"))
@@ -105,7 +105,7 @@ def test_every_full_fine_tune_runs_with_zero(request, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path, stage):
-    """One process' loss is poisoned; the run stops in the state before, or leaves this update out."""
+    """One process' loss is poisoned; the run stops in the state before, or leaves this step out."""
     from test_faults import POISONED
 
     wrapper = tmp_path / "poisoned.py"
@@ -113,12 +113,12 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path, stage):
     flags = ["--train_batch_size", "2", "--use_ema"]
     launch = [*launcher(2, *zero(stage)), str(wrapper)]
     (said,) = ended([run.start(tmp_path / "stopped", *flags, launcher=launch)], code=1)
-    assert said.count("update 4 is not finite") == 1, said
+    assert said.count("step 4 is not finite") == 1, said
     assert [folder.name for folder in checkpoints.listed(tmp_path / "stopped")] == ["checkpoint-3"]
     for name, kind in {"zero": zero(stage), "whole": ["--multi_gpu"]}.items():
         launch = [*launcher(2, *kind), str(wrapper)]
         (said,) = ended([run.start(tmp_path / name, *flags, "--on_nan", "skip", launcher=launch)])
-        assert "update 4 is not finite" in said and "left out" in said
+        assert "step 4 is not finite" in said and "left out" in said
     assert relative_difference(tmp_path / "zero", tmp_path / "whole") < 1e-6
     run(tmp_path / "stopped", "--use_ema", "--resume_from_checkpoint", "latest")
     run(tmp_path / "healthy", "--use_ema")
@@ -128,7 +128,7 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path, stage):
 @needs_deepspeed
 @pytest.mark.slow
 def test_each_process_holds_its_share_alone(run, tmp_path):
-    """Of what AdamW keeps, with the weights that it updates, and in stage 2 of the gradient, as a dry run counts."""
+    """Of what AdamW keeps, with the weights that it steps, and in stage 2 of the gradient, as a dry run counts."""
     launches = [sys.executable], launcher(2, *zero(1)), launcher(2, *zero(2))
     whole, one, two = (bytes_held(run, tmp_path, launch) for launch in launches)
     weights = whole["weights that are trained"]
@@ -157,7 +157,7 @@ def test_a_signal_stops_a_run_with_zero_in_order(run, tmp_path):
     wait_for([process], tmp_path / "checkpoint-20")
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=90)[0]
-    stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
+    stopped_after = int(re.search(r"stopped after step (\d+)", said)[1])
     assert checkpoints.damage(tmp_path / f"checkpoint-{stopped_after}") is None
     assert "accelerate launch --use_deepspeed --zero_stage 2 --num_processes 2 --mixed_precision no" in said
 
@@ -206,7 +206,7 @@ FILES = {
     '{"gradient_clipping": 0.1}': "contradicts --max_grad_norm 1",
     '{"fp16": {"enabled": true}}': "contradicts --mixed_precision no",
     '{"bf16": {"enabled": true}}': "contradicts --mixed_precision no",
-    '{"train_batch_size": 64}': "contradicts 4 pictures in an update",
+    '{"train_batch_size": 64}': "contradicts 4 images in a step",
     "[1]": "it is not a JSON object",
     "{": "cannot be read",
 }

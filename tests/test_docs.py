@@ -1,4 +1,4 @@
-"""Every command and snippet of the README and of docs/ runs, with tiny models in place of real ones and few updates;
+"""Every command and snippet of the README and of docs/ runs, with tiny models in place of real ones and few steps;
 and what the pages say of flags, files, tests and sentences is so. What is JAX's is in tests/test_flax_docs.py."""
 
 import ast
@@ -34,7 +34,7 @@ from pages import (
     run_files,
 )
 from PIL import Image
-from tiny import picture
+from tiny import image
 
 from training_utils import data, flags
 from training_utils.reporting import UserError
@@ -56,10 +56,10 @@ def test_blocks_are_found():
 
 
 @pytest.mark.parametrize("command", TORCH, ids=lambda command: f"{command.page}-{command.flags[-1]}")
-def test_command(command, sd, sdxl, kandinsky, pictures, tmp_path, monkeypatch):
+def test_command(command, sd, sdxl, kandinsky, images, tmp_path, monkeypatch):
     """In process: the launcher's own flags are tested with real processes elsewhere."""
     main = importlib.import_module(command.script.removesuffix(".py")).main
-    words = on_tiny_models(command, sd, sdxl, kandinsky, pictures, tmp_path / "out")
+    words = on_tiny_models(command, sd, sdxl, kandinsky, images, tmp_path / "out")
     if "--check_data" in words:
         assert main(words) == 0
         return
@@ -224,7 +224,7 @@ def test_python_snippet(snippet, results, sd, sdxl, monkeypatch):
 
 @pytest.fixture(scope="module")
 def kandinsky_results(run_prior, run_decoder, run_lora_prior, run_lora_decoder, tmp_path_factory):
-    """A folder that holds what the page's commands leave, trained hard enough to show in a picture."""
+    """A folder that holds what the page's commands leave, trained hard enough to show in an image."""
     folder = tmp_path_factory.mktemp("results")
     shutil.copytree(run_prior.base[1], folder / "stock_decoder")
     card = f"---\nprior:\n- {run_prior.base[0]}\n---\n"  # by which, on the hub, a decoder's card names its prior
@@ -238,7 +238,7 @@ def kandinsky_results(run_prior, run_decoder, run_lora_prior, run_lora_decoder, 
 
 @pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if "kandinsky" in snippet.lower()])
 def test_kandinsky_snippet(snippet, kandinsky, kandinsky_results, monkeypatch):
-    """The very lines, small pictures and fixed noise aside, draw another picture than the stock networks do."""
+    """The very lines, small images and fixed noise aside, draw another image than the stock networks do."""
     import torch
 
     for cls, small in (
@@ -252,25 +252,25 @@ def test_kandinsky_snippet(snippet, kandinsky, kandinsky_results, monkeypatch):
         monkeypatch.setattr(cls, "__call__", call)
     monkeypatch.chdir(kandinsky_results)
     prior, decoder = (f'"kandinsky-community/kandinsky-2-2-{name}"' for name in ("prior", "decoder"))
-    pictures = []
+    images = []
     for trained in (True, False):
         lines = snippet
         if not trained:
             lines = re.sub(r".*load_lora_adapter.*\n", "", lines)
             lines = lines.replace('"my_prior"', prior).replace('"my_decoder"', decoder)
         exec(lines.replace(prior, repr(kandinsky[0])).replace(decoder, "'stock_decoder'"), {})
-        pictures.append(Image.open("bicycle.png").convert("RGB").tobytes())
-    assert pictures[0] != pictures[1]
+        images.append(Image.open("bicycle.png").convert("RGB").tobytes())
+    assert images[0] != images[1]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def make_file(path):
-    """A file as a page's listing of a folder has it: a picture, a caption, a shard or a table of two, metadata."""
+    """A file as a page's listing of a folder has it: an image, a caption, a shard or a table of two, metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix in (".png", ".jpg"):
-        picture(1).save(path)
+        image(1).save(path)
     elif path.suffix in (".txt", ".caption"):
         path.write_text("a red bicycle")
     elif path.suffix == ".tar":
@@ -283,7 +283,7 @@ def make_file(path):
         import datasets
 
         columns = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-        rows = {"image": [picture(1)], "text": ["a red bicycle"]}
+        rows = {"image": [image(1)], "text": ["a red bicycle"]}
         datasets.Dataset.from_dict(rows, features=columns).to_parquet(path)
     else:
         assert path.name == "metadata.jsonl"
@@ -312,17 +312,17 @@ def test_listing_of_a_folder(text, run, tmp_path):
             path = path.replace("checkpoint-500", "checkpoint-6").replace("000500", "000006")
             assert (tmp_path / folder / path).exists(), path
         return
-    assert folder == "my_pictures", f"no test knows what {folder} is"
+    assert folder == "my_images", f"no test knows what {folder} is"
     for path in paths:
         make_file(tmp_path / folder / path)
-    pictures = [path for path in paths if path.endswith((".png", ".jpg"))]
+    images = [path for path in paths if path.endswith((".png", ".jpg"))]
     if "metadata.jsonl" in paths:
-        lines = [f'{{"file_name": "{path}", "text": "a"}}\n' for path in pictures]
+        lines = [f'{{"file_name": "{path}", "text": "a"}}\n' for path in images]
         (tmp_path / folder / "metadata.jsonl").write_text("".join(lines))
     repeated = any(path.startswith("10_") for path in paths)
     rows = data.load_rows(folder=tmp_path / folder, cache_dir=tmp_path / "cache", repeats_from_folders=repeated)
     assert not data.check(rows) and not rows.findings.unnamed
-    assert len(rows) == (len(pictures) or len(paths))  # each shard or table holds one
+    assert len(rows) == (len(images) or len(paths))  # each shard or table holds one
     if repeated:
         assert len(data.repeated(rows)) == 21 and ["sks dog"] in [rows.captions(at) for at in range(3)]
 
@@ -337,7 +337,7 @@ def test_metadata(block, tmp_path):
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.text.splitlines()[0])
-def test_yaml(block, pictures, tmp_path):
+def test_yaml(block, images, tmp_path):
     """A list is a --train_data_config, which is opened; what else there is, a command of the page names, and runs."""
     name, content = block.text.splitlines()[0].removeprefix("# "), yaml.safe_load(block.text)
     if not isinstance(content, list):
@@ -346,8 +346,8 @@ def test_yaml(block, pictures, tmp_path):
         return
     for source in content:
         if "path" in source:
-            shutil.copytree(pictures, tmp_path / source["path"])
-    (tmp_path / name).write_text(re.sub(r"dataset_name: \S+", f"dataset_name: {pictures}", block.text))
+            shutil.copytree(images, tmp_path / source["path"])
+    (tmp_path / name).write_text(re.sub(r"dataset_name: \S+", f"dataset_name: {images}", block.text))
     rows = data.load_rows(config=tmp_path / name, cache_dir=tmp_path / "cache")
     assert not data.check(rows) and len(rows) == 20
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from training_utils import draws
-from training_utils.data import Position, Updates
+from training_utils.data import BatchPlan, Position
 
 
 def test_draws_are_frozen():
@@ -40,14 +40,14 @@ def test_noise_is_standard_normal():
 
 
 def first_updates(updates, count, position=None, rank=0):
-    """What a process sees of the updates from a position on: a list of [[(epoch, index, weight)] a micro-step]."""
+    """What a process sees of the steps from a position on: a list of [[(epoch, index, weight)] a micro-step]."""
     stream = updates.batches(position or Position(), rank)
     return [[next(stream) for _ in range(updates.accumulation)] for _ in range(count)]
 
 
 def test_the_plan_is_frozen():
-    """Like the draws: eleven samples in updates of four by two processes, the last update of an epoch having three."""
-    updates = Updates(11, 5, batch_size=1, accumulation=2, world_size=2)
+    """Like the draws: eleven samples in steps of four by two processes, the last step of an epoch having three."""
+    updates = BatchPlan(11, 5, batch_size=1, accumulation=2, world_size=2)
     assert first_updates(updates, 3, rank=0) == [
         [[(0, 7, 1.0)], [(0, 4, 1.0)]],
         [[(0, 9, 1.0)], [(0, 3, 1.0)]],
@@ -63,12 +63,12 @@ def test_the_plan_is_frozen():
 @pytest.mark.parametrize("size", [1, 3, 10, 17])
 @pytest.mark.parametrize("split", [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4), (5, 3, 2)])
 def test_every_split_sees_the_same_samples_with_the_same_weight(size, split):
-    """The samples of update k are those of one process with the whole window, each weighted 1 / (their number)."""
+    """The samples of step k are those of one process with the whole window, each weighted 1 / (their number)."""
     batch, accumulation, world = split
     window = batch * accumulation * world
     count = 3 * -(-size // window)
-    whole = first_updates(Updates(size, 5, window), count)
-    updates = Updates(size, 5, batch, accumulation, world)
+    whole = first_updates(BatchPlan(size, 5, window), count)
+    updates = BatchPlan(size, 5, batch, accumulation, world)
     ranks = [first_updates(updates, count, rank=rank) for rank in range(world)]
     position = Position()
     for at in range(count):
@@ -88,7 +88,7 @@ def test_every_split_sees_the_same_samples_with_the_same_weight(size, split):
 
 @pytest.mark.parametrize("done", range(1, 8))
 def test_updates_continue_where_another_run_stopped(done):
-    updates, position = Updates(10, 5, 2, 2), Position()
+    updates, position = BatchPlan(10, 5, 2, 2), Position()
     for _ in range(done):
         position = updates.after(position)
     assert first_updates(updates, 5, position) == first_updates(updates, done + 5)[done:]
@@ -96,12 +96,12 @@ def test_updates_continue_where_another_run_stopped(done):
 
 def test_a_position_inside_an_epoch_continues_with_another_batch_size():
     """Six of ten samples were seen in windows of three; the other four come next, in windows of two."""
-    seen = first_updates(Updates(10, 5, 3), 2)
-    rest = first_updates(Updates(10, 5, 2), 2, Position(0, 6))
+    seen = first_updates(BatchPlan(10, 5, 3), 2)
+    rest = first_updates(BatchPlan(10, 5, 2), 2, Position(0, 6))
     assert sorted(index for update in seen + rest for _, index, _ in update[0]) == list(range(10))
 
 
 def test_a_position_beyond_a_smaller_data_set_continues_in_the_next_epoch():
-    updates = Updates(6, 5, 4)
+    updates = BatchPlan(6, 5, 4)
     assert first_updates(updates, 2, Position(1, 8)) == first_updates(updates, 2, Position(2))
     assert updates.after(Position(1, 8)) == Position(2, 4)

@@ -40,12 +40,10 @@ def test_a_dry_run_leaves_nothing_behind(each, request, tmp_path, capsys, monkey
     assert each(out, "--dry_run", "--validation_split", "0.2", "--encoding_cache_dir", kept, *words) == 0
     assert list(tmp_path.iterdir()) == []
     report = capsys.readouterr().out
-    assert report.startswith("pictures    8 to train on, 2 held out\n")
+    assert report.startswith("images      8 to train on, 2 held out\n")
     one = 4 * (2 if "--gradient_accumulation_steps" in words else 1)
-    assert (
-        f"updates     6 of {one} pictures\n" in report and f"epochs      {6 * one / 8:.1f}, of {8 // one} " in report
-    )
-    assert "time " in report and "s an update (2 timed, after the first one)" in report and " for 6 updates" in report
+    assert f"steps       6 of {one} images\n" in report and f"epochs      {6 * one / 8:.1f}, of {8 // one} " in report
+    assert "time " in report and "s a step (2 timed, after the first one)" in report and " for 6 steps" in report
     memory = numbers(report, "memory of this machine")
     assert memory["peak, as measured"][0] > memory["weights that are trained"][0] >= 0
     tables = re.findall(r"parameters of (\w+)", report)
@@ -94,9 +92,9 @@ def test_a_dry_run_goes_on_from_a_checkpoint(run, tmp_path, capsys):
     run(tmp_path, "--dry_run", "--resume_from_checkpoint", "latest", "--max_train_steps", "8")
     said = capsys.readouterr()
     assert "resuming from" in said.err and "6 of" not in said.out
-    assert "updates     8 of 4 pictures; 2 of them are made\n" in said.out and " for 6 updates" in said.out
+    assert "steps       8 of 4 images; 2 of them are made\n" in said.out and " for 6 steps" in said.out
     assert run(tmp_path, "--dry_run", "--resume_from_checkpoint", "latest", "--max_train_steps", "2") == 0
-    assert "no update is left to be made" in capsys.readouterr().out
+    assert "no step is left to be made" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -112,7 +110,7 @@ def test_the_updates_are_those_of_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(reporting.Progress, "update", update)
     words = ["--lr_scheduler", "linear", "--lr_warmup_steps", "2", "--center_crop"]
     run(tmp_path / "out", *words)
-    whole, seen[:] = seen[: dry_run.UPDATES], []
+    whole, seen[:] = seen[: dry_run.STEPS], []
     for more in ([], ["--cache_latents", "--cache_text_embeddings"]):
         run(tmp_path / "dry", "--dry_run", *words, *more)
         assert seen == whole
@@ -131,12 +129,12 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
     """The report's own arithmetic, for a run that is large."""
     sizes = np.array([[512, 512]] * 5 + [[576, 448]] * 7)
 
-    class Rows(list):
+    class ImageDataset(list):
         stream = None
 
-    rows = Rows(range(12))
+    rows = ImageDataset(range(12))
     rows.sizes = sizes
-    updates = data.Updates(12, 0, 4, 1, 1, sizes)
+    updates = data.BatchPlan(12, 0, 4, 1, 1, sizes)
     state = checkpoints.RunState(0, step=100)
     progress = reporting.Progress(state, 10_000, 1, 4, None, None, None)
     progress.seconds.extend([60, 1.5, 2.5])
@@ -145,11 +143,11 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
         {"weights": 2**30}, 3 * 2**30,
     )  # fmt: skip
     assert capsys.readouterr().out == (
-        "pictures    12 to train on, 0 held out\n"
+        "images      12 to train on, 0 held out\n"
         "  512 x 512                5\n"
         "  576 x 448                7\n"
-        "updates     10,000 of up to 4 pictures, 3 on average; 100 of them are made\n"
-        "epochs      2,500.0, of 4 updates each\n"
+        "steps       10,000 of up to 4 images, 3 on average; 100 of them are made\n"
+        "epochs      2,500.0, of 4 steps each\n"
         "\n"
         "parameters of unet         trained          frozen\n"
         "  conv_in                        1               2\n"
@@ -161,6 +159,6 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
         "  activations and all the rest         2,048.0 MiB\n"
         "  peak, as measured                    3,072.0 MiB\n"
         "\n"
-        "time        2 s an update (2 timed, after the first one)\n"
-        "            5 h 30 min for 9,900 updates, without caches, checkpoints and validation\n"
+        "time        2 s a step (2 timed, after the first one)\n"
+        "            5 h 30 min for 9,900 steps, without caches, checkpoints and validation\n"
     )

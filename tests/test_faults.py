@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run costs at most the updates since the last checkpoint, and is said."""
+"""What goes wrong in the middle of a run costs at most the steps since the last checkpoint, and is said."""
 
 import importlib
 import os
@@ -38,14 +38,14 @@ def poison(monkeypatch, run, *micro_steps, value=float("nan")):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tmp_path, monkeypatch, value):
-    """Update 4 takes the first four pictures of the second epoch; the losses are fetched after update 6."""
+    """Step 4 takes the first four images of the second epoch; the losses are fetched after step 6."""
     average = ["--use_ema", "--ema_decay", "0.9"] if value == float("inf") else []
     run, flags = each, ["--checkpointing_steps", "100", "--logging_steps", "6", *average]
     run(tmp_path / "whole", "--checkpointing_steps", "3", *average)
     with monkeypatch.context() as patch:
         poison(patch, run, 4, value=value)
         sentence, code = run.fails(tmp_path / "out", *flags)
-    assert code == 1 and "update 4 is not finite" in sentence
+    assert code == 1 and "step 4 is not finite" in sentence
     assert len(re.findall(r"\d\.png", sentence)) == 4 and "checkpoint-3" in sentence
     assert [folder.name for folder in checkpoints.listed(tmp_path / "out")] == ["checkpoint-3"]
     run(tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")
@@ -56,9 +56,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tm
 def test_an_update_that_is_not_finite_is_skipped_on_request(run, tmp_path, monkeypatch, capsys, optimizer):
     flags = ["--on_nan", "skip", "--checkpointing_steps", "1", "--optimizer", optimizer]
     flags += ["--gradient_accumulation_steps", "2", "--train_batch_size", "2", "--use_ema", "--ema_decay", "0.9"]
-    poison(monkeypatch, run, 7)  # the first half of update 4
+    poison(monkeypatch, run, 7)  # the first half of step 4
     run(tmp_path, *flags)
-    assert "update 4 is not finite" in capsys.readouterr().err
+    assert "step 4 is not finite" in capsys.readouterr().err
     assert all(weight.isfinite().all() for weight in result_weights(tmp_path).values())
     for part in ("unet", "unet_ema"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
@@ -93,7 +93,7 @@ def test_a_loss_of_one_process_that_is_not_finite_stops_both(run, tmp_path):
     wrapper.write_text(POISONED.format(root=str(ROOT)))
     process = run.fork(out, "--train_batch_size", "2", processes=2, through=[wrapper])
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and said.count("update 4 is not finite") == 1, said
+    assert process.returncode == 1 and said.count("step 4 is not finite") == 1, said
     assert [folder.name for folder in checkpoints.listed(out)] == ["checkpoint-3"]
     run(out, "--resume_from_checkpoint", "latest")
     run(tmp_path / "whole")
@@ -441,7 +441,7 @@ def test_a_process_that_dies_takes_the_others_with_it_in_order(run, tmp_path):
     said, _ = process.communicate(timeout=90)
     assert process.returncode != 0 and time.monotonic() - began < 60
     assert not running(out)
-    assert "process 0 lost another process of this run" in said or "stopped after update" in said, said
+    assert "process 0 lost another process of this run" in said or "stopped after step" in said, said
     assert checkpoints.find(out, "latest") is not None
 
 

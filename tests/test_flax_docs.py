@@ -32,10 +32,10 @@ def test_there_are_commands():
 
 
 @pytest.fixture(scope="module")
-def my_model(sd, pictures, tmp_path_factory):
+def my_model(sd, images, tmp_path_factory):
     """What the page's first command leaves, in a folder that its snippets run in."""
     folder = tmp_path_factory.mktemp("docs")
-    words = on_tiny_models(COMMANDS[0], sd, None, None, pictures, folder / "my_model")
+    words = on_tiny_models(COMMANDS[0], sd, None, None, images, folder / "my_model")
     words[words.index("--compilation_cache_dir") + 1] = COMPILED
     with compiled_once():
         assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
@@ -46,22 +46,22 @@ def test_train(my_model):
     assert (my_model / "my_model" / "validation" / "step-000002.png").exists()
 
 
-def test_caches(sd, pictures, tmp_path):
-    words = on_tiny_models(COMMANDS[1], sd, None, None, pictures, tmp_path / "out")
+def test_caches(sd, images, tmp_path):
+    words = on_tiny_models(COMMANDS[1], sd, None, None, images, tmp_path / "out")
     with compiled_once():
         assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
     assert len(list((tmp_path / "out" / "encodings").iterdir())) == 2
 
 
-def test_continue(my_model, sd, pictures):
-    words = on_tiny_models(COMMANDS[2], sd, None, None, pictures, my_model / "my_model")
+def test_continue(my_model, sd, images):
+    words = on_tiny_models(COMMANDS[2], sd, None, None, images, my_model / "my_model")
     with compiled_once():
         assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
 
 
 @pytest.mark.parametrize("command", [command for command in IN_JAX if command not in COMMANDS], ids=lambda c: c.page)
-def test_the_commands_of_other_pages(command, sd, pictures, tmp_path):
-    words = on_tiny_models(command, sd, None, None, pictures, tmp_path / "out")
+def test_the_commands_of_other_pages(command, sd, images, tmp_path):
+    words = on_tiny_models(command, sd, None, None, images, tmp_path / "out")
     with compiled_once():
         assert train_text_to_image_flax.main([*words, *SMALLER]) == 0
 

@@ -26,13 +26,13 @@ def compiled():
 
 
 @pytest.fixture(scope="module")
-def each(sd, pictures):
+def each(sd, images):
     """The one script that the promises are tested for here."""
-    return FlaxRunner("train_text_to_image_flax", sd, pictures)
+    return FlaxRunner("train_text_to_image_flax", sd, images)
 
 
 def poison(monkeypatch, *updates):
-    """Let the noise of these updates, counted from 1, be no number."""
+    """Let the noise of these steps, counted from 1, be no number."""
     real = jax_engine.training_batches
 
     def poisoned(*args):
@@ -43,13 +43,13 @@ def poison(monkeypatch, *updates):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tmp_path, monkeypatch):
-    """It is noticed two updates later, when the losses are fetched; the average has stayed behind as well."""
+    """It is noticed two steps later, when the losses are fetched; the average has stayed behind as well."""
     flags = ["--checkpointing_steps", "100", "--logging_steps", "6", "--use_ema"]
     each(tmp_path / "whole", "--checkpointing_steps", "3", "--use_ema")
     with monkeypatch.context() as patch:
         poison(patch, 4)
         sentence, code = each.fails(tmp_path / "out", *flags)
-    assert code == 1 and "update 4 is not finite" in sentence and sentence.count(".png") == 4
+    assert code == 1 and "step 4 is not finite" in sentence and sentence.count(".png") == 4
     assert [folder.name for folder in checkpoints.listed(tmp_path / "out")] == ["checkpoint-3"]
     for part in ("unet", "unet_ema"):
         name = f"checkpoint-3/{part}/diffusion_pytorch_model.safetensors"
@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tm
 def test_an_update_that_is_not_finite_is_skipped_on_request(each, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, 4)
     each(tmp_path, "--on_nan", "skip", "--checkpointing_steps", "1")
-    assert "update 4 is not finite" in capsys.readouterr().err
+    assert "step 4 is not finite" in capsys.readouterr().err
     assert all(weight.isfinite().all() for weight in result_weights(tmp_path).values())
     name = "unet/diffusion_pytorch_model.safetensors"
     before, after, later = (load_file(tmp_path / f"checkpoint-{step}/{name}") for step in (3, 4, 5))
@@ -70,16 +70,16 @@ def test_an_update_that_is_not_finite_is_skipped_on_request(each, tmp_path, monk
     assert any(not np.array_equal(after[key], later[key]) for key in before)
 
 
-def test_a_picture_that_shows_its_damage_only_when_decoded_is_stood_in_for(each, pictures, tmp_path, capsys):
+def test_a_image_that_shows_its_damage_only_when_decoded_is_stood_in_for(each, images, tmp_path, capsys):
     import shutil
 
-    folder = tmp_path / "pictures"
-    shutil.copytree(pictures, folder)
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
     content = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(content[: len(content) // 2])
     each(tmp_path / "one", "--train_data_dir", folder, "--on_bad_sample", "skip")
     said = capsys.readouterr().err
-    assert said.count("2.png cannot be read") == 1 and "1 pictures could not be used in training" in said
+    assert said.count("2.png cannot be read") == 1 and "1 images could not be used in training" in said
     each(tmp_path / "two", "--train_data_dir", folder, "--on_bad_sample", "skip", "--dataloader_num_workers", "2")
     assert result_bytes(tmp_path / "one") == result_bytes(tmp_path / "two")
 

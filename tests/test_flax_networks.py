@@ -56,14 +56,14 @@ def test_autoencoder(kind, tmp_path):
     pixels, latents = normal(2, 3, 16, 24), normal(2, 4, 4, 6)
     with torch.no_grad():
         moments = network.encode(torch.from_numpy(pixels)).latent_dist
-        picture = network.decode(torch.from_numpy(latents)).sample
+        image = network.decode(torch.from_numpy(latents)).sample
 
     @compiled
     def both(params):
         encoded = module.apply({"params": params}, pixels, method="encode")
         return *encoded, module.apply({"params": params}, latents, method="decode")
 
-    for got, expected in zip(both(params), (moments.mean, moments.std, picture)):
+    for got, expected in zip(both(params), (moments.mean, moments.std, image)):
         assert relative_error(got, expected) < TOLERANCE
 
 

@@ -38,7 +38,7 @@ LATENTS = normal(2, 4, 8, 8)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Each of these pictures is drawn once or twice, so what takes time is XLA's optimization."""
+    """Each of these images is drawn once or twice, so what takes time is XLA's optimization."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_on_one_device", flax_tiny.compiled(pipeline._generate, static_argnums=0))
         yield
@@ -50,7 +50,7 @@ def loaded(sd):
 
 
 def draw(loaded, prompts=PROMPTS, **options):
-    """Pictures of `prompts` from the first LATENTS, (prompts, H, W, 3)."""
+    """Images of `prompts` from the first LATENTS, (prompts, H, W, 3)."""
     pipe, params = loaded
     options = dict(num_inference_steps=STEPS, guidance_scale=5.0, latents=LATENTS[: len(prompts)]) | options
     return np.asarray(pipe(pipe.prepare_inputs(prompts), params, jax.random.key(0), **options).images)
@@ -86,34 +86,34 @@ def compilations():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_torchs(loaded, sd):
-    picture = draw(loaded)
-    assert picture.shape == (2, 16, 16, 3) and picture.dtype == np.float32
-    assert picture.min() >= 0 and picture.max() <= 1 and picture.std() > 0.05
-    assert relative_error(picture, draw_in_torch(sd)) < 1e-4  # PNDM, as the folder says
+def test_a_image_is_torchs(loaded, sd):
+    image = draw(loaded)
+    assert image.shape == (2, 16, 16, 3) and image.dtype == np.float32
+    assert image.min() >= 0 and image.max() <= 1 and image.std() > 0.05
+    assert relative_error(image, draw_in_torch(sd)) < 1e-4  # PNDM, as the folder says
 
 
-def test_a_picture_of_ddim_is_torchs(loaded, sd):
+def test_a_image_of_ddim_is_torchs(loaded, sd):
     """The defaults of DDIM clip x0, which neither pipeline does to latents."""
     config = dict(loaded[0].scheduler.config)
-    picture = draw(with_scheduler(loaded, FlaxDDIMScheduler.from_config(config)))
-    assert relative_error(picture, draw_in_torch(sd, scheduler=DDIMScheduler.from_config(config))) < 1e-4
+    image = draw(with_scheduler(loaded, FlaxDDIMScheduler.from_config(config)))
+    assert relative_error(image, draw_in_torch(sd, scheduler=DDIMScheduler.from_config(config))) < 1e-4
 
 
-def test_a_picture_of_the_second_kind_is_torchs(tmp_path):
-    """v-prediction, gelu, linear projections, heads of each block; a negative prompt and a wide picture."""
+def test_a_image_of_the_second_kind_is_torchs(tmp_path):
+    """v-prediction, gelu, linear projections, heads of each block; a negative prompt and a wide image."""
     folder = build_sd(tmp_path / "sd", prediction_type="v_prediction")
     flax_tiny.torch_unet("2.x", cross_attention_dim=16).save_pretrained(tmp_path / "sd" / "unet")
     flax_tiny.torch_text_encoder("2.x", len(build_tokenizer())).save_pretrained(tmp_path / "sd" / "text_encoder")
     loaded = FlaxStableDiffusionPipeline.from_pretrained(folder)
     options = dict(prompts=PROMPTS[:1], height=8, width=24, latents=normal(1, 4, 4, 12))
-    picture = draw(loaded, neg_prompt_ids=loaded[0].prepare_inputs("a zero"), **options)
-    assert picture.shape == (1, 8, 24, 3)
-    assert relative_error(picture, draw_in_torch(folder, negative_prompt=["a zero"], **options)) < 1e-4
+    image = draw(loaded, neg_prompt_ids=loaded[0].prepare_inputs("a zero"), **options)
+    assert image.shape == (1, 8, 24, 3)
+    assert relative_error(image, draw_in_torch(folder, negative_prompt=["a zero"], **options)) < 1e-4
 
 
 def test_guidance(loaded, sd):
@@ -133,24 +133,24 @@ def test_the_key_draws_the_noise(loaded):
     pipe, params = with_scheduler(loaded, FlaxDDPMScheduler.from_config(loaded[0].scheduler.config))
     ids = pipe.prepare_inputs(PROMPTS)
     call = lambda key, latents: np.asarray(pipe(ids, params, jax.random.key(key), STEPS, latents=latents).images)  # noqa: E731
-    pictures = [call(key, latents) for latents in (None, LATENTS) for key in (1, 1, 2)]
-    assert np.isfinite(pictures).all()
-    for first, again, other in (pictures[:3], pictures[3:]):
+    images = [call(key, latents) for latents in (None, LATENTS) for key in (1, 1, 2)]
+    assert np.isfinite(images).all()
+    for first, again, other in (images[:3], images[3:]):
         np.testing.assert_array_equal(first, again)
         assert np.abs(first - other).max() > 1e-3
 
 
 def test_half_precision_draws_nearly_the_same(sd, loaded):
-    picture = draw(FlaxStableDiffusionPipeline.from_pretrained(sd, dtype=jnp.bfloat16))
-    assert 1e-5 < np.abs(picture - draw(loaded)).max() < 0.1
+    image = draw(FlaxStableDiffusionPipeline.from_pretrained(sd, dtype=jnp.bfloat16))
+    assert 1e-5 < np.abs(image - draw(loaded)).max() < 0.1
 
 
 def test_numpy_to_pil():
     images = np.zeros((4, 2, 8, 16, 3))
     images[..., 0], images[3, 1, ..., 1] = 1, 0.5
-    pictures = FlaxStableDiffusionPipeline.numpy_to_pil(images)
-    assert len(pictures) == 8 and pictures[0].size == (16, 8)
-    assert pictures[0].getpixel((0, 0)) == (255, 0, 0) and pictures[7].getpixel((5, 5)) == (255, 128, 0)
+    images = FlaxStableDiffusionPipeline.numpy_to_pil(images)
+    assert len(images) == 8 and images[0].size == (16, 8)
+    assert images[0].getpixel((0, 0)) == (255, 0, 0) and images[7].getpixel((5, 5)) == (255, 128, 0)
     assert len(FlaxStableDiffusionPipeline.numpy_to_pil(images[0, 0])) == 1
 
 
@@ -214,13 +214,13 @@ events = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
 other = pipeline(prompt_ids, p_params, prng_seed, 5, guidance_scale=2.0, jit=True)[0]
 compiled = sum("backend_compile" in event for event in events)
-pictures = pipeline.numpy_to_pil(np.asarray(images.reshape((images.shape[0],) + images.shape[-3:])))
+images = pipeline.numpy_to_pil(np.asarray(images.reshape((images.shape[0],) + images.shape[-3:])))
 
 one_by_one = [pipeline(prompt_ids[at], params, prng_seed[at], 5).images for at in range(jax.device_count())]
 print(json.dumps({
     "devices": len(images.sharding.device_set),
     "shape": images.shape,
-    "pictures": len(pictures),
+    "images": len(images),
     "error": float(abs(np.asarray(images) - np.asarray(one_by_one)).max()),
     "spread": float(np.asarray(images).std(axis=0).max()),
     "guidance": float(abs(np.asarray(images) - np.asarray(other)).max()),
@@ -242,7 +242,7 @@ def test_the_well_known_snippet_on_four_devices_without_torch(sd):
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
-    assert result["devices"] == 4 and result["shape"] == [4, 1, 16, 16, 3] and result["pictures"] == 4
+    assert result["devices"] == 4 and result["shape"] == [4, 1, 16, 16, 3] and result["images"] == 4
     assert result["error"] < 1e-5
     assert result["spread"] > 1e-3 and result["guidance"] > 1e-3
     assert result["compiled"] == 0
@@ -272,10 +272,10 @@ def test_what_is_saved_draws_the_same_in_torch_and_here(sd, loaded, tmp_path):
     changed = {name for name in before if before[name] != after[name]}
     configs = {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json"}
     assert changed - configs == {"unet/diffusion_pytorch_model.safetensors"}
-    picture = draw((pipe, params))
-    assert relative_error(picture, draw(loaded)) > 1e-3
-    assert relative_error(picture, draw_in_torch(tmp_path)) < 1e-4
-    np.testing.assert_array_equal(picture, draw(FlaxStableDiffusionPipeline.from_pretrained(tmp_path)))
+    image = draw((pipe, params))
+    assert relative_error(image, draw(loaded)) > 1e-3
+    assert relative_error(image, draw_in_torch(tmp_path)) < 1e-4
+    np.testing.assert_array_equal(image, draw(FlaxStableDiffusionPipeline.from_pretrained(tmp_path)))
 
 
 def test_frozen_parts_keep_their_precision_and_their_bytes(sd, tmp_path):
@@ -321,7 +321,7 @@ def test_another_sampler_stays_the_folders_own(sd, tmp_path):
     StableDiffusionPipeline.from_pretrained(folder)
     config = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     config.save_pretrained(folder / "scheduler")
-    with pytest.warns(UserWarning, match="no EulerDiscreteScheduler here: pictures are drawn with DDIM"):
+    with pytest.warns(UserWarning, match="no EulerDiscreteScheduler here: images are drawn with DDIM"):
         pipe, params = FlaxStableDiffusionPipeline.from_pretrained(folder)
     pipe.save_pretrained(tmp_path / "out", params)
     assert type(StableDiffusionPipeline.from_pretrained(tmp_path / "out").scheduler) is EulerDiscreteScheduler

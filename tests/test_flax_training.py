@@ -50,13 +50,13 @@ def compiled():
 
 
 @pytest.fixture(scope="module")
-def run_flax(sd, pictures):
-    return FlaxRunner("train_text_to_image_flax", sd, pictures)
+def run_flax(sd, images):
+    return FlaxRunner("train_text_to_image_flax", sd, images)
 
 
 @pytest.fixture(scope="module")
 def plain(run_flax, tmp_path_factory):
-    """A run of six updates with a checkpoint after each and every curve."""
+    """A run of six steps with a checkpoint after each and every curve."""
     out = tmp_path_factory.mktemp("plain") / "out"
     run_flax(out, *TRACKED, "--checkpointing_steps", "1")
     return out
@@ -64,7 +64,7 @@ def plain(run_flax, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def every_draw(run_flax, tmp_path_factory):
-    """The same with everything drawn that can be, accumulation, an average and a held-out loss."""
+    """The same with everything drawn that can be, accumulation, an average and a validation loss."""
     out = tmp_path_factory.mktemp("every draw") / "out"
     run_flax(out, *TRACKED, *EVERY_DRAW, "--checkpointing_steps", "1")
     return out
@@ -77,7 +77,7 @@ def every_draw(run_flax, tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "flags"), [("plain", []), ("every_draw", EVERY_DRAW)])
 def test_losses_are_those_of_the_torch_script(request, run, tmp_path, name, flags):
-    """With the same seed, over six updates of ten pictures, the last of each epoch with fewer than the others."""
+    """With the same seed, over six steps of ten images, the last of each epoch with fewer than the others."""
     ours = request.getfixturevalue(name)
     run(tmp_path, *TRACKED, *flags, "--dataloader_num_workers", "0")  # torch's workers are forks, which JAX fears
     for curve in ("train_loss", "grad_norm", "lr", "val_loss"):
@@ -92,7 +92,7 @@ def test_metrics_and_the_page_of_a_run(every_draw):
     for name in ("train_loss", "lr", "grad_norm", "samples_per_second", "memory_resident_gib", "val_loss"):
         assert log.curves[name] == pytest.approx(logged(every_draw, name), rel=1e-6), name
     page = report.page([report.read(every_draw)])
-    assert "finished: 6 of 6 updates" in page and "train_text_to_image_flax.py --config" in page
+    assert "finished: 6 of 6 steps" in page and "train_text_to_image_flax.py --config" in page
     assert page.count("<svg") == 6 and charts.number(log.lowest("val_loss")[1]) in page
 
 
@@ -123,12 +123,12 @@ def test_clipping_and_its_absence():
 
 
 def test_average_is_what_is_saved(every_draw):
-    """Held against the average computed by hand from the weights after each update."""
+    """Held against the average computed by hand from the weights after each step."""
     average = None
     for step in range(1, 7):
         name = "conv_in.weight"
         weight = load_file(every_draw / f"checkpoint-{step}/unet/diffusion_pytorch_model.safetensors")[name]
-        decay = 0.0 if step == 1 else min(0.4, step / (9 + step))  # diffusers counts the first update as step 0
+        decay = 0.0 if step == 1 else min(0.4, step / (9 + step))  # diffusers counts the first step as step 0
         average = weight if average is None else decay * average + (1 - decay) * weight.astype(np.float64)
     saved = load_file(every_draw / "checkpoint-6/unet_ema/diffusion_pytorch_model.safetensors")[name]
     np.testing.assert_allclose(saved, average, rtol=1e-5, atol=1e-7)
@@ -168,12 +168,12 @@ def cut_and_continue(run_flax, whole, cut, out, *flags):
 
 @pytest.mark.parametrize(("name", "flags"), [("plain", []), ("every_draw", EVERY_DRAW)])
 def test_resumed_equals_uninterrupted(request, run_flax, tmp_path, name, flags):
-    """Ten pictures in windows of four (nine with one held out): the cuts lie inside an epoch and at its end."""
+    """Ten images in windows of four (nine with one held out): the cuts lie inside an epoch and at its end."""
     whole = request.getfixturevalue(name)
     for cut in (2, 3, 5):
         out = tmp_path / str(cut)
         cut_and_continue(run_flax, whole, cut, out, *TRACKED, *flags)
-        assert result_bytes(out) == result_bytes(whole), f"cut after update {cut}"
+        assert result_bytes(out) == result_bytes(whole), f"cut after step {cut}"
         for curve in ("train_loss", "lr", "val_loss"):
             assert logged(out, curve) == {step: v for step, v in logged(whole, curve).items() if step > cut}
     for file in ("optimizer.safetensors", "unet/diffusion_pytorch_model.safetensors"):
@@ -202,7 +202,7 @@ def test_a_dry_run_leaves_nothing_behind(run_flax, plain, sd, tmp_path, capsys):
     report = capsys.readouterr().out
     unet = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(sd, subfolder="unet").parameters())
     assert re.search(rf"parameters of unet +trained +frozen\n(  \w+ +[\d,]+ +0\n)+  in all +{unet:,} +0\n", report)
-    assert "updates     6 of 4 pictures\n" in report and "s an update (2 timed, after the first one)" in report
+    assert "steps       6 of 4 images\n" in report and "s a step (2 timed, after the first one)" in report
 
 
 def test_fp16_without_an_accelerator(run_flax, tmp_path):
@@ -318,7 +318,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(
     monkeypatch.setattr(sys, "argv", ["train_text_to_image_flax.py"])
     assert run_flax(tmp_path, "--hub_token", "hf_secret") == 128 + number
     said = capsys.readouterr().err
-    assert "stopped after update 3" in said and "hf_secret" not in said
+    assert "stopped after step 3" in said and "hf_secret" not in said
     command = said.strip().splitlines()[-1].strip()
     assert command.startswith("python train_text_to_image_flax.py --pretrained")
     monkeypatch.setattr(reporting.Progress, "update", real)
@@ -366,7 +366,7 @@ def test_an_average_can_be_turned_on_later_and_turned_off(run_flax, every_draw, 
     run_flax(tmp_path, *EVERY_DRAW, "--checkpointing_steps", "6", "--resume_from_checkpoint", "checkpoint-5")
     assert "holds no EMA weights" in capsys.readouterr().err
     for name, weight in load_file(tmp_path / "checkpoint-6/unet/diffusion_pytorch_model.safetensors").items():
-        saved = result_weights(tmp_path)[name].numpy()  # the first update of an average takes the weights as they are
+        saved = result_weights(tmp_path)[name].numpy()  # the first step of an average takes the weights as they are
         assert np.array_equal(saved, weight), name
 
     unet, params = jax_engine.load_part(every_draw, "unet")
@@ -407,7 +407,7 @@ def test_a_cached_run_is_the_same_to_the_bit(kept):
 
 
 def test_a_cache_is_found_again_and_its_networks_never_run(run_flax, kept, tmp_path, monkeypatch, sd):
-    """A run that continues with it ends in the same weights. Only pictures that are drawn bring the networks' weights
+    """A run that continues with it ends in the same weights. Only images that are drawn bring the networks' weights
     to the device."""
     plain, cached, caches = kept
 
@@ -419,13 +419,13 @@ def test_a_cache_is_found_again_and_its_networks_never_run(run_flax, kept, tmp_p
     assert result_bytes(tmp_path / "cut") == result_bytes(plain)
 
     words = jax_engine.load_part(sd, "text_encoder")[1]["embeddings.token_embedding"]["embedding"].shape
-    on_the_device, real = [], jax_engine.draw_pictures
+    on_the_device, real = [], jax_engine.draw_images
 
     def draw(*args, **options):
         on_the_device.append(any(array.shape == words for array in jax.live_arrays()))
         return real(*args, **options)
 
-    monkeypatch.setattr(jax_engine, "draw_pictures", draw)
+    monkeypatch.setattr(jax_engine, "draw_images", draw)
     flags = [*PROMPTS, "--validation_steps", "6", "--train_batch_size", "2"]
     gc.collect()  # what other tests have left on the device
     run_flax(tmp_path / "drawn", *flags, *kept_in(caches))
@@ -470,7 +470,7 @@ def test_another_network_has_another_cache(sd):
 
 
 def test_the_loop_never_waits_for_the_device(run_flax, tmp_path, monkeypatch):
-    """Nothing is fetched between two looks at the losses, whatever the number of updates."""
+    """Nothing is fetched between two looks at the losses, whatever the number of steps."""
     kind, fetched = type(jnp.zeros(1)), []
     value = kind._value
 
@@ -483,7 +483,7 @@ def test_the_loop_never_waits_for_the_device(run_flax, tmp_path, monkeypatch):
     for updates in (3, 13):
         run_flax(tmp_path / str(updates), "--max_train_steps", updates, "--logging_steps", "100")
         counts.append(len(fetched) - sum(counts))
-    # a loss and a norm for each update come in one fetch at the end
+    # a loss and a norm for each step come in one fetch at the end
     assert counts[1] - counts[0] == 2 * 10 and counts[0] > 6
 
 
@@ -498,7 +498,7 @@ def without_torch(folder):
 
 
 def test_four_devices_equal_one_and_no_torch_is_needed(run_flax, plain, tmp_path):
-    """From the first line to the validation pictures and the card, where torch and its libraries are not installed."""
+    """From the first line to the validation images and the card, where torch and its libraries are not installed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PYTHONPATH"] = str(without_torch(tmp_path / "site-packages"))
     environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
@@ -535,7 +535,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_in_order(run_flax, tmp_path
     processes[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, said
-    stopped_after = int(re.search(r"stopped after update (\d+)", said[0])[1])
+    stopped_after = int(re.search(r"stopped after step (\d+)", said[0])[1])
     assert checkpoints.damage(tmp_path / f"checkpoint-{stopped_after}") is None
 
 
@@ -549,7 +549,7 @@ def test_two_processes_equal_one(run_flax, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], said
     assert relative_difference(tmp_path / "two", plain) < 1e-6
     assert logged(tmp_path / "two") == pytest.approx(logged(plain), rel=1e-5)
-    assert "an update" in said[0] and "an update" not in said[1], "the first process alone speaks"
+    assert "a step" in said[0] and "a step" not in said[1], "the first process alone speaks"
     assert entries(tmp_path / "kept") == 10 + 10, "nothing is encoded twice"
 
     shutil.copytree(tmp_path / "two" / "checkpoint-4", tmp_path / "continued" / "checkpoint-4")
@@ -615,7 +615,7 @@ def test_a_variant_a_safety_checker_and_a_changed_scheduler(run_flax, plain, tmp
     index = json.loads((base / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (base / "model_index.json").write_text(json.dumps(index))
-    shutil.copytree(plain / "checkpoint-1", out / "checkpoint-1")  # its last update, so that none need be compiled
+    shutil.copytree(plain / "checkpoint-1", out / "checkpoint-1")  # its last step, so that none need be compiled
     flags = ["--pretrained_model_name_or_path", base, "--variant", "fp16", "--max_train_steps", "1"]
     flags += ["--resume_from_checkpoint", "latest"]
     run_flax(out, *flags, "--prediction_type", "v_prediction", "--rescale_betas_zero_snr")
@@ -636,7 +636,7 @@ def test_grids_and_held_out_loss_of_the_same_weights_are_equal(run_flax, tmp_pat
     looks = ["--validation_steps", "3", "--validation_at_start"]
     run_flax(tmp_path, *EVERY_DRAW, "--learning_rate", "0", *PROMPTS, *TRACKED, *looks)
     one, two, three = (np.asarray(Image.open(tmp_path / "validation" / f"step-00000{step}.png")) for step in (0, 3, 6))
-    assert np.array_equal(one[50:], two[50:])  # below the title, which names the update
+    assert np.array_equal(one[50:], two[50:])  # below the title, which names the step
     assert np.array_equal(one[50:], three[50:])
     assert one.shape[1] > 2 * 256 and one.std() > 10
     assert len(set(logged(tmp_path, "val_loss").values())) == 1
@@ -686,7 +686,7 @@ def test_weights_and_biases(run_flax, tmp_path, monkeypatch):
             told.append("finished")
 
     wandb = types.SimpleNamespace(
-        init=lambda project, config, dir: told.append(config) or Run(), Image=lambda picture, caption: caption
+        init=lambda project, config, dir: told.append(config) or Run(), Image=lambda image, caption: caption
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(script.flags, "_missing", lambda package: False)
@@ -736,13 +736,13 @@ def test_a_base_model_that_cannot_be_used(run_flax, tmp_path, sd, what):
     assert BAD_BASES[what] in sentence and code == 2
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_what_was_trained_is_kept(run_flax, plain, pictures, tmp_path):
-    shutil.copytree(pictures, tmp_path / "pictures")
-    path = tmp_path / "pictures" / f"{draws.order(7, 0, 10)[8]}.png"  # in the third batch of the run
+def test_a_image_that_cannot_be_read_is_named_and_what_was_trained_is_kept(run_flax, plain, images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    path = tmp_path / "images" / f"{draws.order(7, 0, 10)[8]}.png"  # in the third batch of the run
     whole = path.read_bytes()
     for workers in (0, 2):
         path.write_bytes(whole[:200])
-        out, flags = tmp_path / str(workers), ["--train_data_dir", tmp_path / "pictures"]
+        out, flags = tmp_path / str(workers), ["--train_data_dir", tmp_path / "images"]
         flags += ["--dataloader_num_workers", workers]
         sentence, _ = run_flax.fails(out, *flags)
         assert f"{path.name} cannot be read" in sentence
@@ -764,5 +764,5 @@ def test_memory_that_runs_out_gets_a_sentence(monkeypatch, capsys):
 
 
 def test_a_step_is_compiled_once(compiled):
-    """Over all runs above: their last updates of an epoch, which have fewer samples, took no second compilation."""
+    """Over all runs above: their last steps of an epoch, which have fewer samples, took no second compilation."""
     assert compiled.traced and set(compiled.traced.values()) == {1}

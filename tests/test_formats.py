@@ -1,4 +1,4 @@
-"""However pictures and captions are stored, training on them is the same to the bit as on a plain folder of them."""
+"""However images and captions are stored, training on them is the same to the bit as on a plain folder of them."""
 
 import io
 import itertools
@@ -13,10 +13,10 @@ from conftest import result_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import WORDS, picture, write_pictures
+from tiny import WORDS, image, write_images
 
 from training_utils import data, draws, inspection
-from training_utils.data import Position, Source, Updates
+from training_utils.data import BatchPlan, Position, Source
 from training_utils.reporting import UserError
 
 FEW = ["--max_train_steps", "3", "--random_flip", "--caption_dropout", "0.3"]
@@ -34,7 +34,7 @@ def captions_of(rows):
 
 
 def complaint(folder, **options):
-    """The sentence with which a data set is refused."""
+    """The sentence with which a dataset is refused."""
     with pytest.raises(UserError) as caught:
         rows_of(folder, **options)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
@@ -43,15 +43,15 @@ def complaint(folder, **options):
 
 @pytest.fixture(scope="module")
 def plain(run, tmp_path_factory):
-    """The weights after training on the ten pictures as a folder with metadata.jsonl."""
+    """The weights after training on the ten images as a folder with metadata.jsonl."""
     out = tmp_path_factory.mktemp("plain")
     run(out, *FEW)
     return result_bytes(out)
 
 
-def copied(pictures, folder):
-    """The ten pictures in a folder of their own, without captions."""
-    shutil.copytree(pictures, folder)
+def copied(images, folder):
+    """The ten images in a folder of their own, without captions."""
+    shutil.copytree(images, folder)
     (folder / "metadata.jsonl").unlink()
     return folder
 
@@ -67,15 +67,15 @@ def write_parquet(path, **columns):
 # --- metadata.parquet ------------------------------------------------------------------------------------------------
 
 
-def test_metadata_parquet(run, pictures, plain, tmp_path):
-    folder = copied(pictures, tmp_path / "set")
+def test_metadata_parquet(run, images, plain, tmp_path):
+    folder = copied(images, tmp_path / "set")
     write_parquet(folder / "metadata.parquet", file_name=[f"{i}.png" for i in range(10)], text=CAPTIONS)
     run(tmp_path / "out", *FEW, "--train_data_dir", folder)
     assert result_bytes(tmp_path / "out") == plain
 
 
 def test_metadata_parquet_may_hold_lists(tmp_path):
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     (tmp_path / "metadata.jsonl").unlink()
     write_parquet(tmp_path / "metadata.parquet", file_name=["0.png", "1.png"], text=[["a", "b"], ["c"]])
     assert captions_of(rows_of(tmp_path)) == [["a", "b"], ["c"]]
@@ -84,24 +84,24 @@ def test_metadata_parquet_may_hold_lists(tmp_path):
 BAD_METADATA = {
     "a null": ({"file_name": ["0.png", "1.png"], "text": ["x", None]}, "1.png (nothing)"),
     "numbers": ({"file_name": ["0.png", "1.png"], "text": [1, 2]}, "0.png (1)"),
-    "no file_name": ({"picture": ["0.png"], "text": ["x"]}, 'metadata.parquet row 0 has no "file_name"; each row'),
+    "no file_name": ({"image": ["0.png"], "text": ["x"]}, 'metadata.parquet row 0 has no "file_name"; each row'),
     "no caption": ({"file_name": ["0.png", "1.png"], "title": ["x", "y"]}, "row 0 has no caption column 'text'"),
     "absent": ({"file_name": ["7.png"], "text": ["x"]}, "7.png"),
-    "no row": ({"file_name": [], "text": []}, "metadata.parquet names no picture; each row"),
+    "no row": ({"file_name": [], "text": []}, "metadata.parquet names no image; each row"),
 }
 
 
 @pytest.mark.parametrize("what", BAD_METADATA)
 def test_bad_metadata_parquet(tmp_path, what):
     columns, expected = BAD_METADATA[what]
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     (tmp_path / "metadata.jsonl").unlink()
     write_parquet(tmp_path / "metadata.parquet", **columns)
     assert expected in complaint(tmp_path)
 
 
 def test_metadata_parquet_that_is_none(tmp_path):
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1 and no more")
     assert "metadata.parquet cannot be read as parquet" in complaint(tmp_path)
@@ -111,8 +111,8 @@ def test_metadata_parquet_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["txt", "caption"])
-def test_captions_beside_pictures(run, pictures, plain, tmp_path, ending):
-    folder = copied(pictures, tmp_path / "set")
+def test_captions_beside_images(run, images, plain, tmp_path, ending):
+    folder = copied(images, tmp_path / "set")
     for index, caption in enumerate(CAPTIONS):
         (folder / f"{index}.{ending}").write_text(f"{caption}\n")
     run(tmp_path / "out", *FEW, "--train_data_dir", folder)
@@ -120,15 +120,15 @@ def test_captions_beside_pictures(run, pictures, plain, tmp_path, ending):
 
 
 def kohya(folder, **folders):
-    """A folder of folders of pictures: name to how many."""
+    """A folder of folders of images: name to how many."""
     for name, count in folders.items():
-        write_pictures(folder / name, count)
+        write_images(folder / name, count)
         (folder / name / "metadata.jsonl").unlink()
     return folder
 
 
 def test_repeats_from_folders(run, tmp_path, capsys):
-    """The same as a line of metadata for each time; pictures without a caption are called what their folder is."""
+    """The same as a line of metadata for each time; images without a caption are called what their folder is."""
     folder = kohya(tmp_path / "set", **{"2_sks dog": 2, "3_cat": 1, "more": 1})
     (folder / "2_sks dog" / "1.txt").write_text("a dog, running")
     (folder / "more" / "0.txt").write_text("more")
@@ -156,13 +156,13 @@ def test_folders_are_not_repeated_unasked(tmp_path, capsys):
 
 
 def test_no_folder_is_named_so(tmp_path):
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     assert "holds no folder named like '10_sks dog'" in complaint(tmp_path, repeats_from_folders=True)
 
 
-def test_no_copy_of_a_held_out_picture_is_trained(tmp_path):
+def test_no_copy_of_a_held_out_image_is_trained(tmp_path):
     rows = rows_of(kohya(tmp_path, **{"4_dog": 6}), repeats_from_folders=True)
-    train, held = data.hold_out(rows, 0.34, seed=3)
+    train, held = data.split_validation(rows, 0.34, seed=3)
     names = [[part.name(index) for index in range(len(part))] for part in (train, held)]
     assert (len(names[0]), len(names[1])) == (16, 2) and not set(names[0]) & set(names[1])
 
@@ -174,7 +174,7 @@ def test_tags_are_shuffled_behind_those_that_are_kept():
     assert data.shuffle_tags("", draws.SampleDraws(0, 0, 0)) == ""
 
 
-def test_shuffled_tags_are_trained(run, pictures, plain, tmp_path):
+def test_shuffled_tags_are_trained(run, images, plain, tmp_path):
     """They are those drawn for seed, epoch and index, and where there is one tag nothing else is drawn otherwise."""
     run(tmp_path / "one", *FEW, "--shuffle_tags")
     assert result_bytes(tmp_path / "one") == plain
@@ -182,7 +182,7 @@ def test_shuffled_tags_are_trained(run, pictures, plain, tmp_path):
     shuffled = [data.shuffle_tags(text, draws.SampleDraws(7, 0, at), 1) for at, text in enumerate(tagged)]
     flags = [*FEW, "--max_train_steps", "2"]  # one epoch
     for name, captions, more in (("a", tagged, ["--shuffle_tags", "--keep_tokens", "1"]), ("b", shuffled, [])):
-        folder = copied(pictures, tmp_path / name)
+        folder = copied(images, tmp_path / name)
         for index, caption in enumerate(captions):
             (folder / f"{index}.txt").write_text(caption)
         run(tmp_path / f"out-{name}", *flags, "--train_data_dir", folder, *more)
@@ -192,13 +192,13 @@ def test_shuffled_tags_are_trained(run, pictures, plain, tmp_path):
 # --- parquet tables --------------------------------------------------------------------------------------------------
 
 
-def stored(pictures):
-    return [(Path(pictures) / f"{index}.png").read_bytes() for index in range(10)]
+def stored(images):
+    return [(Path(images) / f"{index}.png").read_bytes() for index in range(10)]
 
 
 @pytest.mark.parametrize("how", ["struct", "bytes"])
-def test_a_folder_of_parquet_tables(run, pictures, plain, tmp_path, how):
-    cells = [{"bytes": b, "path": f"{i}.png"} if how == "struct" else b for i, b in enumerate(stored(pictures))]
+def test_a_folder_of_parquet_tables(run, images, plain, tmp_path, how):
+    cells = [{"bytes": b, "path": f"{i}.png"} if how == "struct" else b for i, b in enumerate(stored(images))]
     for part, some in enumerate((slice(0, 6), slice(6, 10))):
         path = tmp_path / "set" / "data" / f"train-{part:05}-of-00002.parquet"
         write_parquet(path, image=cells[some], text=CAPTIONS[some])
@@ -214,7 +214,7 @@ def test_parquet_tables_that_cannot_be_used(tmp_path):
     write_parquet(tmp_path / "set" / "test.parquet", image=[b"x"], text=["x"])
     assert "has no split 'train', only test" in complaint(tmp_path / "set", **options)
     write_parquet(tmp_path / "null" / "a.parquet", image=[None, b"x"], text=["x", "y"])
-    assert "1 rows hold no picture: row 0" in complaint(tmp_path / "null", **options)
+    assert "1 rows hold no image: row 0" in complaint(tmp_path / "null", **options)
 
 
 def test_tables_that_are_not_read_are_said(tmp_path, capsys):
@@ -226,7 +226,7 @@ def test_tables_that_are_not_read_are_said(tmp_path, capsys):
     assert f"not of its split 'train', and are not read: {tmp_path}/set/b.parquet" in said
 
 
-def test_a_caption_column_that_is_guessed_is_not_that_of_the_pictures(tmp_path, capsys):
+def test_a_caption_column_that_is_guessed_is_not_that_of_the_images(tmp_path, capsys):
     write_parquet(tmp_path / "set" / "a.parquet", legend=["x"], image=[png_bytes(0)])
     assert captions_of(rows_of(tmp_path / "set", cache_dir=str(tmp_path / "cache"))) == [["x"]]
     assert "--caption_column is taken to be 'legend'" in capsys.readouterr().err
@@ -254,12 +254,12 @@ def write_tar(path, members, mode="w", **options):
 
 def png_bytes(index):
     content = io.BytesIO()
-    picture(index).save(content, "png")
+    image(index).save(content, "png")
     return content.getvalue()
 
 
 def shard(path, pairs, ending="txt"):
-    """A shard of (index of the picture, bytes of its caption)."""
+    """A shard of (index of the image, bytes of its caption)."""
     members = [(f"{i:03}.{kind}", b) for i, text in pairs for kind, b in (("png", png_bytes(i)), (ending, text))]
     return write_tar(path, members)
 
@@ -278,16 +278,16 @@ def test_tar_shards(run, plain, tmp_path, ending):
     assert result_bytes(tmp_path / "out") == plain
 
 
-def test_shards_with_caches_and_buckets(run, pictures, tmp_path):
-    """What reads a picture's bytes, and what reads its header, finds both in a shard."""
+def test_shards_with_caches_and_buckets(run, images, tmp_path):
+    """What reads an image's bytes, and what reads its header, finds both in a shard."""
     shard(tmp_path / "set" / "a.tar", [(i, text.encode()) for i, text in enumerate(CAPTIONS)])
     flags = [*FEW, "--aspect_ratio_bucketing", "--bucket_reso_steps", "8", "--cache_latents", "--cached_crops", "2"]
-    for name, folder in (("tar", tmp_path / "set"), ("folder", pictures)):
+    for name, folder in (("tar", tmp_path / "set"), ("folder", images)):
         cache = ["--encoding_cache_dir", tmp_path / "cache"]
         run(tmp_path / name, *flags, *cache, "--train_data_dir", folder)
     assert result_bytes(tmp_path / "tar") == result_bytes(tmp_path / "folder")
     rows = rows_of(tmp_path / "set")
-    assert rows.content(3) == rows_of(pictures).content(3)
+    assert rows.content(3) == rows_of(images).content(3)
     assert rows.name(3) == str(tmp_path / "set" / "a.tar" / "003.png")
 
 
@@ -311,7 +311,7 @@ def test_members_that_are_not_meant(tmp_path):
     rows = rows_of(tmp_path)
     assert captions_of(rows) == [["a", "b"], ["é"]]
     assert rows.findings.unnamed == [f"{tmp_path}/a.tar/alone.png"]
-    assert np.asarray(rows.picture(1)).tolist() == np.asarray(picture(1)).tolist()
+    assert np.asarray(rows.image(1)).tolist() == np.asarray(image(1)).tolist()
     assert len(rows_of(tmp_path, caption_column=None)) == 3
 
 
@@ -321,7 +321,7 @@ def test_every_format_is_read_at_its_place(tmp_path, ending):
     Image.new("RGB", (20, 16), (0, 128, 255)).save(content, {"jpg": "jpeg"}.get(ending, ending))
     write_tar(tmp_path / "a.tar", [("0.txt", b"x"), (f"0.{ending}", content.getvalue()), ("1.txt", b"x" * 2000)])
     with Image.open(content) as alone:
-        assert np.asarray(rows_of(tmp_path).picture(0)).tolist() == np.asarray(alone.convert("RGB")).tolist()
+        assert np.asarray(rows_of(tmp_path).image(0)).tolist() == np.asarray(alone.convert("RGB")).tolist()
 
 
 def whole_shard(tmp_path):
@@ -360,10 +360,10 @@ BAD_SHARDS = {
     ),
     "not UTF-8": ([("0.png", b""), ("0.txt", b"\xe9")], "a.tar/0.txt is not UTF-8 text (byte 0)"),
     "number": ([("0.png", b"x"), ("0.json", b'{"text": 3}')], "captions are neither a string nor a list"),
-    "no captions": ([("0.png", b"x")], "hold no captions: put a .txt, .caption or .json beside each picture"),
-    "no pictures": ([("0.txt", b"x")], "hold no pictures"),
-    "empty picture": ([("0.png", b""), ("0.txt", b"x")], "a.tar/0.png (zero bytes)"),
-    "no picture": ([("0.png", b"GIF"), ("0.txt", b"x")], "a.tar/0.png (not a picture)"),
+    "no captions": ([("0.png", b"x")], "hold no captions: put a .txt, .caption or .json beside each image"),
+    "no images": ([("0.txt", b"x")], "hold no images"),
+    "empty image": ([("0.png", b""), ("0.txt", b"x")], "a.tar/0.png (zero bytes)"),
+    "no image": ([("0.png", b"GIF"), ("0.txt", b"x")], "a.tar/0.png (not an image)"),
 }
 
 
@@ -374,11 +374,11 @@ def test_bad_shards(tmp_path, what):
     assert expected in complaint(tmp_path)
 
 
-def test_a_damaged_picture_in_a_shard_is_named(run, tmp_path):
+def test_a_damaged_image_in_a_shard_is_named(run, tmp_path):
     members = [("0.png", png_bytes(0)[:300]), ("0.txt", b"x")]
     write_tar(tmp_path / "set" / "a.tar", members)
     sentence, code = run.fails(tmp_path / "out", "--train_data_dir", tmp_path / "set")
-    assert "a.tar/0.png cannot be read as a picture" in sentence and code == 2
+    assert "a.tar/0.png cannot be read as an image" in sentence and code == 2
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.TAR.XZ"])
@@ -391,7 +391,7 @@ def test_folders_of_several_kinds(tmp_path, capsys):
     write_parquet(tmp_path / "a.parquet", image=[b"x"], text=["x"])
     shard(tmp_path / "a.tar", [(0, b"x")])
     assert "holds .tar shards and .parquet tables; keep them in two folders" in complaint(tmp_path)
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     assert len(rows_of(tmp_path)) == 2
     assert "a.tar and 1 more, which is not read; --train_data_config" in capsys.readouterr().err
 
@@ -420,14 +420,14 @@ def config(folder, *sources):
     return path
 
 
-def test_sources_one_after_the_other(run, pictures, plain, tmp_path):
+def test_sources_one_after_the_other(run, images, plain, tmp_path):
     """A folder, shards and a table; the words that all captions begin with come from prefixes."""
     (tmp_path / "folder").mkdir()
     for index in range(4):
-        shutil.copy(f"{pictures}/{index}.png", tmp_path / "folder")
+        shutil.copy(f"{images}/{index}.png", tmp_path / "folder")
         (tmp_path / "folder" / f"{index}.txt").write_text(WORDS[index])
     shard(tmp_path / "shards" / "a.tar", [(i, WORDS[i].encode()) for i in range(4, 7)])
-    write_parquet(tmp_path / "table" / "a.parquet", photo=stored(pictures)[7:], image=[""] * 3, legend=CAPTIONS[7:])
+    write_parquet(tmp_path / "table" / "a.parquet", photo=stored(images)[7:], image=[""] * 3, legend=CAPTIONS[7:])
     path = config(
         tmp_path,
         {"path": "folder", "caption_prefix": "a handwritten "},
@@ -442,31 +442,31 @@ def test_sources_one_after_the_other(run, pictures, plain, tmp_path):
     assert rows.name(8) == f"row 1 of {tmp_path / 'table'}" and rows.name(0) == str(tmp_path / "folder" / "0.png")
 
 
-def halves(pictures, folder):
-    """Six of the ten pictures in a folder `a`, four in `b`."""
+def halves(images, folder):
+    """Six of the ten images in a folder `a`, four in `b`."""
     for name, some in (("a", range(6)), ("b", range(6, 10))):
         (folder / name).mkdir(parents=True)
         lines = [{"file_name": f"{i}.png", "text": CAPTIONS[i]} for i in some]
         (folder / name / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         for index in some:
-            shutil.copy(f"{pictures}/{index}.png", folder / name)
+            shutil.copy(f"{images}/{index}.png", folder / name)
     return folder
 
 
-def test_a_report_tells_what_an_epoch_shows_of_each_source(pictures, tmp_path, capsys):
-    path = config(halves(pictures, tmp_path / "set"), {"path": "a", "weight": 1}, {"path": "b", "weight": 3})
+def test_a_report_tells_what_an_epoch_shows_of_each_source(images, tmp_path, capsys):
+    path = config(halves(images, tmp_path / "set"), {"path": "a", "weight": 1}, {"path": "b", "weight": 3})
     (tmp_path / "set" / "a" / "0.png").write_bytes(b"")
     assert inspection.check_data({"dataset_name": None, "folder": None, "config": path}, 16) == 2
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["a", "5", "2"] in lines and ["b", "4", "7"] in lines  # of nine, 2.25 and 6.75
 
 
-def test_repeats_of_sources(run, pictures, tmp_path):
+def test_repeats_of_sources(run, images, tmp_path):
     """The same as a line of metadata for each time, cached or not."""
-    path = config(halves(pictures, tmp_path / "set"), {"path": "a", "repeats": 2}, {"path": "b"})
+    path = config(halves(images, tmp_path / "set"), {"path": "a", "repeats": 2}, {"path": "b"})
     times = [index for index in range(10) for _ in range(2 if index < 6 else 1)]
     lines = [{"file_name": f"{index}.png", "text": CAPTIONS[index]} for index in times]
-    folder = copied(pictures, tmp_path / "lines")
+    folder = copied(images, tmp_path / "lines")
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     few = [*FEW, "--cache_latents", "--encoding_cache_dir", tmp_path / "cache"]
     run(tmp_path / "out", *few, "--train_data_config", path)
@@ -474,9 +474,9 @@ def test_repeats_of_sources(run, pictures, tmp_path):
     assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "expected")
 
 
-def test_weighted_sources_are_resumed(run, pictures, tmp_path):
+def test_weighted_sources_are_resumed(run, images, tmp_path):
     weights = ({"path": "a", "weight": 1}, {"path": "b", "weight": 3.5})
-    few = [*FEW, "--max_train_steps", "5", "--train_data_config", config(halves(pictures, tmp_path / "set"), *weights)]
+    few = [*FEW, "--max_train_steps", "5", "--train_data_config", config(halves(images, tmp_path / "set"), *weights)]
     run(tmp_path / "whole", *few)
     run(tmp_path / "cut", *few, "--checkpointing_steps", "2")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
@@ -506,12 +506,12 @@ SPLITS = st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(1, 2))  # b
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(WEIGHTED, SPLITS, st.booleans())
 def test_weights_are_the_shares_of_every_epoch(sources, split, shaped):
-    """No picture is shown twice oftener than another of its source, and in time each is shown."""
+    """No image is shown twice oftener than another of its source, and in time each is shown."""
     counts, weights = np.array(sources).T
     origins = np.repeat(np.arange(len(sources)), counts.astype(int))
     rows = data.repeated(Sized([Source("", 1, weight) for weight in weights], origins))
     shapes = np.arange(len(rows)) % 3 if shaped else None
-    updates = Updates(len(rows), 5, *split, shapes, rows.partly)
+    updates = BatchPlan(len(rows), 5, *split, shapes, rows.partly)
     wanted = len(origins) * weights / weights.sum()
     seen = np.zeros(len(origins), int)
     position = Position()
@@ -537,10 +537,10 @@ def test_weights_are_the_shares_of_every_epoch(sources, split, shaped):
 def test_what_is_left_out_is_another_part_in_every_epoch():
     rows = data.repeated(Sized([Source("", 1, 1.0), Source("", 1, 1.0)], [0] * 30 + [1] * 10))
     assert len(rows) == 50 and [(len(indices), count) for indices, count in rows.partly] == [(30, 20)]
-    updates = Updates(len(rows), 1, 40, partly=rows.partly)
+    updates = BatchPlan(len(rows), 1, 40, partly=rows.partly)
     first, second = (set(np.concatenate(updates.shares(Position(epoch)))) for epoch in (0, 1))
     assert len(first) == len(second) == 40 and first != second
-    assert Updates(len(rows), 1, 40).per_epoch == 2 and updates.per_epoch == 1
+    assert BatchPlan(len(rows), 1, 40).per_epoch == 2 and updates.per_epoch == 1
 
 
 BAD_CONFIGS = {
@@ -567,7 +567,7 @@ BAD_CONFIGS = {
 
 @pytest.mark.parametrize("text", BAD_CONFIGS)
 def test_bad_configs(tmp_path, text):
-    write_pictures(tmp_path / "a", 2)
+    write_images(tmp_path / "a", 2)
     (tmp_path / "empty").mkdir()
     (tmp_path / "data.yaml").write_text(text)
     sentence = complaint(None, config=tmp_path / "data.yaml")
@@ -576,7 +576,7 @@ def test_bad_configs(tmp_path, text):
 
 def test_sources_with_lists_of_captions(tmp_path):
     for name, text in (("a", "x"), ("b", ["y", "z"])):
-        write_pictures(tmp_path / name, 1)
+        write_images(tmp_path / name, 1)
         (tmp_path / name / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": text}))
     path = config(tmp_path, {"path": "a"}, {"path": "b", "caption_prefix": "p "})
     assert captions_of(rows_of(None, config=path)) == [["x"], ["p y", "p z"]]

@@ -33,7 +33,7 @@ WORDS = {
     "train_batch_size": ["1", "3", "1000", "0"],
     "gradient_accumulation_steps": ["1", "2", "0"],
     "resume_from_checkpoint": ["latest", "checkpoint-1", "nowhere/checkpoint-2", ""],
-    "image_column": ["image", "picture"],
+    "image_column": ["image", "image"],
     "caption_column": ["text", "caption"],
     "validation_prompt": ["a handwritten one", ""],
     "validation_prompts": ["a handwritten one", ""],

@@ -26,7 +26,7 @@ MINE, READER, OTHER = "hf_mine", "hf_mine_to_read", "hf_of_another"
 
 
 @pytest.fixture(scope="module")
-def hub(sd, pictures, tmp_path_factory):
+def hub(sd, images, tmp_path_factory):
     """The hub of this module; `some/base` has a licence, and a branch `older` with other weights and a variant."""
     folder = tmp_path_factory.mktemp("published")
     base = shutil.copytree(sd, folder / "base")
@@ -40,7 +40,7 @@ def hub(sd, pictures, tmp_path_factory):
     with Hub(tmp_path_factory.mktemp("hub")) as hub:
         hub.add("some/base", base)
         hub.add("some/base", folder / "older", branch="older")
-        hub.add("some/pictures", pictures, kind="datasets")
+        hub.add("some/images", images, kind="datasets")
         hub.add("some/secret", sd, private=True)
         hub.add("some/gated", sd, gated=True)
         hub.add("some/card", folder / "nothing")
@@ -54,8 +54,8 @@ def no_faults(hub):
 
 
 def argv(run, out, *more):
-    """A runner's command line with model and data set from the hub."""
-    words = run.argv(out, "--dataset_name", "some/pictures", *more)
+    """A runner's command line with model and dataset from the hub."""
+    words = run.argv(out, "--dataset_name", "some/images", *more)
     for flag in run.models[::2]:
         if words.index(flag) == len(words) - 1 - words[::-1].index(flag):  # the test gives no other
             words[words.index(flag) + 1] = "some/base"
@@ -67,7 +67,7 @@ def local_files(out):
 
 
 def test_there_and_back(run, hub, machine, tmp_path):
-    """Base and pictures come from the hub, the result goes there; what others download draws the same picture."""
+    """Base and images come from the hub, the result goes there; what others download draws the same image."""
     out = tmp_path / "out"
     flags = ["--push_to_hub", "--hub_model_id", "me/result", *PROMPTS]
     flags += ["--checkpointing_steps", "3", "--report_to", "tensorboard"]
@@ -83,8 +83,8 @@ def test_there_and_back(run, hub, machine, tmp_path):
     assert not [
         name for name, content in sent.items() if MINE.encode() in content or str(tmp_path).encode() in content
     ]
-    picture = machine.draws("me/result", tmp_path / "cache")
-    assert np.array_equal(picture, drawn(out)) and not np.array_equal(picture, drawn(run.base))
+    image = machine.draws("me/result", tmp_path / "cache")
+    assert np.array_equal(image, drawn(out)) and not np.array_equal(image, drawn(run.base))
 
 
 def test_there_and_back_with_adapters(run_lora, hub, machine, tmp_path):
@@ -133,9 +133,9 @@ REFUSED = {  # base model, token: what is said of it
 
 
 @pytest.mark.parametrize(("base", "token"), REFUSED)
-def test_a_base_model_that_the_hub_refuses(run, machine, pictures, tmp_path, base, token):
+def test_a_base_model_that_the_hub_refuses(run, machine, images, tmp_path, base, token):
     words = base.split(" ") if "--" in base else [base]
-    flags = ["--train_data_dir", pictures, "--cache_dir", tmp_path / "cache"]
+    flags = ["--train_data_dir", images, "--cache_dir", tmp_path / "cache"]
     argv = [f"{run.script}.py", *run.argv(tmp_path / "out", "--pretrained_model_name_or_path", *words, *flags)]
     _, said = machine(*argv, token=token)
     assert machine.fails(*argv, token=token, code=2).startswith(f"base model {words[0]} ")
@@ -143,7 +143,7 @@ def test_a_base_model_that_the_hub_refuses(run, machine, pictures, tmp_path, bas
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["no/pictures", "some/secret"])
+@pytest.mark.parametrize("name", ["no/images", "some/secret"])
 def test_a_data_set_that_the_hub_refuses(run, machine, tmp_path, name):
     sentence = machine.fails(*argv(run, tmp_path, "--dataset_name", name), code=2)
     assert name in sentence and "doesn't exist on the Hub or cannot be accessed" in sentence
@@ -231,7 +231,7 @@ def test_the_card_is_valid_and_complete(run, hub, machine, tmp_path):
     card = (out / "README.md").read_text()
     assert card_problems(card) == ([], [])
     data = front_matter(card)
-    assert data["base_model"] == "some/base" and data["datasets"] == ["some/pictures"]
+    assert data["base_model"] == "some/base" and data["datasets"] == ["some/images"]
     assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
     assert (data["license"], data["license_name"]) == ("other", "our-own")
     assert data["license_link"] == f"{hub.url}/some/base/blob/main/LICENSE.md"
@@ -241,9 +241,9 @@ def test_the_card_is_valid_and_complete(run, hub, machine, tmp_path):
     assert hub.repositories["models", "me/carded"].files()[url] == (out / url).read_bytes()
 
 
-def test_a_card_of_local_things_claims_nothing(run, machine, pictures, tmp_path):
+def test_a_card_of_local_things_claims_nothing(run, machine, images, tmp_path):
     """A folder is no id on the hub, and neither is the name of a loader."""
-    flags = ["--dataset_name", "imagefolder", "--train_data_dir", pictures, "--max_train_steps", "1"]
+    flags = ["--dataset_name", "imagefolder", "--train_data_dir", images, "--max_train_steps", "1"]
     machine.runs(f"{run.script}.py", *run.argv(tmp_path, *flags))
     data = front_matter((tmp_path / "README.md").read_text())
     assert not {"base_model", "datasets", "license", "widget"} & set(data)
@@ -289,7 +289,7 @@ def test_checkpoints_are_pushed_and_resumed_from(run, hub, machine, tmp_path):
     assert checkpoints.damage(tmp_path / "there" / "checkpoint-4") is None
     resumed = ["--use_ema", "--resume_from_checkpoint", "latest", "--cache_dir", tmp_path / "cache"]
     said = machine.runs(*argv(run, tmp_path / "there", *resumed))
-    assert "checkpoint-4, after update 4" in said and "warning" not in said
+    assert "checkpoint-4, after step 4" in said and "warning" not in said
     assert result_bytes(tmp_path / "there") == result_bytes(tmp_path / "out")
 
 
@@ -426,13 +426,13 @@ def test_the_other_scripts(request, hub, machine, tmp_path, name):
     assert front_matter(sent["README.md"].decode())["base_model"] in bases
     assert set(pushed(hub, f"me/{name}")) == {"checkpoint-3", "checkpoint-6"}
     run(tmp_path / "local")
-    assert result_bytes(out) == result_bytes(tmp_path / "local"), "where model and pictures lie is no difference"
+    assert result_bytes(out) == result_bytes(tmp_path / "local"), "where model and images lie is no difference"
 
 
 @pytest.mark.slow
 def test_jax(run, hub, machine, tmp_path):
     pytest.importorskip("jax")
-    run_jax = type(run)("train_text_to_image_flax", run.base, run.pictures)
+    run_jax = type(run)("train_text_to_image_flax", run.base, run.images)
     flags = ["--push_to_hub", "--hub_model_id", "me/jax", "--push_checkpoints", "--checkpointing_steps", "3"]
     machine.runs(*argv(run_jax, tmp_path / "out", *flags), token=MINE)
     assert np.array_equal(machine.draws("me/jax", tmp_path / "cache"), drawn(tmp_path / "out"))

@@ -22,7 +22,7 @@ from diffusers import (
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import picture, write_pictures
+from tiny import image, write_images
 
 import train_text_to_image_decoder
 import train_text_to_image_lora_prior
@@ -31,7 +31,7 @@ from training_utils import buckets, data, draws, engine, lora
 from training_utils.flags import bucket_limits
 from training_utils.reporting import UserError
 
-LARGE = ["--learning_rate", "5e-2"]  # so that what was learned shows in a picture
+LARGE = ["--learning_rate", "5e-2"]  # so that what was learned shows in an image
 LOOK = ["--validation_num_inference_steps", "2"]
 PROMPTS = {False: ["--validation_prompts", "a handwritten one", "a handwritten two"]}
 PROMPTS[True] = ["--validation_prompt", "a handwritten one", "--num_validation_images", "2"]
@@ -63,7 +63,7 @@ def fresh(kandinsky):
 
 
 def draw(prior, decoder, prompt="a handwritten one"):
-    """A picture (16, 16, 3) of both stages from fixed noise."""
+    """An image (16, 16, 3) of both stages from fixed noise."""
     for pipeline in (prior, decoder):
         pipeline.set_progress_bar_config(disable=True)
     pair = prior(prompt, num_inference_steps=3, generator=torch.Generator().manual_seed(0))
@@ -105,8 +105,8 @@ def doubled(batch):
 def encoded(prior, batch):
     """A batch with what the prior's frozen networks make of it."""
     script = train_text_to_image_prior
-    pictures = script.encode_pictures(prior.image_encoder, batch)
-    return batch | pictures | script.encode_captions(prior.text_encoder, batch)
+    images = script.encode_images(prior.image_encoder, batch)
+    return batch | images | script.encode_captions(prior.text_encoder, batch)
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
@@ -136,7 +136,7 @@ def test_loss_of_the_prior(stages, gamma):
 def test_loss_of_the_decoder(kandinsky, stages, gamma):
     decoder, vision, batch = stages[1], stages[0].image_encoder, a_batch(4, 8, 8)
     schedule = DDPMScheduler.from_pretrained(kandinsky[1], subfolder="scheduler")
-    made = train_text_to_image_decoder.encode_pictures((decoder.movq, vision), batch)
+    made = train_text_to_image_decoder.encode_images((decoder.movq, vision), batch)
     got = train_text_to_image_decoder.training_loss(decoder.unet, schedule, batch | made, gamma)
 
     unet, movq, vision = (copy.deepcopy(m).double() for m in (decoder.unet, decoder.movq, vision))
@@ -172,7 +172,7 @@ def test_learned_variance_gets_no_gradient_of_its_own(kandinsky, stages):
     unet = copy.deepcopy(stages[1].unet)
     schedule = DDPMScheduler.from_pretrained(kandinsky[1], subfolder="scheduler")
     batch, networks = a_batch(4, 8, 8), (stages[1].movq, stages[0].image_encoder)
-    batch |= train_text_to_image_decoder.encode_pictures(networks, batch)
+    batch |= train_text_to_image_decoder.encode_images(networks, batch)
     train_text_to_image_decoder.training_loss(unet, schedule, batch).sum().backward()
     assert unet.conv_out.weight.grad[4:].abs().max() == 0 < unet.conv_out.weight.grad[:4].abs().min()
     assert all(parameter.grad is not None for parameter in unet.parameters())
@@ -182,54 +182,54 @@ def test_learned_variance_gets_no_gradient_of_its_own(kandinsky, stages):
 # --- what a sample is ------------------------------------------------------------------------------------------------
 
 
-def prepared(script, run, pictures, *flags, index=3):
-    """A sample as the script prepares it, and its picture."""
+def prepared(script, run, images, *flags, index=3):
+    """A sample as the script prepares it, and its image."""
     args = script.parse_args(run.argv("out", *flags))
-    rows = data.load_rows(folder=pictures, caption_column=getattr(args, "caption_column", None))
+    rows = data.load_rows(folder=images, caption_column=getattr(args, "caption_column", None))
     prior = KandinskyV22PriorPipeline.from_pretrained(run.base[0])
     if "decoder" in script.__name__:
         rows.sizes = buckets.training_sizes(rows, args.resolution, bucket_limits(args))
-        prepare = script.Prepare(args, prior.image_processor, (4, 2), 1000)
+        prepare = script.SampleTransform(args, prior.image_processor, (4, 2), 1000)
     else:
-        prepare = script.Prepare(args, prior.tokenizer, prior.image_processor, 16, 1000)
-    return prepare(rows, index, draws.SampleDraws(7, 0, index)), rows.picture(index), prior
+        prepare = script.SampleTransform(args, prior.tokenizer, prior.image_processor, 16, 1000)
+    return prepare(rows, index, draws.SampleDraws(7, 0, index)), rows.image(index), prior
 
 
-def test_a_dropped_caption_is_what_the_prior_pipeline_calls_unconditional(run_prior, pictures):
-    sample, _, prior = prepared(train_text_to_image_prior, run_prior, pictures, "--caption_dropout", "1")
+def test_a_dropped_caption_is_what_the_prior_pipeline_calls_unconditional(run_prior, images):
+    sample, _, prior = prepared(train_text_to_image_prior, run_prior, images, "--caption_dropout", "1")
     empty = prior.tokenizer("", padding="max_length", max_length=prior.tokenizer.model_max_length)
     assert sample["tokens"].tolist() == empty.input_ids
     assert sample["token_mask"].tolist() == [bool(seen) for seen in empty.attention_mask]
 
 
-def test_a_dropped_picture_is_what_the_decoder_is_told_of_no_picture(run_decoder, pictures):
-    sample, _, prior = prepared(train_text_to_image_decoder, run_decoder, pictures, "--caption_dropout", "1")
+def test_a_dropped_image_is_what_the_decoder_is_told_of_no_image(run_decoder, images):
+    sample, _, prior = prepared(train_text_to_image_decoder, run_decoder, images, "--caption_dropout", "1")
     with torch.no_grad():
         got = prior.image_encoder(torch.from_numpy(sample["clip_pixels"])[None]).image_embeds
         torch.testing.assert_close(got, prior.get_zero_embed())
 
 
-def test_the_decoder_sees_the_middle_square_and_clip_the_same(run_decoder, pictures):
+def test_the_decoder_sees_the_middle_square_and_clip_the_same(run_decoder, images):
     """Bicubic to the resolution, with the original's quick reduction unless asked otherwise."""
-    sample, picture, prior = prepared(train_text_to_image_decoder, run_decoder, pictures, "--resolution", "8")
-    middle = picture.crop((2, 0, 18, 16))  # of 20 x 16
+    sample, image, prior = prepared(train_text_to_image_decoder, run_decoder, images, "--resolution", "8")
+    middle = image.crop((2, 0, 18, 16))  # of 20 x 16
     expected = middle.resize((8, 8), Image.Resampling.BICUBIC, reducing_gap=1)
     np.testing.assert_array_equal(sample["pixels"], data.to_array(expected))
     np.testing.assert_array_equal(
-        sample["clip_pixels"], prior.image_processor(picture, return_tensors="np").pixel_values[0]
+        sample["clip_pixels"], prior.image_processor(image, return_tensors="np").pixel_values[0]
     )
     flags = ["--resolution", "8", "--reducing_gap", "3", "--image_interpolation_mode", "lanczos"]
-    sample, picture, _ = prepared(train_text_to_image_decoder, run_decoder, pictures, *flags)
-    expected = picture.crop((2, 0, 18, 16)).resize((8, 8), Image.Resampling.LANCZOS, reducing_gap=3)
+    sample, image, _ = prepared(train_text_to_image_decoder, run_decoder, images, *flags)
+    expected = image.crop((2, 0, 18, 16)).resize((8, 8), Image.Resampling.LANCZOS, reducing_gap=3)
     np.testing.assert_array_equal(sample["pixels"], data.to_array(expected))
 
 
-def test_flip_and_crop_reach_both_views_of_the_decoder(run_decoder, pictures):
-    """CLIP must see what the UNet is to draw, or the decoder learns to mirror and shift pictures by chance."""
+def test_flip_and_crop_reach_both_views_of_the_decoder(run_decoder, images):
+    """CLIP must see what the UNet is to draw, or the decoder learns to mirror and shift images by chance."""
     flags = ["--random_flip", "--random_crop"]
     views = set()
     for index in range(10):
-        sample, picture, prior = prepared(train_text_to_image_decoder, run_decoder, pictures, *flags, index=index)
+        sample, image, prior = prepared(train_text_to_image_decoder, run_decoder, images, *flags, index=index)
         shown = Image.fromarray(np.uint8(np.round((sample["pixels"].transpose(1, 2, 0) + 1) * 127.5)))
         seen = prior.image_processor(shown, return_tensors="np").pixel_values[0]
         np.testing.assert_allclose(sample["clip_pixels"], seen, atol=1e-5)  # 16 pixels: nothing is resized
@@ -239,9 +239,7 @@ def test_flip_and_crop_reach_both_views_of_the_decoder(run_decoder, pictures):
             for left in range(5)
             if np.array_equal(
                 np.asarray(shown),
-                np.asarray(picture)[:, ::-1][:, left : left + 16]
-                if flipped
-                else np.asarray(picture)[:, left : left + 16],
+                np.asarray(image)[:, ::-1][:, left : left + 16] if flipped else np.asarray(image)[:, left : left + 16],
             )
         ]
         views |= set(matches)
@@ -256,29 +254,29 @@ def test_the_decoder_needs_no_captions(run_decoder, tmp_path):
     assert run_decoder(tmp_path / "out", "--train_data_dir", folder, "--max_train_steps", "2") == 0
 
 
-def test_which_pictures_of_a_folder_the_decoder_sees(tmp_path, capsys):
+def test_which_images_of_a_folder_the_decoder_sees(tmp_path, capsys):
     """Those that the metadata name, where there are some, as in the original; no hidden ones."""
-    write_pictures(tmp_path, 3)
+    write_images(tmp_path, 3)
     (tmp_path / ".checkpoints").mkdir()
     shutil.copy(tmp_path / "0.png", tmp_path / ".checkpoints" / "0-copy.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "2.png"}\n{"file_name": "0.png"}\n')
     rows = data.load_rows(folder=tmp_path, caption_column=None)
     data.check(rows)
     assert [Path(rows.name(index)).name for index in range(len(rows))] == ["2.png", "0.png"]
-    assert "1 of 3 pictures" in capsys.readouterr().err
+    assert "1 of 3 images" in capsys.readouterr().err
     (tmp_path / "metadata.jsonl").unlink()
     rows = data.load_rows(folder=tmp_path, caption_column=None)
     assert [Path(rows.name(index)).name for index in range(len(rows))] == ["0.png", "1.png", "2.png"]
 
 
-def test_a_table_of_pictures_alone_is_told_from_another(tmp_path):
-    """A resumed decoder notices other pictures, though there are neither captions nor file names to compare."""
+def test_a_table_of_images_alone_is_told_from_another(tmp_path):
+    """A resumed decoder notices other images, though there are neither captions nor file names to compare."""
     import datasets
 
     prints = []
     for name, order in (("one", range(4)), ("two", (1, 0, 2, 3)), ("three", range(4))):
         (tmp_path / name).mkdir()
-        rows = {"image": [picture(index) for index in order]}
+        rows = {"image": [image(index) for index in order]}
         features = datasets.Features({"image": datasets.Image()})
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name / "train.parquet")
         source = dict(dataset_name=str(tmp_path / name), cache_dir=tmp_path / "cache", caption_column=None)
@@ -363,7 +361,7 @@ FORMS = {"plain": [], "alpha": ["--lora_alpha", "16", "--rank", "2"], "DoRA": ["
 
 @pytest.mark.parametrize("form", FORMS)
 def test_adapters_that_load_are_those_that_were_trained(adapters, kandinsky, tmp_path, monkeypatch, form):
-    """The loaded pipeline draws the very picture that the network draws which was just trained; the base stays."""
+    """The loaded pipeline draws the very image that the network draws which was just trained; the base stays."""
     name, network = ("prior", "prior") if "prior" in adapters.script else ("unet", "decoder")
     trained = {}
     real = lora.save
@@ -384,7 +382,7 @@ def test_adapters_that_load_are_those_that_were_trained(adapters, kandinsky, tmp
 
 
 def test_layers_and_metadata_of_the_adapters(adapters, tmp_path):
-    """Every attention layer is reached, in the decoder the projections of the picture's embedding as well."""
+    """Every attention layer is reached, in the decoder the projections of the image's embedding as well."""
     adapters(tmp_path, "--lora_alpha", "8", "--mixed_precision", "bf16")
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         facts, names = json.loads(file.metadata()["lora_adapter_metadata"]), list(file.keys())
@@ -404,7 +402,7 @@ def test_layers_and_metadata_of_the_adapters(adapters, tmp_path):
 
 
 def test_adapters_learn(adapters, tmp_path):
-    """The loss on held-out pictures with fixed noise falls well below the base's; every adapter has moved."""
+    """The loss on validation images with fixed noise falls well below the base's; every adapter has moved."""
     flags = ["--max_train_steps", "40", "--rank", "8", "--report_to", "tensorboard", "--validation_split", "0.3"]
     losses = {}
     for rate in ("0", "1e-2"):
@@ -501,7 +499,7 @@ def test_a_prior_trains_without_a_decoder(run_prior, run_lora_prior, tmp_path):
     for run in (run_prior, run_lora_prior):
         assert run(tmp_path / run.script, *flags) == 0
         sentence, code = run.fails(tmp_path / "told", *flags, *PROMPTS["lora" in run.script])
-        assert "validation pictures need both networks, and base model nowhere/decoder" in sentence and code == 2
+        assert "validation images need both networks, and base model nowhere/decoder" in sentence and code == 2
 
 
 def test_a_decoder_trains_with_the_image_encoder_alone(run_decoder, run_lora_decoder, kandinsky, tmp_path):
@@ -512,11 +510,11 @@ def test_a_decoder_trains_with_the_image_encoder_alone(run_decoder, run_lora_dec
     for run in (run_decoder, run_lora_decoder):
         assert run(tmp_path / run.script, *flags) == 0
         sentence, code = run.fails(tmp_path / "told", *flags, *PROMPTS["lora" in run.script])
-        assert "validation pictures need both networks" in sentence and "no part 'prior'" in sentence and code == 2
+        assert "validation images need both networks" in sentence and "no part 'prior'" in sentence and code == 2
 
 
 def test_what_is_not_used_is_not_fetched(run_decoder, kandinsky, tmp_path, monkeypatch):
-    """Of a prior on the hub a decoder's training needs what sees pictures, unless it draws some."""
+    """Of a prior on the hub a decoder's training needs what sees images, unless it draws some."""
     asked = []
 
     def download(name, **options):
@@ -543,8 +541,8 @@ def test_a_variant_of_the_trained_stage_alone(run_prior, run_decoder, kandinsky,
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_validation_pictures(any_script, tmp_path, precision):
-    """Both stages draw, from the same noise each time: where nothing is learned the pictures do not change."""
+def test_validation_images(any_script, tmp_path, precision):
+    """Both stages draw, from the same noise each time: where nothing is learned the images do not change."""
     flags = [*PROMPTS["lora" in any_script.script], *LOOK, "--validation_steps", "3", "--mixed_precision", precision]
     any_script(tmp_path / "learns", *flags, *LARGE)
     any_script(tmp_path / "stays", *flags, "--learning_rate", "0", "--adam_weight_decay", "0")
@@ -621,7 +619,7 @@ def test_a_prior_that_predicts_noise(run_prior, kandinsky, tmp_path):
 
 
 def test_a_decoder_for_another_task(any_script, kandinsky, tmp_path):
-    """An inpainting decoder's UNet takes the mask and the masked picture as well."""
+    """An inpainting decoder's UNet takes the mask and the masked image as well."""
     pipeline = KandinskyV22Pipeline.from_pretrained(kandinsky[1])
     unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"in_channels": 9})
     pipeline.register_modules(unet=unet)

@@ -1,4 +1,4 @@
-"""What takes less memory trains what it says: updates during the backward pass, weights in bfloat16, optimizers."""
+"""What takes less memory trains what it says: steps during the backward pass, weights in bfloat16, optimizers."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ def full(request):
     return request.getfixturevalue(request.param)
 
 
-# --- updates during the backward pass --------------------------------------------------------------------------------
+# --- steps during the backward pass --------------------------------------------------------------------------------
 
 
 def test_updates_during_the_backward_pass_change_nothing(full, tmp_path):
@@ -56,7 +56,7 @@ def test_no_two_gradients_are_alive_at_once(run, tmp_path, monkeypatch):
 
 
 def poison(monkeypatch, update, grad=False):
-    """Make the loss of one update, or only the gradient of a weight that comes late, not finite."""
+    """Make the loss of one step, or only the gradient of a weight that comes late, not finite."""
     import train_text_to_image as script
 
     original, count = script.training_loss, iter(range(1, 99))
@@ -122,7 +122,7 @@ def test_rounding_is_to_a_neighbour_and_keeps_the_expectation():
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "adamw8bit"])
 def test_updates_too_small_for_bfloat16_add_up(name):
-    """A hundred updates of a ten-thousandth of the weight: rounded to nearest, none of them would be seen."""
+    """A hundred steps of a ten-thousandth of the weight: rounded to nearest, none of them would be seen."""
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     ends = {}
@@ -210,7 +210,7 @@ def assert_draws(script, out):
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy"])
 def test_every_optimizer_follows_a_schedule(run, tmp_path, name):
-    """A schedule that ends at zero makes the last update nothing; one that has not begun, the first."""
+    """A schedule that ends at zero makes the last step nothing; one that has not begun, the first."""
     pytest.importorskip({"adamw": "torch", "adafactor": "torch", "prodigy": "prodigyopt"}.get(name, "bitsandbytes"))
     flags = ["--optimizer", name, "--lr_scheduler", "linear", "--lr_warmup_steps", "1", "--max_train_steps", "3"]
     run(tmp_path, *flags, "--checkpointing_steps", "1", *(["--learning_rate", "1"] if name == "prodigy" else []))

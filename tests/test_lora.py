@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from training_utils import lora
 
-LARGE = ["--learning_rate", "5e-2", "--adam_weight_decay", "0"]  # so that the adapters show in a picture
+LARGE = ["--learning_rate", "5e-2", "--adam_weight_decay", "0"]  # so that the adapters show in an image
 WITH_TEXT = ["--train_text_encoder"]
 
 
@@ -51,7 +51,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_was_trained_is_what_loads(either, tmp_path, monkeypatch, form):
-    """The loaded pipeline draws the very picture that the networks draw which were just trained, in both layouts."""
+    """The loaded pipeline draws the very image that the networks draw which were just trained, in both layouts."""
     import importlib
 
     script = importlib.import_module(either.script)
@@ -179,7 +179,7 @@ def test_our_forward_is_that_of_peft(run_lora, alpha, dropout, precision):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_adapters_learn_in_float32_and_the_base_stays(either, tmp_path, monkeypatch, precision):
-    """In bf16 an update of 1e-5 to a weight of 0.25 would be rounded away."""
+    """In bf16 a step of 1e-5 to a weight of 0.25 would be rounded away."""
     from training_utils import engine
 
     seen = {}
@@ -297,12 +297,12 @@ def test_the_lines_of_the_card_draw_with_the_sampler_of_the_training(either, tmp
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    assert Image.open("picture.png").size[0] > 0
+    assert Image.open("image.png").size[0] > 0
     config = names["pipeline"].scheduler.config
     assert config.prediction_type == ("v_prediction" if changed else "epsilon")
     assert bool(config.get("rescale_betas_zero_snr")) == changed == (tmp_path / "out" / "scheduler").exists()
 
 
-def test_no_pictures_asked_for(either, tmp_path):
+def test_no_images_asked_for(either, tmp_path):
     either(tmp_path, "--validation_prompt", "x", "--num_validation_images", "0")
     assert not (tmp_path / "validation").exists()

@@ -69,7 +69,7 @@ def a_batch(seed=0, size=4):
 def encoded(parts, batch):
     """A batch with what the frozen networks make of it, and the scaling factor, as the loop passes them."""
     _, vae, text = parts
-    made = train_text_to_image.encode_pictures(vae, batch) | train_text_to_image.encode_captions(text, batch)
+    made = train_text_to_image.encode_images(vae, batch) | train_text_to_image.encode_captions(text, batch)
     return batch | made, vae.config.scaling_factor
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/memory.py computes without memory is what a real update takes, byte for byte."""
+"""What benchmarks/memory.py computes without memory is what a real step takes, byte for byte."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def test_the_ledger_agrees_with_the_allocator():
     """torch's profiler sees every allocation, those inside kernels too."""
     setting = ("sd", False, "--cache_latents", 4, 64, "tiny")
     computed = memory.account(*setting)
-    update = memory.make_update(*setting)
+    update = memory.make_step(*setting)
     update()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         update()

@@ -29,8 +29,8 @@ def test_from_data_to_score(tmp_path):
     assert {entry["text"].split()[-1] for entry in entries} == set(
         "zero one two three four five six seven eight nine".split()
     )
-    picture = np.asarray(Image.open(tmp_path / "digits" / entries[0]["file_name"]))
-    assert picture.shape == (32, 32, 3) and picture.std() > 30
+    image = np.asarray(Image.open(tmp_path / "digits" / entries[0]["file_name"]))
+    assert image.shape == (32, 32, 3) and image.std() > 30
 
     script("quickstart/make_base.py", "--output_dir", tmp_path / "base")
     flags = f"--pretrained_model_name_or_path {tmp_path}/base --train_data_dir {tmp_path}/digits --output_dir"
@@ -48,10 +48,10 @@ def test_sdxl_and_a_new_word(tmp_path):
     script("quickstart/make_data.py", "--output_dir", tmp_path / "mirrored", "--mirrored")
     entries = [json.loads(line) for line in (tmp_path / "mirrored" / "metadata.jsonl").read_text().splitlines()]
     assert len(entries) == 2 * 1797
-    pictures = {}
+    images = {}
     for entry in entries[:8]:
-        pictures[entry["text"]] = np.asarray(Image.open(tmp_path / "mirrored" / entry["file_name"]))
-    assert np.array_equal(pictures["a handwritten three"], pictures["a mirrored handwritten three"][:, ::-1])
+        images[entry["text"]] = np.asarray(Image.open(tmp_path / "mirrored" / entry["file_name"]))
+    assert np.array_equal(images["a handwritten three"], images["a mirrored handwritten three"][:, ::-1])
 
     script("quickstart/make_base.py", "--output_dir", tmp_path / "base", "--sdxl")
     flags = f"--train_data_dir {tmp_path}/mirrored --resolution 32 --train_batch_size 16 --max_train_steps 2"
@@ -77,8 +77,8 @@ def test_the_vae_that_is_committed_is_small_and_good(tmp_path):
     size = sum(path.stat().st_size for path in (ROOT / "quickstart" / "vae").iterdir())
     assert size < 1_000_000
     vae = AutoencoderKL.from_pretrained(ROOT / "quickstart" / "vae")
-    pictures = np.stack([np.asarray(draw_scan(scan).convert("RGB")) for scan in load_digits().images[:64]])
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+    images = np.stack([np.asarray(draw_scan(scan).convert("RGB")) for scan in load_digits().images[:64]])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mean
         error = (vae.decode(latents).sample - pixels).square().mean()
@@ -115,7 +115,7 @@ def test_tables_and_charts_of_settings(tmp_path):
 
 @pytest.mark.slow
 def test_settings_are_compared(tmp_path, monkeypatch, capsys):
-    """As `make compare`, with 40 pictures of each set, eight updates of each run and ten drawings at each look."""
+    """As `make compare`, with 40 images of each set, eight steps of each run and ten drawings at each look."""
     import compare
     import score
 

@@ -48,7 +48,7 @@ class Page(HTMLParser):
         ]
 
     def curves(self):
-        """{name of a line: {update: value}} over all charts of a single run."""
+        """{name of a line: {step: value}} over all charts of a single run."""
         data = json.loads(re.search(r'id="data">(.*?)</script>', self.html, re.S)[1])
         return {line["name"]: dict(line["points"]) for chart in data for line in chart["lines"]}
 
@@ -74,7 +74,7 @@ def refusal(capsys, *words):
 
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory):
-    """(the folder of a run of 24 updates that has everything a page shows, what it said)."""
+    """(the folder of a run of 24 steps that has everything a page shows, what it said)."""
     import contextlib
     import io
 
@@ -111,7 +111,7 @@ def test_it_is_written_without_trackers_and_not_in_a_dry_run(run, tmp_path):
     run(tmp_path / "out", "--max_train_steps", "2")
     assert list(Log(tmp_path / "out").curves["train_loss"]) == [1, 2]
     page = report.page([report.read(tmp_path / "out")])
-    assert page.count("<svg") == 5 and "There is no held-out loss" in page and "<h2>Pictures" not in page
+    assert page.count("<svg") == 5 and "There is no validation loss" in page and "<h2>Images" not in page
     assert run(tmp_path / "dry", "--dry_run") == 0 and not (tmp_path / "dry").exists()
 
 
@@ -130,7 +130,7 @@ def test_a_resumed_run_continues_the_curves(run, tmp_path):
     assert list(log.curves["train_loss"]) == [1, 2, 3, 4] and log.step == 4
     assert [run["step"] for run in log.runs] == [0, 2]
     assert log.curves["train_loss"] == {step: whole["train_loss"][step] for step in range(1, 5)}
-    assert 3 not in log.curves["val_loss"]  # of the update that was made once more, without a look
+    assert 3 not in log.curves["val_loss"]  # of the step that was made once more, without a look
     run(tmp_path, "--max_train_steps", "1")  # anew
     assert list(Log(tmp_path).curves["train_loss"]) == [1]
 
@@ -165,17 +165,17 @@ def test_memory_of_a_gpu(monkeypatch):
 
 def test_the_summaries(finished, sd):
     out, said = finished
-    held_out = Log(out).finite("val_loss")
-    best = min(held_out, key=held_out.get)
-    begin, end = said.split("trained to update 24 in ")
+    val_samples = Log(out).finite("val_loss")
+    best = min(val_samples, key=val_samples.get)
+    begin, end = said.split("trained to step 24 in ")
     for words in (
         f"base model    {sd}",
-        "pictures      8, and 2 held out",
+        "images        8, and 2 held out",
         "24 in 12.0 epochs",
         f"output        {out}",
     ):
         assert words in begin
-    assert f"held-out loss    {held_out[best]:.4f} after update {best}" in end
+    assert f"validation loss    {val_samples[best]:.4f} after step {best}" in end
     for name in ("model_index.json", "checkpoint-12 … 24", "metrics.jsonl", "run.yaml", "README.md", "validation"):
         assert name in end
     assert f"python -m training_utils.report '{out}'" in end and "StableDiffusionPipeline.from_pretrained" in end
@@ -188,8 +188,8 @@ def test_an_earlier_look_was_the_best(tmp_path, capsys):
     progress = types.SimpleNamespace(step=30, first=10, began=0, last_loss=0.1234, speed=lambda: 12.345)
     reporting.conclude(tmp_path, progress, "use()")
     said = capsys.readouterr().err
-    assert "0.2500 after update 20 is the lowest, 0.2800 after update 30 the last" in said
-    assert "at 12.3 pictures/s" in said and "0.1234 in the last update" in said
+    assert "0.2500 after step 20 is the lowest, 0.2800 after step 30 the last" in said
+    assert "at 12.3 images/s" in said and "0.1234 in the last step" in said
 
 
 def test_words():
@@ -207,12 +207,12 @@ def test_the_page_of_a_run(finished):
     page, log = written(out), Log(out)
     drawn = page.curves()
     assert drawn["loss"] == log.curves["train_loss"]
-    assert drawn["held-out loss"] == log.curves["val_loss"] and drawn["learning rate"] == log.curves["lr"]
-    assert set(drawn) == {"loss", "smoothed", "norm", "held-out loss", "learning rate", "pictures/s", "resident"}
+    assert drawn["validation loss"] == log.curves["val_loss"] and drawn["learning rate"] == log.curves["lr"]
+    assert set(drawn) == {"loss", "smoothed", "norm", "validation loss", "learning rate", "images/s", "resident"}
     best = log.lowest("val_loss")
-    assert charts.number(best[1]) in page.text and "finished: 24 of 24 updates" in page.text
+    assert charts.number(best[1]) in page.text and "finished: 24 of 24 steps" in page.text
     grids = page.all("img")
-    assert [re.search(r"after (\d+) updates", grid["alt"])[1] for grid in grids] == ["24", "16", "8"]
+    assert [re.search(r"after (\d+) steps", grid["alt"])[1] for grid in grids] == ["24", "16", "8"]
     assert all(grid["src"].startswith("data:image/jpeg;base64,") for grid in grids)
     assert len(page.all("svg")) == 6
     for words in ("checkpoint-24", "checkpoint-12", "torch 2.", f"--config '{out}/run.yaml'", "learning_rate: 0.001"):
@@ -244,11 +244,11 @@ def test_a_run_under_way_a_killed_one_and_one_without_anything(finished, tmp_pat
     lines = (finished[0] / metrics.NAME).read_bytes().splitlines(keepends=True)
     (out / metrics.NAME).write_bytes(b"".join(lines[:15]) + lines[15][:30])
     page = written(out)
-    assert "update 13 of 24" in page.text and "left" in page.text and not page.all("img")
+    assert "step 13 of 24" in page.text and "left" in page.text and not page.all("img")
     assert list(page.curves()["loss"]) == list(range(1, 14))
     assert "The command that continues it" in page.text and "--resume_from_checkpoint latest" in page.text
-    (out / metrics.NAME).write_bytes(lines[0])  # before its first update
-    assert "update 0 of 24" in written(out).text
+    (out / metrics.NAME).write_bytes(lines[0])  # before its first step
+    assert "step 0 of 24" in written(out).text
     (out / metrics.NAME).unlink()  # of a version that wrote none
     page = written(out)
     assert "its curves are not known" in page.text and "checkpoint-12" in page.text and not page.all("svg")
@@ -273,7 +273,7 @@ def test_an_update_that_is_not_finite(tmp_path):
     for step in range(1, 41):
         log.log({"train_loss": float("inf") if step == 7 else 1 / step}, step)
     page = Page(report.page([report.read(tmp_path)]))
-    assert "not finite at update 7" in page.text and page.curves()["loss"][7] is None
+    assert "not finite at step 7" in page.text and page.curves()["loss"][7] is None
 
 
 def test_what_is_no_run(tmp_path, capsys):
@@ -299,8 +299,8 @@ def test_a_grid_that_is_damaged_and_many_grids(finished, tmp_path):
     newest.write_bytes(newest.read_bytes()[:300])
     page = Page(report.page([report.read(tmp_path)]))
     assert f"{newest} cannot be read" in page.text
-    assert len(page.all("img")) == report.GRIDS - 1 and "Of 40 updates with pictures 24 are shown" in page.text
-    assert "pictures after 100 updates" in page.all("img")[-1]["alt"]
+    assert len(page.all("img")) == report.GRIDS - 1 and "Of 40 steps with images 24 are shown" in page.text
+    assert "images after 100 steps" in page.all("img")[-1]["alt"]
 
 
 def test_no_torch_is_imported():
@@ -321,11 +321,11 @@ def test_in_a_browser(finished, tmp_path):
         browser.value("document.querySelector('svg').scrollIntoView({block: 'center'}) || 0")
         box = browser.value("document.querySelector('svg').getBoundingClientRect().toJSON()")
         left, _, right, _ = browser.value("document.querySelector('svg').dataset.frame.split(' ').map(Number)")
-        middle = box["x"] + (left + right) / 2 / 460 * box["width"]  # where update 12 is
+        middle = box["x"] + (left + right) / 2 / 460 * box["width"]  # where step 12 is
         before = browser.value("document.querySelector('.read').textContent")
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=middle, y=box["y"] + box["height"] / 2)
         shown = browser.value("document.querySelector('.read').textContent")
-        assert f"loss\u00a0{charts.number(Log(out).curves['train_loss'][12])}" in shown and "update 12 " in shown
+        assert f"loss\u00a0{charts.number(Log(out).curves['train_loss'][12])}" in shown and "step 12 " in shown
         assert browser.value("document.querySelectorAll('.cursor').length") == 6
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
         assert browser.value("document.querySelector('.read').textContent") == before

@@ -32,9 +32,9 @@ def drawn(folder, **options):
 
 def test_result_loads_and_draws_something_else_than_the_base(run, tmp_path, sd):
     run(tmp_path)
-    picture = drawn(tmp_path)
-    assert picture.shape == (16, 16, 3) and np.isfinite(picture).all()
-    assert np.abs(picture - drawn(sd)).max() > 1e-3
+    image = drawn(tmp_path)
+    assert image.shape == (16, 16, 3) and np.isfinite(image).all()
+    assert np.abs(image - drawn(sd)).max() > 1e-3
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -98,7 +98,7 @@ def test_grids(run, tmp_path):
     for events in (tmp_path / "logs").rglob("events*"):
         log = EventAccumulator(str(events)).Reload()
         shown += sum(len(log.Images(tag)) for tag in log.Tags()["images"])
-    assert shown == 3  # TensorBoard lays the pictures of one update side by side
+    assert shown == 3  # TensorBoard lays the images of one step side by side
 
 
 def test_grids_of_the_same_weights_are_equal(run, tmp_path):
@@ -106,7 +106,7 @@ def test_grids_of_the_same_weights_are_equal(run, tmp_path):
     flags = [*PROMPTS, "--learning_rate", "0", "--adam_weight_decay", "0", "--validation_steps", "3"]
     run(tmp_path, *flags)
     one, two = (np.asarray(Image.open(tmp_path / "validation" / f"step-00000{step}.png")) for step in (3, 6))
-    assert np.array_equal(one[50:], two[50:])  # below the title, which names the update
+    assert np.array_equal(one[50:], two[50:])  # below the title, which names the step
 
 
 def test_validation_by_epochs_and_never(run, tmp_path):
@@ -326,7 +326,7 @@ def test_a_base_model_without_a_schedule_of_betas(run_sdxl, tmp_path, sampler):
 
 @pytest.mark.parametrize("trained", ["run", "run_lora", "run_sdxl", "run_lora_sdxl"])
 def test_a_base_model_for_another_task(trained, request, tmp_path):
-    """An inpainting UNet takes the mask and the masked picture as well."""
+    """An inpainting UNet takes the mask and the masked image as well."""
     trained = request.getfixturevalue(trained)
     base = tmp_path / "base"
     shutil.copytree(trained.base, base)
@@ -353,7 +353,7 @@ def test_a_look_before_the_first_update_shows_the_base_model(run, tmp_path):
     assert [path.name for path in (tmp_path / "out" / "validation").iterdir()] == ["step-000006.png"]
 
 
-def test_a_finished_run_that_is_continued_keeps_the_pictures_of_its_card(run, tmp_path):
+def test_a_finished_run_that_is_continued_keeps_the_images_of_its_card(run, tmp_path):
     flags = [*PROMPTS, "--validation_steps", "6", "--checkpointing_steps", "6"]
     run(tmp_path, *flags)
     card = (tmp_path / "README.md").read_text()

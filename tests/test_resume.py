@@ -74,7 +74,7 @@ CASES = {("run", name): flags for name, flags in SETTINGS.items()} | SIBLINGS
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case))
 def test_resumed_equals_uninterrupted(request, tmp_path, case):
-    """Ten pictures and batches of four make updates of 4, 4, 2: the cuts after 2 and 5 lie inside an epoch."""
+    """Ten images and batches of four make steps of 4, 4, 2: the cuts after 2 and 5 lie inside an epoch."""
     run = request.getfixturevalue(case[0])
     for package in {"8bit": "bitsandbytes", "prodigy": "prodigyopt"}.items():
         if package[0] in " ".join(CASES[case]):
@@ -86,7 +86,7 @@ def test_resumed_equals_uninterrupted(request, tmp_path, case):
         cut_run = tmp_path / f"cut{cut}"
         shutil.copytree(whole / f"checkpoint-{cut}", cut_run / f"checkpoint-{cut}")
         run(cut_run, *flags, "--resume_from_checkpoint", "latest")
-        assert result_bytes(cut_run) == result_bytes(whole), f"cut after update {cut}"
+        assert result_bytes(cut_run) == result_bytes(whole), f"cut after step {cut}"
 
 
 def test_number_of_workers_changes_nothing(run, tmp_path):
@@ -186,7 +186,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(run, tmp_pa
     out = tmp_path / "stopped"
     code, said = kill_when(run.fork(out, *flags), out, "checkpoint-20", number)
     assert code == 128 + number, said
-    stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
+    stopped_after = int(re.search(r"stopped after step (\d+)", said)[1])
     assert 20 <= stopped_after < 900
     assert (out / f"checkpoint-{stopped_after}").is_dir()
     command = said.strip().splitlines()[-1].strip()
@@ -205,11 +205,11 @@ def test_a_stop_that_cannot_be_saved_is_a_failure(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine.TrainingState, "write", full_disk)
     sentence, code = run.fails(tmp_path)
-    assert "stopped after update 1, which could not be saved" in sentence and code == 1
+    assert "stopped after step 1, which could not be saved" in sentence and code == 1
 
 
 def test_fp16_overflows_end_and_obey_signals(run, tmp_path, monkeypatch):
-    """An update that overflowed counts neither as a step nor for the schedule; fifty in a row end the run."""
+    """A step that overflowed counts neither as a step nor for the schedule; fifty in a row end the run."""
     from accelerate import Accelerator
 
     seen = []
@@ -241,7 +241,7 @@ def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path, n
     wait_for([process], out / "checkpoint-20")
     os.killpg(process.pid, number)
     said, _ = process.communicate(timeout=60)
-    stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
+    stopped_after = int(re.search(r"stopped after step (\d+)", said)[1])
     assert (out / f"checkpoint-{stopped_after}").is_dir(), said
     assert "accelerate launch --multi_gpu --num_processes 2" in said
 
@@ -259,7 +259,7 @@ def test_a_single_process_follows_its_launcher(run, tmp_path):
     wait_for([process], out / "checkpoint-20")
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)  # until the last process that holds its output has ended
-    assert "stopped after update" in said, said
+    assert "stopped after step" in said, said
 
 
 def test_the_end_of_the_launcher_is_no_second_request(monkeypatch):
@@ -288,10 +288,10 @@ def test_a_reader_of_its_messages_that_goes_away_ends_no_run(run, tmp_path, how)
 
 
 def test_one_process_two_and_accumulation_agree(run, tmp_path):
-    """Also where the last window of an epoch has an odd number of samples: eleven pictures in windows of four."""
-    from tiny import write_pictures
+    """Also where the last window of an epoch has an odd number of samples: eleven images in windows of four."""
+    from tiny import write_images
 
-    eleven = ["--train_data_dir", write_pictures(tmp_path / "eleven", 11), "--random_flip", "--caption_dropout", "0.3"]
+    eleven = ["--train_data_dir", write_images(tmp_path / "eleven", 11), "--random_flip", "--caption_dropout", "0.3"]
     run(tmp_path / "one", *eleven)
     run(tmp_path / "accumulated", *eleven, "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
     assert relative_difference(tmp_path / "accumulated", tmp_path / "one") < 1e-6

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from conftest import LOOKS, PICTURES, ROOT, free_port, logged, relative_difference, result_bytes
+from conftest import IMAGES, LOOKS, ROOT, free_port, logged, relative_difference, result_bytes
 from processes import (
     DEEPSPEED,
     LONG,
@@ -38,10 +38,10 @@ FSDP = ["--use_fsdp", "--fsdp_version", "2"]
 
 
 def test_shared_weights_equal_whole_ones_and_their_checkpoint_is_the_same(run, alone, tmp_path):
-    """Two processes share three held-out pictures and three prompts unequally, and neither waits for ever."""
+    """Two processes share three validation images and three prompts unequally, and neither waits for ever."""
     shared = tmp_path / "shared"
     flags = [*LOOKS, "--train_batch_size", "2", "--checkpointing_steps", "3"]
-    prompts = [*PICTURES, "--validation_prompts", "one", "two", "three"]
+    prompts = [*IMAGES, "--validation_prompts", "one", "two", "three"]
     ended([run.start(shared, *flags, *prompts, launcher=launcher(2, *FSDP))])
     assert relative_difference(shared, alone) < 1e-6
     for name in ("train_loss", "val_loss", "grad_norm"):
@@ -158,19 +158,19 @@ def test_a_full_disk_leaves_no_process_waiting(run, tmp_path):
 
 @pytest.mark.slow
 def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path):
-    """One process' loss is poisoned; the run stops in the state before, or leaves this update out, as without FSDP."""
+    """One process' loss is poisoned; the run stops in the state before, or leaves this step out, as without FSDP."""
     from test_faults import POISONED
 
     wrapper = tmp_path / "poisoned.py"
     wrapper.write_text(POISONED.format(root=str(ROOT)))
     flags = ["--train_batch_size", "2", "--use_ema"]
     (said,) = ended([run.start(tmp_path / "stopped", *flags, launcher=[*launcher(2, *FSDP), str(wrapper)])], code=1)
-    assert said.count("update 4 is not finite") == 1, said
+    assert said.count("step 4 is not finite") == 1, said
     assert [folder.name for folder in checkpoints.listed(tmp_path / "stopped")] == ["checkpoint-3"]
     for name, kind in {"shared": FSDP, "whole": ["--multi_gpu"]}.items():
         launch = [*launcher(2, *kind), str(wrapper)]
         (said,) = ended([run.start(tmp_path / name, *flags, "--on_nan", "skip", launcher=launch)])
-        assert "update 4 is not finite" in said and "left out" in said
+        assert "step 4 is not finite" in said and "left out" in said
     assert relative_difference(tmp_path / "shared", tmp_path / "whole") < 1e-6
     run(tmp_path / "stopped", "--use_ema", "--resume_from_checkpoint", "latest")
     run(tmp_path / "healthy", "--use_ema")
@@ -186,9 +186,9 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path):
 @pytest.mark.parametrize("kind", [("--multi_gpu",), tuple(FSDP)], ids=["whole", "shared"])
 def test_two_machines_equal_one_process(run, alone, tmp_path, kind):
     out, flags = tmp_path / "out", [*LOOKS, "--checkpointing_steps", "3"]
-    prompts = [*PICTURES, "--validation_prompts", "one", "two", "three"]
+    prompts = [*IMAGES, "--validation_prompts", "one", "two", "three"]
     first, second = ended(machines(run, out, *flags, *prompts, kind=kind))
-    assert "trained to update 6" in first and "trained to update 6" not in second
+    assert "trained to step 6" in first and "trained to step 6" not in second
     assert relative_difference(out, alone) < 1e-6
     assert logged(out) == pytest.approx(logged(alone), rel=1e-5)
     continued(run, tmp_path / "one", out / "checkpoint-3", *LOOKS)
@@ -255,7 +255,7 @@ def test_a_machine_that_dies_leaves_no_other_waiting(run, tmp_path, kind):
     said = processes[0].communicate(timeout=90)[0]
     processes[1].communicate(timeout=90)
     assert processes[0].returncode not in (0, None) and time.monotonic() - began < 60, said
-    assert "lost another process of this run" in said or "stopped after update" in said, said
+    assert "lost another process of this run" in said or "stopped after step" in said, said
     assert checkpoints.find(tmp_path, "latest") is not None
 
 
@@ -266,7 +266,7 @@ def test_a_signal_to_one_machine_stops_both_in_order(run, tmp_path, kind):
     wait_for(processes, tmp_path / "checkpoint-20")
     processes[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=90)[0] for process in processes]
-    stopped_after = int(re.search(r"stopped after update (\d+)", said[0])[1])
+    stopped_after = int(re.search(r"stopped after step (\d+)", said[0])[1])
     assert checkpoints.damage(tmp_path / f"checkpoint-{stopped_after}") is None
     command = next(line.strip() for line in said[0].splitlines() if line.strip().startswith("accelerate launch"))
     words = f"{' '.join(kind)} --num_processes 4 --num_machines 2 --machine_rank 0 --main_process_ip 127.0.0.1"
@@ -381,7 +381,7 @@ def test_a_slurm_job_that_is_preempted_goes_on(request, tmp_path, what):
     if what == "jax":
         from flax_runs import FlaxRunner
 
-        run = FlaxRunner("train_text_to_image_flax", run.base, run.pictures)
+        run = FlaxRunner("train_text_to_image_flax", run.base, run.images)
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, text in {"srun": SRUN.format(python=sys.executable), "scancel": SCANCEL, "scontrol": SCONTROL}.items():
@@ -419,12 +419,12 @@ def test_a_slurm_job_that_is_preempted_goes_on(request, tmp_path, what):
     first.send_signal(signal.SIGTERM)
     said = first.communicate(timeout=120)[0]
     assert first.returncode != 0 and (tmp_path / "requeued").read_text() == "4711\n", said
-    stopped_after = int(re.search(r"stopped after update (\d+)", said)[1])
+    stopped_after = int(re.search(r"stopped after step (\d+)", said)[1])
     assert 20 <= stopped_after < 60 and checkpoints.damage(out / f"checkpoint-{stopped_after}") is None
     (said,) = ended([job(out)])
     assert f"resuming from {out}/checkpoint-{stopped_after}" in said
     if what == "two machines":
-        # After its first update DDP sorts gradients into other buckets, in which four are added in another order.
+        # After its first step DDP sorts gradients into other buckets, in which four are added in another order.
         assert relative_difference(out, tmp_path / "whole") < 1e-5
     else:
         assert result_bytes(out) == result_bytes(tmp_path / "whole")

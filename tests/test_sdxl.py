@@ -9,7 +9,7 @@ from conftest import logged, result_bytes, result_weights
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import build_sdxl, write_pictures
+from tiny import build_sdxl, write_images
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_text_to_image_lora_sdxl
@@ -29,16 +29,16 @@ def prepared(script, run, tmp_path, *flags, rows=None, probabilities=None):
     tokenizers = [CLIPTokenizer.from_pretrained(run.base, subfolder=name) for name in ("tokenizer", "tokenizer_2")]
     rows = data.load_rows(folder=args.train_data_dir) if rows is None else rows
     rows.sizes = buckets.training_sizes(rows, args.resolution, bucket_limits(args))
-    prepare = script.Prepare(args, tokenizers, (4, 2), probabilities, 1000)
+    prepare = script.SampleTransform(args, tokenizers, (4, 2), probabilities, 1000)
     return rows, lambda epoch, index: prepare(rows, index, SampleDraws(args.seed, epoch, index))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_time_ids_are_those_of_the_crop_that_was_cut(script, run_sdxl, tmp_path):
-    """Each picture holds its own coordinates as colours, so that what was cut can be read off and compared."""
+    """Each image holds its own coordinates as colours, so that what was cut can be read off and compared."""
     folder = tmp_path / "coordinates"
     sizes = [(40, 30), (30, 40), (33, 33), (64, 32)]
-    write_pictures(folder, len(sizes))
+    write_images(folder, len(sizes))
     for index, (width, height) in enumerate(sizes):
         across, down = np.meshgrid(np.arange(width), np.arange(height))
         Image.fromarray(np.stack([across, down, 0 * across], -1).astype(np.uint8)).save(folder / f"{index}.png")
@@ -52,7 +52,7 @@ def test_time_ids_are_those_of_the_crop_that_was_cut(script, run_sdxl, tmp_path)
                 assert got["time_ids"].dtype == np.float32
                 first_height, first_width, top, left, *target = got["time_ids"].tolist()
                 assert (first_height, first_width) == (height, width) and target == [24, 24]
-                resized = data.resize(rows.picture(index), (24, 24), "lanczos")
+                resized = data.resize(rows.image(index), (24, 24), "lanczos")
                 mirrored = flip and SampleDraws(7, epoch, index)("flip").random() < 0.5
                 whole = data.to_array(resized)[:, :, :: -1 if mirrored else 1]
                 cut = whole[:, int(top) : int(top) + 24, int(left) : int(left) + 24]
@@ -71,7 +71,7 @@ def test_time_ids_reach_the_unet_unrounded_in_bf16(run_sdxl, tmp_path, monkeypat
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
     folder = tmp_path / "wide"
-    write_pictures(folder, 4)
+    write_images(folder, 4)
     for index in range(4):
         Image.new("RGB", (1027 + index, 515)).save(folder / f"{index}.png")
     run_sdxl(tmp_path / "out", "--train_data_dir", folder, "--mixed_precision", "bf16", "--max_train_steps", "1")
@@ -138,7 +138,7 @@ def test_training_loss(script, sdxl, parts, kind, snr_gamma, zero_dropped):
     schedule = DDPMScheduler.from_pretrained(sdxl, subfolder="scheduler", prediction_type=kind)
     unet, vae, encoders = parts
     batch = a_batch()
-    batch |= script.encode_pictures(vae, batch) | script.encode_captions(encoders, batch)
+    batch |= script.encode_images(vae, batch) | script.encode_captions(encoders, batch)
     got = script.training_loss(unet, schedule, batch, vae.config.scaling_factor, zero_dropped, snr_gamma)
     expected = reference(parts, a_batch(), kind, snr_gamma, zero_dropped)
     torch.testing.assert_close(got.detach().double(), expected, rtol=5e-5, atol=1e-7)
@@ -164,12 +164,12 @@ def test_dropping_is_drawn_anew_each_time_a_sample_is_seen(script, run_sdxl, tmp
     rows, sample = prepared(script, run_sdxl, tmp_path, flag, "0.4")
     given = np.array([[sample(epoch, index)["caption_given"] for index in range(10)] for epoch in range(40)])
     assert abs(given.mean() - 0.6) < 0.08
-    assert all(0 < share < 1 for share in given.mean(axis=0)), "no picture is always without its caption"
+    assert all(0 < share < 1 for share in given.mean(axis=0)), "no image is always without its caption"
 
 
 def test_an_empty_caption_in_the_data_is_encoded_and_not_dropped(run_sdxl, tmp_path):
     folder = tmp_path / "empty"
-    write_pictures(folder, 1)
+    write_images(folder, 1)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": ""}\n')
     rows, sample = prepared(train_text_to_image_sdxl, run_sdxl, tmp_path, rows=data.load_rows(folder=folder))
     assert sample(0, 0)["caption_given"] == 1
@@ -218,9 +218,9 @@ def test_the_vae_stays_in_float32_where_it_must_and_says_why(run_sdxl, run_lora_
     seen, real = [], AutoencoderKL.encode
     mended = AutoencoderKL.from_pretrained(run_sdxl.base, subfolder="vae")
     mended.register_to_config(force_upcast=False)
-    mended.save_pretrained(tmp_path / "mended")
+    mended.save_pretrained(tmp_path / "fixed")
     own = f"{run_sdxl.base}/vae"
-    vaes = {None: "SDXL's own VAE overflows", own: f"the VAE {own} overflows", tmp_path / "mended": None}
+    vaes = {None: "SDXL's own VAE overflows", own: f"the VAE {own} overflows", tmp_path / "fixed": None}
     monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x, **kw: (seen.append(x.dtype), real(self, x, **kw))[1])
     for run in (run_sdxl, run_lora_sdxl):
         for vae, sentence in vaes.items():
@@ -249,8 +249,8 @@ def test_result_loads_and_draws(run_sdxl, tmp_path):
     run_sdxl(tmp_path, *flags, "--validation_steps", "3", "--use_ema", "--mixed_precision", "bf16")
     pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline("x", height=16, width=16, num_inference_steps=2, output_type="np").images[0]
-    assert picture.shape == (16, 16, 3) and np.isfinite(picture).all()
+    image = pipeline("x", height=16, width=16, num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (16, 16, 3) and np.isfinite(image).all()
     assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == ["step-000003.png", "step-000006.png"]
     assert np.asarray(Image.open(tmp_path / "validation" / "step-000003.png")).std() > 10
     assert result_weights(tmp_path)["conv_in.weight"].dtype == torch.float32
@@ -297,18 +297,18 @@ def test_sd_given_to_sdxl_and_the_other_way_round(run_lora, run_lora_sdxl, tmp_p
         assert "this script trains" in sentence and code == 2
 
 
-def test_debug_loss_logs_each_pictures_own_loss_with_its_update(run_lora_sdxl, tmp_path):
+def test_debug_loss_logs_each_images_own_loss_with_its_update(run_lora_sdxl, tmp_path):
     run_lora_sdxl(tmp_path, "--debug_loss", "--report_to", "tensorboard", "--max_train_steps", "3")
     values = {1: [], 2: [], 3: []}
     for index in range(10):
-        [name] = [f"loss_for_{path}" for path in sorted(pictures_of(run_lora_sdxl)) if path.endswith(f"/{index}.png")]
+        [name] = [f"loss_for_{path}" for path in sorted(images_of(run_lora_sdxl)) if path.endswith(f"/{index}.png")]
         for step, value in logged(tmp_path, name).items():
             values[step].append(value)
     assert len({round(value, 6) for several in values.values() for value in several}) == 10
     assert logged(tmp_path) == pytest.approx({step: np.mean(several) for step, several in values.items()}, rel=1e-5)
 
 
-def pictures_of(run):
+def images_of(run):
     from pathlib import Path
 
-    return [str(path.resolve()) for path in Path(run.pictures).glob("*.png")]
+    return [str(path.resolve()) for path in Path(run.images).glob("*.png")]

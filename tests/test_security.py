@@ -92,11 +92,11 @@ def test_nothing_that_is_written_holds_the_token(each, tmp_path, monkeypatch, ca
         out = tmp_path / str(len(form))
         each(out, *form, "--push_to_hub", "--report_to", "tensorboard", "--checkpointing_steps", "3")
         page = report.page([report.read(out)])
-        assert "finished: 6 of 6 updates" in page and page.count("<svg") == 5 and SECRET not in page
+        assert "finished: 6 of 6 steps" in page and page.count("<svg") == 5 and SECRET not in page
         files = [path for path in out.rglob("*") if path.is_file()]
         assert len(files) > 5 and not [path for path in files if SECRET.encode() in path.read_bytes()]
     printed = "".join(capfd.readouterr())
-    assert "trained to update 6" in printed and SECRET not in printed
+    assert "trained to step 6" in printed and SECRET not in printed
 
 
 HOSTILE = "x](javascript:alert(1)) ```\n---\nlicense: mit\n---\n<script>alert(2)</script> ../../../etc/passwd | a | b"
@@ -120,9 +120,9 @@ def test_a_prompt_breaks_out_of_nothing(run, run_lora, tmp_path, flag):
 def test_captions_are_in_no_file_name_and_in_no_card(run, tmp_path):
     import json
 
-    from tiny import write_pictures
+    from tiny import write_images
 
-    folder = Path(write_pictures(tmp_path / "pictures", 4))
+    folder = Path(write_images(tmp_path / "images", 4))
     lines = [{"file_name": f"{index}.png", "text": HOSTILE} for index in range(4)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(tmp_path / "out", "--train_data_dir", folder, "--checkpointing_steps", "3", "--report_to", "tensorboard")

@@ -16,7 +16,7 @@ TRACKED = ["--report_to", "tensorboard"]
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("shape", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
 def test_learning_rate_is_counted_in_updates(run, tmp_path, shape, accumulation):
-    """The rate logged after update k is the schedule's at k, whatever the number of micro-steps in an update."""
+    """The rate logged after step k is the schedule's at k, whatever the number of micro-steps in a step."""
     flags = ["--lr_scheduler", shape, "--lr_warmup_steps", "2", "--lr_num_cycles", "2", "--lr_power", "2"]
     run(tmp_path, *TRACKED, *flags, "--train_batch_size", "1", "--gradient_accumulation_steps", accumulation)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
@@ -34,7 +34,7 @@ def test_scale_lr(run, tmp_path):
 
 
 def test_epochs_and_updates(run, tmp_path):
-    """Ten pictures in windows of four are three updates an epoch; the last one has two pictures."""
+    """Ten images in windows of four are three steps an epoch; the last one has two images."""
     argv = run.argv(tmp_path, *TRACKED, "--num_train_epochs", "2")
     at = argv.index("--max_train_steps")
     from conftest import reset_accelerate
@@ -57,7 +57,7 @@ def test_clipping_and_its_absence(run, tmp_path):
 
 
 def test_average_is_what_is_saved(run, tmp_path):
-    """Held against the average computed by hand from the weights after each update."""
+    """Held against the average computed by hand from the weights after each step."""
     run(tmp_path, "--use_ema", "--ema_decay", "0.4", "--checkpointing_steps", "1")
     from safetensors.torch import load_file
 
@@ -65,7 +65,7 @@ def test_average_is_what_is_saved(run, tmp_path):
     average = None
     for step in range(1, 7):
         weight = load_file(tmp_path / f"checkpoint-{step}/unet/diffusion_pytorch_model.safetensors")[name].double()
-        decay = 0.0 if step == 1 else min(0.4, step / (9 + step))  # diffusers counts the first update as step 0
+        decay = 0.0 if step == 1 else min(0.4, step / (9 + step))  # diffusers counts the first step as step 0
         average = weight if average is None else decay * average + (1 - decay) * weight
     saved = load_file(tmp_path / "checkpoint-6/unet_ema/diffusion_pytorch_model.safetensors")[name]
     torch.testing.assert_close(saved.double(), average, rtol=1e-5, atol=1e-7)

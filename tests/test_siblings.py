@@ -20,13 +20,13 @@ SAME = [
     (
         train_text_to_image,
         train_text_to_image_lora,
-        ["Prepare", "encode_pictures", "encode_captions", "training_loss", "check_prediction_type"],
+        ["Prepare", "encode_images", "encode_captions", "training_loss", "check_prediction_type"],
     ),
     (
         train_text_to_image_sdxl,
         train_text_to_image_lora_sdxl,
         [
-            *("encode_pictures", "encode_captions", "text_of", "training_loss"),
+            *("encode_images", "encode_captions", "text_of", "training_loss"),
             *("timestep_probabilities", "check_prediction_type"),
         ],
     ),
@@ -34,14 +34,14 @@ SAME = [
         train_text_to_image_prior,
         train_text_to_image_lora_prior,
         [
-            *("Prepare", "encode_pictures", "encode_captions", "training_loss", "embedding_statistics"),
+            *("Prepare", "encode_images", "encode_captions", "training_loss", "embedding_statistics"),
             "check_prediction_type",
         ],
     ),
     (
         train_text_to_image_decoder,
         train_text_to_image_lora_decoder,
-        ["Prepare", "encode_pictures", "training_loss", "latents_of"],
+        ["Prepare", "encode_images", "training_loss", "latents_of"],
     ),
 ]
 OTHERS = [

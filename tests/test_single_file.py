@@ -138,7 +138,7 @@ def test_what_a_killed_conversion_left_goes(sd, one_file, tmp_path, monkeypatch)
     assert not list(tmp_path.rglob("unfinished-*"))
 
 
-def test_so_does_one_of_sdxl(sdxl, pictures, tmp_path):
+def test_so_does_one_of_sdxl(sdxl, images, tmp_path):
     """Its text encoders have other widths, as the real ones do: by that diffusers tells them apart."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -151,21 +151,21 @@ def test_so_does_one_of_sdxl(sdxl, pictures, tmp_path):
         sdxl, text_encoder_2=CLIPTextModelWithProjection(wide), unet=UNet2DConditionModel.from_config(unet)
     ).save_pretrained(folder)
     path = as_one_file(folder, tmp_path / "model.safetensors")
-    run = Runner("train_text_to_image_lora_sdxl", str(folder), pictures)
+    run = Runner("train_text_to_image_lora_sdxl", str(folder), images)
     run(tmp_path / "folder", "--max_train_steps", "2")
     flags = ["--pretrained_model_name_or_path", path, "--single_file_config", folder]
     run(tmp_path / "file", "--max_train_steps", "2", *flags, *cache)
     assert result_bytes(tmp_path / "file") == result_bytes(tmp_path / "folder")
 
 
-def test_a_vae_of_one_file_or_of_a_whole_model(sdxl, pictures, tmp_path):
+def test_a_vae_of_one_file_or_of_a_whole_model(sdxl, images, tmp_path):
     """kohya's --vae is such a file; the other VAE of the three is the base's own."""
     whole = load_file(as_one_file(sdxl, tmp_path / "model.safetensors"))
     prefix = "first_stage_model."
     vae = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
     save_file(vae, tmp_path / "vae.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "not.safetensors")
-    run = Runner("train_text_to_image_sdxl", sdxl, pictures)
+    run = Runner("train_text_to_image_sdxl", sdxl, images)
     flag = "--pretrained_vae_model_name_or_path"
     run(tmp_path / "own", "--max_train_steps", "1")
     for name, other in (("file", tmp_path / "vae.safetensors"), ("pipeline", sdxl)):

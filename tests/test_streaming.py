@@ -23,10 +23,10 @@ from hub_server import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_formats import write_tar
-from tiny import WORDS, picture
+from tiny import WORDS, image
 
 from training_utils import data, draws, inspection, streams
-from training_utils.data import Position, Updates
+from training_utils.data import BatchPlan, Position
 from training_utils.reporting import UserError
 
 FEW = ["--streaming", "--shuffle_buffer", "8", "--max_train_steps", "4", "--random_flip", "--caption_dropout", "0.3"]
@@ -35,7 +35,7 @@ FEW = ["--streaming", "--shuffle_buffer", "8", "--max_train_steps", "4", "--rand
 @functools.cache
 def png(index, size=(20, 16)):
     content = io.BytesIO()
-    picture(index, size).save(content, "png")
+    image(index, size).save(content, "png")
     return content.getvalue()
 
 
@@ -44,7 +44,7 @@ def caption(index):
 
 
 def tables(folder, files=6, rows=5, size=(20, 16), change=None, **options):
-    """Tables of pictures and captions, and of a column that nobody asked for; `change(index, row)` alters one."""
+    """Tables of images and captions, and of a column that nobody asked for; `change(index, row)` alters one."""
     folder.mkdir(parents=True)
     for at in range(files):
         lines = [
@@ -131,7 +131,7 @@ def test_rows_that_are_near_in_the_order_lie_in_few_chunks(count, rows, buffer):
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_processes_have_chunks_of_their_own(world):
-    """Until the first lanes end; however they are shared out, an update has the same samples."""
+    """Until the first lanes end; however they are shared out, a step has the same samples."""
 
     class Stream:
         ahead = 100
@@ -142,8 +142,8 @@ def test_processes_have_chunks_of_their_own(world):
         def expect(self, coming, rank, count):
             pass
 
-    updates = Updates(960, 5, 4, 2, world, stream=Stream())
-    one = Updates(960, 5, 4 * world, 2, 1, stream=Stream())
+    updates = BatchPlan(960, 5, 4, 2, world, stream=Stream())
+    one = BatchPlan(960, 5, 4 * world, 2, 1, stream=Stream())
     seen, position = [set() for _ in range(world)], Position()
     while position.epoch == 0:
         shares = updates.shares(position)
@@ -164,7 +164,7 @@ def test_processes_fetch_what_they_read(tmp_path):
         fetched[rank] = []
         real = part.source.fetch
         part.source.fetch = lambda file, chunk, real=real, to=fetched[rank]: to.append(chunk.file) or real(file, chunk)
-        batches = Updates(len(part), 5, 4, 1, 2, stream=part).batches(Position(), rank)
+        batches = BatchPlan(len(part), 5, 4, 1, 2, stream=part).batches(Position(), rank)
         for _ in range(16):  # two thirds of an epoch
             for _, index, _ in next(batches):
                 assert part.captions(index) == [caption(index)]
@@ -178,7 +178,7 @@ def test_processes_fetch_what_they_read(tmp_path):
 
 @pytest.mark.parametrize("kind", ["shards", "parquet"])
 def test_a_row_is_the_row_of_the_data_set_that_is_not_streamed(kind, request, tmp_path, monkeypatch):
-    """Picture, caption and, where it has one, its name; in whatever chunks."""
+    """Image, caption and, where it has one, its name; in whatever chunks."""
     folder = request.getfixturevalue(kind)
     plain = data.load_rows(folder=folder, cache_dir=str(tmp_path))
     for size in (1, 5000, 2**26):
@@ -188,7 +188,7 @@ def test_a_row_is_the_row_of_the_data_set_that_is_not_streamed(kind, request, tm
         assert len(rows) == len(plain) == 30
         for index in (29, 0, 7, 16):
             assert rows.captions(index) == plain.captions(index)
-            assert rows.picture(index).tobytes() == plain.picture(index).tobytes()
+            assert rows.image(index).tobytes() == plain.image(index).tobytes()
             if kind == "shards":
                 assert rows.name(index) == plain.name(index)
     assert rows.name(7).endswith(
@@ -198,14 +198,14 @@ def test_a_row_is_the_row_of_the_data_set_that_is_not_streamed(kind, request, tm
 
 
 def test_columns_and_captions_of_every_kind(tmp_path):
-    """Bytes without a path, lists of captions, JSON beside pictures; pictures without a caption are left out."""
+    """Bytes without a path, lists of captions, JSON beside images; images without a caption are left out."""
 
     def change(index, line):
         line["photo"], line["legend"] = line.pop("image")["bytes"], [line.pop("text"), "x"]
 
     folder = tables(tmp_path / "tables", 2, 3, change=change)
     rows = rows_of(folder, tmp_path, image_column="photo", caption_column="legend")
-    assert rows.captions(4) == [caption(4), "x"] and rows.picture(4).tobytes() == picture(4).tobytes()
+    assert rows.captions(4) == [caption(4), "x"] and rows.image(4).tobytes() == image(4).tobytes()
 
     def beside(index, sample):
         text = sample.pop(f"{index:04}.txt").decode()
@@ -233,7 +233,7 @@ def test_what_is_known_of_a_file_is_looked_up_once(shards, parquet, tmp_path, mo
 
 
 @pytest.mark.parametrize(("size", "count"), [(2_000_000, 8), (40_000, 100)])
-def test_large_pictures_are_passed_over_and_small_ones_read_in_few_requests(tmp_path, monkeypatch, size, count):
+def test_large_images_are_passed_over_and_small_ones_read_in_few_requests(tmp_path, monkeypatch, size, count):
     members = [(f"{i}.{ending}", bytes(n)) for i in range(count) for ending, n in (("png", size), ("txt", 9))]
     path, asked = write_tar(tmp_path / "shards" / "a.tar", members), []
     real = streams._bytes
@@ -248,11 +248,11 @@ def test_subsets_lie_in_few_chunks(tmp_path):
     few = data.take(rows, 11, 3)
     assert len(few) == 11 and len(few.lengths) == 3 and sorted(few.lengths) == [1, 5, 5]
     assert not np.array_equal(few.numbers, data.take(rows, 11, 4).numbers)
-    train, held_out = data.hold_out(rows, 0.2, 3)
-    assert len(train) == 48 and len(held_out) == 12 and len(held_out.lengths) == 3
-    assert sorted(np.concatenate([train.numbers, held_out.numbers])) == list(range(60))
-    assert held_out.captions(11) == [caption(held_out.numbers[11])]
-    assert len({rows.fingerprint(), few.fingerprint(), train.fingerprint(), held_out.fingerprint()}) == 4
+    train, val_samples = data.split_validation(rows, 0.2, 3)
+    assert len(train) == 48 and len(val_samples) == 12 and len(val_samples.lengths) == 3
+    assert sorted(np.concatenate([train.numbers, val_samples.numbers])) == list(range(60))
+    assert val_samples.captions(11) == [caption(val_samples.numbers[11])]
+    assert len({rows.fingerprint(), few.fingerprint(), train.fingerprint(), val_samples.fingerprint()}) == 4
 
 
 def test_a_spool_holds_what_is_needed_and_goes_with_the_last_who_uses_it(tmp_path, monkeypatch):
@@ -263,7 +263,7 @@ def test_a_spool_holds_what_is_needed_and_goes_with_the_last_who_uses_it(tmp_pat
     twin = rows_of(tmp_path / "tables", tmp_path)
     (spool,) = spools(tmp_path)
     assert rows.source.spool.folder == twin.source.spool.folder == spool
-    updates = Updates(len(rows), 1, 4, stream=rows)
+    updates = BatchPlan(len(rows), 1, 4, stream=rows)
     monkeypatch.setattr(streams, "LATE", 2)
     most, batches = 0, updates.batches(Position())
     for _ in range(100):  # of 60 in an epoch
@@ -307,12 +307,12 @@ def test_a_stream_is_resumed(each, parquet, cache, tmp_path):
     assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
 
 
-def test_another_epoch_a_subset_and_held_out_pictures(run, shards, cache, tmp_path, capsys):
+def test_another_epoch_a_subset_and_held_out_images(run, shards, cache, tmp_path, capsys):
     more = ["--max_train_samples", "14", "--validation_split", "0.3", "--validation_steps", "3"]
     flags = [*FEW, *cache, "--train_data_dir", shards, *more, "--max_train_steps", "7"]
     run(tmp_path / "whole", *flags)
     said = capsys.readouterr().err
-    assert "streaming 30 pictures in chunks, 6 of " in said and re.search(r"pictures +10\b", said)
+    assert "streaming 30 images in chunks, 6 of " in said and re.search(r"images +10\b", said)
     assert len(re.findall(r"val_loss \d", said)) == 3
     run(tmp_path / "cut", *flags, "--checkpointing_steps", "4")
     run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "checkpoint-4", "--dataloader_num_workers", "1")
@@ -349,11 +349,11 @@ def test_bad_samples_are_met_when_their_turn_comes(run, cache, tmp_path, capsys)
     folder = tars(tmp_path / "shards", change=spoilt)
     flags = [*FEW, *cache, "--train_data_dir", folder, "--max_train_steps", "8"]
     sentence, code = run.fails(tmp_path / "error", *flags)
-    assert re.search(r"000?\d.tar/00\d\d.(png cannot be (read as a picture|used) \(.+\)); mend or remove it", sentence)
+    assert re.search(r"000?\d.tar/00\d\d.(png cannot be (read as an image|used) \(.+\)); fix or remove it", sentence)
     assert code == 2 and "--on_bad_sample skip" in sentence
     assert run(tmp_path / "skip", *flags, "--on_bad_sample", "skip") == 0
     said = capsys.readouterr().err
-    assert "8 pictures could not be used in training" in said and "0005.txt is not UTF-8 text" in said
+    assert "8 images could not be used in training" in said and "0005.txt is not UTF-8 text" in said
     assert run(tmp_path / "check", "--check_data", "--streaming", *cache, "--train_data_dir", folder) == 2
     report = capsys.readouterr().out
     assert "samples    30, 8 of which cannot be used" in report and "no usable caption: 4" in report
@@ -367,13 +367,13 @@ def test_a_report_reads_a_stream_once(parquet, tmp_path, capsys, monkeypatch):
     source = {"dataset_name": None, "folder": parquet, "cache_dir": str(tmp_path), "shuffle_buffer": 8}
     assert inspection.check_data(source, 16) == 0
     said = capsys.readouterr()
-    assert "captions   30\npictures   30 decoded" in said.out and sorted(seen) == list(range(6))
+    assert "captions   30\nimages     30 decoded" in said.out and sorted(seen) == list(range(6))
 
 
 def test_a_dry_run_tells_of_chunks(run, parquet, tmp_path, capsys):
     run(tmp_path / "out", "--dry_run", *FEW, "--cache_dir", tmp_path / "cache", "--train_data_dir", parquet)
     out = capsys.readouterr().out
-    assert out.startswith("pictures    30 to train on, 0 held out\nchunks      6 of 0.00")
+    assert out.startswith("images      30 to train on, 0 held out\nchunks      6 of 0.00")
     assert not (tmp_path / "out").exists() and spools(tmp_path / "cache") == []
 
 
@@ -387,22 +387,22 @@ def refused(folder, **options):
     return str(caught.value), caught.value.exit_code
 
 
-def test_what_cannot_be_streamed(pictures, parquet, tmp_path):
-    sentence, code = refused(Path(pictures))
-    assert "holds single pictures, which are read in place as it is; leave --streaming out" in sentence and code == 2
+def test_what_cannot_be_streamed(images, parquet, tmp_path):
+    sentence, code = refused(Path(images))
+    assert "holds single images, which are read in place as it is; leave --streaming out" in sentence and code == 2
     options = {"cache_dir": str(tmp_path), "shuffle_buffer": 8}
     with pytest.raises(UserError, match="holds .jsonl, .png files, and --streaming reads .parquet tables or plain"):
-        data.load_rows(dataset_name=pictures, **options)
+        data.load_rows(dataset_name=images, **options)
     with pytest.raises(UserError, match="--dataset_name nowhere/at_all cannot be loaded"):
         data.load_rows(dataset_name="nowhere/at_all", **options)
-    assert "--image_column text holds string, not pictures" in refused(parquet, image_column="text")[0]
+    assert "--image_column text holds string, not images" in refused(parquet, image_column="text")[0]
     assert "--caption_column title: there is no such column" in refused(parquet, caption_column="title")[0]
     (tables(tmp_path / "test", 1) / "train-00000-of-00001.parquet").rename(tmp_path / "test" / "test.parquet")
     assert "has no split 'train', only test" in refused(tmp_path / "test")[0]
     write_tar(tmp_path / "bare" / "a.tar", [("0.png", png(0))])
-    assert "holds no captions beside its pictures" in refused(tmp_path / "bare")[0]
+    assert "holds no captions beside its images" in refused(tmp_path / "bare")[0]
     write_tar(tmp_path / "none" / "a.tar", [("0.txt", b"x")])
-    assert "holds no pictures" in refused(tmp_path / "none")[0]
+    assert "holds no images" in refused(tmp_path / "none")[0]
 
 
 def test_damage(parquet, tmp_path, monkeypatch):
@@ -418,7 +418,7 @@ def test_damage(parquet, tmp_path, monkeypatch):
     folder = tables(tmp_path / "later", 2, 3, compression="none")
     rows = rows_of(folder, tmp_path)
     path = folder / "train-00001-of-00002.parquet"
-    at = pyarrow.parquet.read_metadata(path).row_group(0).column(1).data_page_offset  # of the pictures
+    at = pyarrow.parquet.read_metadata(path).row_group(0).column(1).data_page_offset  # of the images
     content = path.read_bytes()
     path.write_bytes(content[:at] + bytes(50) + content[at + 50 :])
     with pytest.raises(
@@ -450,7 +450,7 @@ def test_a_disk_that_is_too_small(parquet, tmp_path, monkeypatch):
 
 # --- over HTTP -------------------------------------------------------------------------------------------------------
 
-LARGER = (200, 160)  # pixels, of which a PNG takes 96 kB: what is read beside pictures, footers alone, is little then
+LARGER = (200, 160)  # pixels, of which a PNG takes 96 kB: what is read beside images, footers alone, is little then
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +476,7 @@ runpy.run_path(words[1], run_name="__main__")
 
 
 def command(run, tmp_path, name, out, *more):
-    """The words of a run on a data set of the hub."""
+    """The words of a run on a dataset of the hub."""
     words = run.argv(tmp_path / out, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *FEW, *more)
     return ["-c", RUN, tmp_path / "process", f"{run.script}.py", *words]
 
@@ -498,12 +498,12 @@ def stored(folder):
 
 
 def test_a_run_downloads_what_it_trains_on(run, hub, machine, tmp_path):
-    """And a little ahead of it; the disk never holds the data set."""
+    """And a little ahead of it; the disk never holds the dataset."""
     hub.faults.clear(), hub.sent.clear()
     whole = sum(map(len, hub.repositories["datasets", "me/tables"].files().values()))
     few = ["--max_train_samples", "12", "--max_train_steps", "5"]
     said = machine.runs(*command(run, tmp_path, "me/tables", "out", *few), token="hf_mine")
-    assert "streaming 96 pictures in chunks, 24 of 0.38" in said
+    assert "streaming 96 images in chunks, 24 of 0.38" in said
     fetched = sum(size for path, size in hub.sent if path.startswith("/lfs/"))
     assert 0.98 * 3 / 24 < (fetched - 24 * 2**16) / whole < 3 / 24  # of all a footer, and two columns of three tables
     assert stored(machine.folder / "home") + stored(tmp_path / "cache") < whole / 50

@@ -25,11 +25,11 @@ def lines(*start):
 
 
 @pytest.fixture(scope="module")
-def watched(sd, pictures, tmp_path_factory):
+def watched(sd, images, tmp_path_factory):
     """A folder in which the page's commands that train have run."""
     folder = tmp_path_factory.mktemp("watch")
     first, second = lines("accelerate", "launch")
-    words = on_tiny_models(first, sd, None, None, pictures, folder / "my_model")
+    words = on_tiny_models(first, sd, None, None, images, folder / "my_model")
     again = [
         {"my_model/run.yaml": folder / "my_model/run.yaml", "my_second": folder / "my_second"}.get(word, word)
         for word in second.flags
@@ -73,6 +73,6 @@ def test_what_the_page_names(watched):
     assert {name for line in curves.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])} == known
     choices = {name for name in train_text_to_image.flags.TRACKERS if name not in ("all", "none")}
     assert all(f"`{name}`" in PAGE or name == "tensorboard" for name in choices)
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", PAGE):
-        path = ROOT / "docs" / picture
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", PAGE):
+        path = ROOT / "docs" / image
         assert Image.open(path).width > 800 and path.stat().st_size < 300_000

@@ -1,4 +1,4 @@
-"""Base models of a few hundred kilobytes and a handful of pictures, for tests."""
+"""Base models of a few hundred kilobytes and a handful of images, for tests."""
 
 import json
 import struct
@@ -191,8 +191,8 @@ def build_kandinsky_decoder(folder):
     return str(folder)
 
 
-def picture(index, size=(20, 16)):
-    """A picture that differs from every other index in each pixel."""
+def image(index, size=(20, 16)):
+    """An image that differs from every other index in each pixel."""
     values = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -209,12 +209,12 @@ def png(width, height, depth, kind, lines):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def write_pictures(folder, count=10):
-    """An image folder of `count` pictures, larger than the tests' resolution so that crops differ."""
+def write_images(folder, count=10):
+    """An image folder of `count` images, larger than the tests' resolution so that crops differ."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
-        picture(index).save(folder / f"{index}.png")
+        image(index).save(folder / f"{index}.png")
         lines.append({"file_name": f"{index}.png", "text": f"a handwritten {WORDS[index % 10]}"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)

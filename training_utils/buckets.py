@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: sizes of about the same area, so that a picture need not be cut to a square.
+"""Aspect-ratio buckets: sizes of about the same area, so that an image need not be cut to a square.
 
-A size is (width, height) in pixels. Each picture belongs to one bucket, a size whose ratio is near its own; it is
+A size is (width, height) in pixels. Each image belongs to one bucket, a size whose ratio is near its own; it is
 scaled until it covers the bucket, and what stands over is cropped.
 """
 
@@ -9,7 +9,7 @@ import numpy as np
 from . import data
 from .reporting import say, shortened, warn
 
-MUCH_CROPPED = 0.25  # the share of a picture from which on it is named
+MUCH_CROPPED = 0.25  # the share of an image from which on it is named
 MUCH_ENLARGED = 2.0  # times
 
 
@@ -30,9 +30,9 @@ def make(resolution, smallest, largest, step):
 
 
 def nearest(sizes, buckets):
-    """The number of each picture's bucket: of the one whose width / height is the nearest, in the logarithm.
+    """The number of each image's bucket: of the one whose width / height is the nearest, in the logarithm.
 
-    `sizes` has shape (N, 2); one of zeros, a picture whose size is not known, counts as a square.
+    `sizes` has shape (N, 2); one of zeros, an image whose size is not known, counts as a square.
     """
     middles = np.log(buckets[:, 0] / buckets[:, 1])
     middles = (middles[:-1] + middles[1:]) / 2
@@ -41,29 +41,29 @@ def nearest(sizes, buckets):
 
 
 def cropped(sizes, buckets):
-    """The share of each picture that is cropped when it covers its bucket; both of shape (N, 2). Float64, (N,)."""
+    """The share of each image that is cropped when it covers its bucket; both of shape (N, 2). Float64, (N,)."""
     return 1 - buckets.prod(axis=1) / (sizes.prod(axis=1) * scale(sizes, buckets) ** 2)
 
 
 def scale(sizes, buckets):
-    """The factor by which each picture is scaled to cover its bucket; both of shape (N, 2). Float64, (N,)."""
+    """The factor by which each image is scaled to cover its bucket; both of shape (N, 2). Float64, (N,)."""
     return (buckets / sizes).max(axis=1)
 
 
 def assign(rows, resolution, smallest, largest, step):
-    """Read the header of every picture and find its bucket, of those that `make` makes.
+    """Read the header of every image and find its bucket, of those that `make` makes.
 
     Returns the size at which each row is trained, int64, shape (N, 2); the lines of a table; and remarks about
-    pictures that the buckets do not suit, each a clause and the names of the pictures. Pictures that cannot be opened
+    images that the buckets do not suit, each a clause and the names of the images. Images that cannot be opened
     are put with the squares and not counted.
     """
-    sizes, choice = data.picture_sizes(rows), make(resolution, smallest, largest, step)
+    sizes, choice = data.image_sizes(rows), make(resolution, smallest, largest, step)
     chosen = choice[nearest(sizes, choice)]
     known = np.flatnonzero(sizes.all(axis=1))
     sizes, targets = sizes[known], chosen[known]
     lost, factor = cropped(sizes, targets), scale(sizes, targets)
     used, number, counts = np.unique(targets, axis=0, return_inverse=True, return_counts=True)
-    table = [("bucket", "pictures", "cropped")]
+    table = [("bucket", "images", "cropped")]
     for at in sorted(range(len(used)), key=lambda at: used[at, 0] / used[at, 1]):
         table.append((f"{used[at, 0]} x {used[at, 1]}", f"{counts[at]:,}", _percent(lost[number.reshape(-1) == at])))
     table.append(("in all", f"{len(known):,}", _percent(lost)))
@@ -71,8 +71,8 @@ def assign(rows, resolution, smallest, largest, step):
     squares = _percent(cropped(sizes, np.array([[resolution, resolution]])))
     lines = [
         "aspect-ratio buckets, width x height in pixels",
-        *(f"{size:>{width}}  {pictures:>{wide}}  {share:>7}" for size, pictures, share in table),
-        f"{len(used)} of {len(choice)} buckets are used; cut to squares, the pictures would lose {squares}",
+        *(f"{size:>{width}}  {images:>{wide}}  {share:>7}" for size, images, share in table),
+        f"{len(used)} of {len(choice)} buckets are used; cut to squares, the images would lose {squares}",
     ]
     remarks = []
     for what, which in (
@@ -81,7 +81,7 @@ def assign(rows, resolution, smallest, largest, step):
     ):
         indices = known[which]  # only the first ten are named, so only those are read
         names = [rows.name(int(index)) for index in indices[:10]] + [""] * (len(indices) - 10)
-        remarks += [(f"{len(names):,} pictures {what}", names)] if names else []
+        remarks += [(f"{len(names):,} images {what}", names)] if names else []
     return chosen, lines, remarks
 
 

@@ -1,4 +1,4 @@
-"""What frozen networks made of pictures and captions, kept on disk, so that they run once and not at every step.
+"""What frozen networks made of images and captions, kept on disk, so that they run once and not at every step.
 
 A `Store` holds entries by key, in shards that are memory-mapped, written whole or not at all, and never changed. A key
 names the content that an entry was made of, and the store's folder the networks and settings that made it: what has
@@ -210,7 +210,7 @@ class Team:
 
     @property
     def threads(self):
-        """How many threads of this process read pictures, which lets go of the interpreter."""
+        """How many threads of this process read images, which lets go of the interpreter."""
         return max(1, min(8, (os.cpu_count() or 1) // self.local_world))
 
     def read(self, function, items, batch_size):
@@ -358,15 +358,15 @@ def _one(encode, sample):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Pictures:
-    """What the networks made of a data set's pictures: `read` stands in for `Prepare.show` and the networks.
+class Images:
+    """What the networks made of a dataset's images: `read` stands in for `Prepare.show` and the networks.
 
-    Of a picture that is cropped at random `crops` crops are kept. They are drawn from its content, so that every run
-    finds the same ones. `digests` are those of the pictures' content, `sizes` their own (width, height), `unusable`
+    Of an image that is cropped at random `crops` crops are kept. They are drawn from its content, so that every run
+    finds the same ones. `digests` are those of the images' content, `sizes` their own (width, height), `unusable`
     maps indices to sentences. The `size` of a view is the one at which it is shown, None where there is no choice.
     """
 
@@ -374,7 +374,7 @@ class Pictures:
         self.store, self.digests, self.sizes, self.crops, self.unusable = store, digests, sizes, crops, {}
 
     def key(self, index, mirrored, crop, size):
-        """The key of one view; `crop` is None for the middle of the picture, else a number."""
+        """The key of one view; `crop` is None for the middle of the image, else a number."""
         words = [self.digests[index], *(["mirrored"] if mirrored else []), *([] if crop is None else [f"crop {crop}"])]
         return " ".join(words if size is None else [*words, f"{size[0]} x {size[1]}"])
 
@@ -388,7 +388,7 @@ class Pictures:
         return [(mirrored, crop) for mirrored in ((False, True) if mirrors else (False,)) for crop in crops]
 
     def has_room(self, index, size):
-        """Whether crops of a picture for this size can differ."""
+        """Whether crops of an image for this size can differ."""
         (width, height), (shown_width, shown_height) = self.sizes[index], size or (1, 1)
         return width * shown_height != height * shown_width
 
@@ -396,21 +396,21 @@ class Pictures:
         return self.crops if self.has_room(index, size) else 1
 
     def read(self, index, mirrored, generator, size=None):
-        """The entry of a picture, mirrored or not; `generator` draws which crop, None takes the middle. Raises
-        BadSample for a picture that could not be used when the cache was made."""
+        """The entry of an image, mirrored or not; `generator` draws which crop, None takes the middle. Raises
+        BadSample for an image that could not be used when the cache was made."""
         if index in self.unusable:
             raise BadSample(self.unusable[index])
         crop = None if generator is None else int(generator.integers(self._crops(index, size)))
         return self.store.read(self.key(index, mirrored, crop, size))
 
     def read_blank(self):
-        """The entry of what stands in the place of no picture."""
+        """The entry of what stands in the place of no image."""
         return self.store.read(BLANK)
 
 
 @dataclass(frozen=True)
 class _View:
-    """One view of one row's picture, to be shown to the networks."""
+    """One view of one row's image, to be shown to the networks."""
 
     samples: Any
     index: int
@@ -427,7 +427,7 @@ def _show(view):
         return view
     samples, prepare = view.samples, view.samples.prepare
     try:
-        corner = prepare.pictures.corner(view.index, view.crop)
+        corner = prepare.images.corner(view.index, view.crop)
         size = () if view.size is None else (view.size,)
         return prepare.show(samples.rows, view.index, view.mirrored, corner, *size)
     except BadSample as error:
@@ -437,20 +437,20 @@ def _show(view):
 
 
 def _look_at(rows, indices, threads):
-    """`Rows.content` of some pictures, in order."""
-    return list(bar(read_ahead(rows.content, indices, threads), "reading pictures", len(indices)))
+    """`Rows.content` of some images, in order."""
+    return list(bar(read_ahead(rows.content, indices, threads), "reading images", len(indices)))
 
 
-def keep_pictures(store, sets, encode, team=None, batch_size=None, crops=1, blank=None):
-    """Let the networks see every picture of some data.Samples once, as their `prepare` shows them, and put what they
-    made of it in `prepare.pictures`; `blank` is a sample to show them too, `crops` as in Pictures. For the rest see
+def cache_images(store, sets, encode, team=None, batch_size=None, crops=1, blank=None):
+    """Let the networks see every image of some data.Samples once, as their `prepare` shows them, and put what they
+    made of it in `prepare.images`; `blank` is a sample to show them too, `crops` as in Images. For the rest see
     `fill`. Raises UserError.
 
-    Where the store is None nothing is kept, and the networks run whenever a picture is asked for.
+    Where the store is None nothing is kept, and the networks run whenever an image is asked for.
     """
     if store is None:
         for samples in sets:
-            samples.prepare.pictures = SimpleNamespace(
+            samples.prepare.images = SimpleNamespace(
                 read=lambda *view, samples=samples: _one(encode, samples.prepare.show(samples.rows, *view)),
                 read_blank=lambda: _one(encode, blank),
             )
@@ -461,46 +461,46 @@ def keep_pictures(store, sets, encode, team=None, batch_size=None, crops=1, blan
         looks = _look_at(samples.rows, [int(firsts[at]) for at in mine], team.threads)
         seen = [look for _, look in sorted(team.gather(list(zip(mine, looks))))]
         digests, sizes = [seen[at][0] for at in same], [seen[at][1] for at in same]
-        samples.prepare.pictures = Pictures(store, digests, sizes, crops)
+        samples.prepare.images = Images(store, digests, sizes, crops)
     wanted, narrowed = {}, 0
     for samples in sets:
         for index in range(len(samples)):
             size = samples.rows.size(index)
             wanted |= _views(samples, index, size)
-            narrowed += samples.prepare.cropped and samples.prepare.pictures.has_room(index, size)
+            narrowed += samples.prepare.cropped and samples.prepare.images.has_room(index, size)
     if narrowed and crops == 1 and team.rank == 0:
         warn(
-            f"one random crop of each of {narrowed:,} pictures is kept, the same in every epoch; --cached_crops 4 "
+            f"one random crop of each of {narrowed:,} images is kept, the same in every epoch; --cached_crops 4 "
             "keeps four, in four times the room"
         )
     # Views of one size lie together, so that they can be encoded together.
     wanted = dict(sorted(wanted.items(), key=lambda pair: pair[1].size or ()))
     failed = fill(
-        store, ({BLANK: blank} if blank else {}) | wanted, _show, encode, team, batch_size, "views of pictures"
+        store, ({BLANK: blank} if blank else {}) | wanted, _show, encode, team, batch_size, "views of images"
     )
     if failed:
         stand_ins = {}
         for samples in sets:
-            pictures, sized = samples.prepare.pictures, samples.rows.size
+            images, sized = samples.prepare.images, samples.rows.size
             for index in range(len(samples)):
                 for key in failed.keys() & _views(samples, index, sized(index)).keys():
-                    pictures.unusable[index] = failed[key]
-            usable = np.setdiff1d(np.arange(len(samples)), list(pictures.unusable))
-            for place in pictures.unusable if len(usable) else ():
+                    images.unusable[index] = failed[key]
+            usable = np.setdiff1d(np.arange(len(samples)), list(images.unusable))
+            for place in images.unusable if len(usable) else ():
                 index = int(usable[np.searchsorted(usable, place) % len(usable)])  # as data.Samples goes on from there
                 stand_ins |= _views(samples, index, sized(place))
-        failed = fill(store, stand_ins, _show, encode, team, batch_size, "views of pictures that stand in for others")
+        failed = fill(store, stand_ins, _show, encode, team, batch_size, "views of images that stand in for others")
         if failed:
             reason = next(iter(failed.values()))
-            raise UserError(f"a picture that stands in for another cannot be used either: {reason}", everywhere=True)
+            raise UserError(f"an image that stands in for another cannot be used either: {reason}", everywhere=True)
 
 
 def _views(samples, index, size):
-    """All views of a picture that are shown at a size, {key: _View}."""
-    pictures, prepare = samples.prepare.pictures, samples.prepare
+    """All views of an image that are shown at a size, {key: _View}."""
+    images, prepare = samples.prepare.images, samples.prepare
     return {
-        pictures.key(index, *view, size): _View(samples, index, *view, size)
-        for view in pictures.views(index, prepare.mirrors, prepare.cropped, size)
+        images.key(index, *view, size): _View(samples, index, *view, size)
+        for view in images.views(index, prepare.mirrors, prepare.cropped, size)
     }
 
 
@@ -524,7 +524,7 @@ class Captions:
         return self.store.read(self.key(tokens))
 
 
-def keep_captions(store, sets, encode, team=None, batch_size=None, empty=False):
+def cache_captions(store, sets, encode, team=None, batch_size=None, empty=False):
     """Let the text encoders read every caption of some data.Samples once, the empty one too where it is `empty` that
     may be asked for, and put what they made of it in `prepare.captions`. For the other arguments see `fill`. Raises
     UserError.

@@ -124,7 +124,7 @@ def thinned(points, most=MOST):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw(lines, title, x_name="update", size=(460, 240), span=None, zero=False, mark=None, alone=False):
+def draw(lines, title, x_name="step", size=(460, 240), span=None, zero=False, mark=None, alone=False):
     """A chart of Lines as the text of an <svg> element, `size` wide and high.
 
     `span` is the (first, last) x of the axis, left out that of the points, or from 0 where it is near; `zero` begins

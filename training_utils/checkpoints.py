@@ -35,7 +35,7 @@ LEFT_OVER = re.compile(r"\.checkpoint-\d+\.(partial|old)")
 class RunState:
     """Where a run stands: all that a checkpoint must hold beside weights and optimizer state.
 
-    `step` counts optimizer updates, `micro_step` forward passes, `position` the place in the data.
+    `step` counts optimizer steps, `micro_step` forward passes, `position` the place in the data.
     """
 
     seed: int
@@ -398,7 +398,7 @@ def start(root, wanted, seed, otherwise=None, writes=True):
             warn(f"{folder} was made with --seed {saved['seed']}; from here on the draws are those of --seed {seed}")
         state = RunState(**saved | {"position": Position(**saved["position"])})
         state.seed = saved["seed"] if seed is None else seed
-        say(f"resuming from {folder}, after update {state.step}")
+        say(f"resuming from {folder}, after step {state.step}")
         return folder, state
     seed = otherwise if seed is None else seed
     if seed is None:
@@ -408,7 +408,7 @@ def start(root, wanted, seed, otherwise=None, writes=True):
     if folder:
         state.step = step_of(folder.resolve())
         warn(
-            f"{folder} was not made by this suite: the position of its run in the data is unknown, so after update "
+            f"{folder} was not made by this suite: the position of its run in the data is unknown, so after step "
             f"{state.step} the data start over in a new order"
         )
     return folder, state
@@ -455,7 +455,7 @@ def require_everywhere(folder, gather):
 
 
 def due(state, every, last):
-    """Whether a checkpoint is due after this update: each `every` updates (0: never) and at the `last` one."""
+    """Whether a checkpoint is due after this step: each `every` steps (0: never) and at the `last` one."""
     return every and (state.step % every == 0 or state.step == last)
 
 
@@ -480,6 +480,6 @@ def warn_of_differences(folder, about):
         warn(f"this run differs from the one that wrote {folder}: {'; '.join(changed)}")
     if manifest["data"] != about["data"]:
         warn(
-            f"the data set has changed since {folder} was written ({manifest['data']['samples']} pictures then, "
+            f"the dataset has changed since {folder} was written ({manifest['data']['samples']} images then, "
             f"{about['data']['samples']} now); the run continues at the same place in another order"
         )

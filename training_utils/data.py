@@ -1,4 +1,4 @@
-"""Pictures and captions: reading them, checking them, preparing a sample, and which sample goes where.
+"""Images and captions: reading them, checking them, preparing a sample, and which sample goes where.
 
 Nothing here needs torch; what a batch holds are NumPy arrays, which torch's DataLoader turns into tensors.
 """
@@ -27,13 +27,13 @@ from .problems import (
     content_of,
     is_unicode,
     listing,
-    open_picture,
+    open_image,
     problem_of,
 )
 from .reporting import UserError, bar, reason_of, say, shortened, warn
 
-PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
-OTHER_ENDINGS = {".heic", ".heif", ".jxl", ".psd", ".svg"}  # of pictures that Pillow does not read, or not well
+IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+OTHER_ENDINGS = {".heic", ".heif", ".jxl", ".psd", ".svg"}  # of images that Pillow does not read, or not well
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$")
 HIDDEN = (".", "__")  # how names begin that nobody sees: thumbnails, copies, what was deleted
 REPEATED = re.compile(r"([1-9]\d{0,2})_(.+)")  # 2024_photos is none
@@ -51,8 +51,8 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Some rows of a data set: what to call them, how many times an epoch shows each, or else (for all the sources of
-    a data set, or none) their weight, to which the share of an epoch's samples that they have is proportional. `start`
+    """Some rows of a dataset: what to call them, how many times an epoch shows each, or else (for all the sources of
+    a dataset, or none) their weight, to which the share of an epoch's samples that they have is proportional. `start`
     is the number of the first row."""
 
     title: str
@@ -61,15 +61,15 @@ class Source:
     start: int = 0
 
 
-class Rows:
-    """The pictures and captions of a data set; both are read when they are asked for.
+class ImageDataset:
+    """The images and captions of a dataset; both are read when they are asked for.
 
-    `dataset` is a datasets.Dataset whose picture column is not decoded; `caption_column` is None where only the
-    pictures matter; `root` is the folder of the pictures, resolved, where they are files; `findings` are shared with
-    the rows that are selected from these; `numbers` are the rows' places in the whole data set, whose pictures are
+    `dataset` is a datasets.Dataset whose image column is not decoded; `caption_column` is None where only the
+    images matter; `root` is the folder of the images, resolved, where they are files; `findings` are shared with
+    the rows that are selected from these; `numbers` are the rows' places in the whole dataset, whose images are
     `stored`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels at which each row is
     trained; None where that is no matter of the data. `sources` are a list of Source, None where there is one, and
-    `origins` the index of each row's. `partly` is what Updates takes, and so is `stream`: the rows themselves where
+    `origins` the index of each row's. `partly` is what BatchPlan takes, and so is `stream`: the rows themselves where
     they are those of streams.py.
     """
 
@@ -94,7 +94,7 @@ class Rows:
         self.numbers = np.arange(len(dataset)) if numbers is None else numbers
         self.stored = dataset.data.column(image_column) if stored is None else stored
         self.sizes = sizes
-        self._pictures = dataset[image_column]  # read when they are indexed, like the captions
+        self._images = dataset[image_column]  # read when they are indexed, like the captions
         self._captions = None if caption_column is None else dataset[caption_column]
 
     def __len__(self):
@@ -108,7 +108,7 @@ class Rows:
             None if values is None else values[indices] for values in (self.numbers, self.sizes, self.origins)
         )
         shared = (self.root, self.findings, numbers, self.stored, sizes, self.sources, origins)
-        return Rows(self.dataset.select(indices), *columns, *shared)
+        return ImageDataset(self.dataset.select(indices), *columns, *shared)
 
     def without(self, indices):
         """The rows but for those with these indices."""
@@ -120,7 +120,7 @@ class Rows:
         return self._name(index, {"path": cell["path"].as_py()} if cell.is_valid else None)
 
     def _cell(self, index):
-        return self._pictures[index]
+        return self._images[index]
 
     def _name(self, index, cell):
         path = cell.get("path") if isinstance(cell, dict) else None
@@ -141,25 +141,25 @@ class Rows:
         return generator.permutation(len(self))[:count]
 
     def cells(self):
-        """(name, cell) of every row: what `open_picture` opens."""
-        return ((self._name(index, cell), cell) for index, cell in enumerate(self._pictures))
+        """(name, cell) of every row: what `open_image` opens."""
+        return ((self._name(index, cell), cell) for index, cell in enumerate(self._images))
 
     def files(self):
-        """The indices of the rows whose picture is a file by itself, whose header can be read without all the rest."""
+        """The indices of the rows whose image is a file by itself, whose header can be read without all the rest."""
         alone = [chunk.field("bytes").is_null().to_numpy(False) for chunk in self.stored.chunks]
         return np.flatnonzero(np.concatenate([np.zeros(0, bool), *alone])[self.numbers])
 
-    def pictures(self):
-        """A number for the picture of each row, int64, shape (N,): rows that name the same file have the same one."""
-        pictures, files = np.arange(len(self)), self.files()
+    def images(self):
+        """A number for the image of each row, int64, shape (N,): rows that name the same file have the same one."""
+        images, files = np.arange(len(self)), self.files()
         if len(files):
             paths = np.concatenate([chunk.field("path").to_numpy(False) for chunk in self.stored.chunks])
             same = np.unique(paths[self.numbers[files]], return_inverse=True)[1]
-            pictures[files] = len(self) + same
-        return np.unique(pictures, return_inverse=True)[1]
+            images[files] = len(self) + same
+        return np.unique(images, return_inverse=True)[1]
 
-    def without_picture(self):
-        """The indices of the rows whose picture is null."""
+    def without_image(self):
+        """The indices of the rows whose image is null."""
         null = np.concatenate([np.zeros(0, bool), *(chunk.is_null().to_numpy(False) for chunk in self.stored.chunks)])
         return np.flatnonzero(null[self.numbers])
 
@@ -171,81 +171,81 @@ class Rows:
         """The captions of a row, a list of at least one string."""
         return texts_of(self._captions[index])
 
-    def picture(self, index):
-        """The picture of a row, upright, in RGB. Raises BadSample, or UserError where the file cannot be reached."""
+    def image(self, index):
+        """The image of a row, upright, in RGB. Raises BadSample, or UserError where the file cannot be reached."""
         cell = self._cell(index)
         try:
-            with open_picture(cell) as picture:
-                return upright_rgb(picture)
+            with open_image(cell) as image:
+                return upright_rgb(image)
         except Exception as error:  # Pillow raises a dozen kinds for a damaged file
             problem = problem_of(error, self._name(index, cell))
         raise (UserError if problem.kind in ("absent", "not readable") else BadSample)(problem.sentence())
 
     def content(self, index):
-        """(SHA-256, upright size) of the file of a row's picture; for one that cannot be read, of its name, and
+        """(SHA-256, upright size) of the file of a row's image; for one that cannot be read, of its name, and
         zeros."""
-        cell = self._pictures[index]
+        cell = self._images[index]
         try:
             content = content_of(cell)
-            with open_picture({"bytes": content}) as picture:
-                return hashlib.sha256(content).hexdigest(), upright_size(picture)
+            with open_image({"bytes": content}) as image:
+                return hashlib.sha256(content).hexdigest(), upright_size(image)
         except Exception:  # what is wrong with it, whoever decodes it will say
             return hashlib.sha256(repr(self.name(index)).encode()).hexdigest(), (0, 0)
 
     def fingerprint(self):
         """SHA-256 over the captions, over the file names of a folder, and over the weights of sources: a resumed run
-        compares it. Without captions and a folder, over up to a thousand pictures."""
+        compares it. Without captions and a folder, over up to a thousand images."""
         digest = hashlib.sha256()
         for index, caption in enumerate([None] * len(self) if self._captions is None else self._captions):
             name = os.path.relpath(self.name(index), self.root) if self.root else ""
             digest.update(json.dumps([name, caption]).encode())
         if self._captions is None and not self.root:
             for index in range(0, len(self), -(-len(self) // 1000)):
-                digest.update(self._pictures[index].get("bytes") or b"")
+                digest.update(self._images[index].get("bytes") or b"")
         for indices, count in self.partly:
             digest.update(json.dumps([len(indices), count]).encode())
         return digest.hexdigest()
 
 
-def upright_rgb(picture):
-    """The first frame of a PIL picture, decoded, upright, in RGB."""
-    picture.load()  # which may change its mode
-    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return to_rgb(ImageOps.exif_transpose(picture) if turned else picture)  # which copies
+def upright_rgb(image):
+    """The first frame of a PIL image, decoded, upright, in RGB."""
+    image.load()  # which may change its mode
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return to_rgb(ImageOps.exif_transpose(image) if turned else image)  # which copies
 
 
-def upright_size(picture):
-    """The (width, height) of a PIL picture when it is upright, from its header: it is not decoded."""
-    # PNG's own getexif decodes the picture where its header says nothing, since the tags may follow the pixels.
-    turned = Image.Image.getexif(picture).get(ExifTags.Base.Orientation) in range(5, 9)
+def upright_size(image):
+    """The (width, height) of a PIL image when it is upright, from its header: it is not decoded."""
+    # PNG's own getexif decodes the image where its header has no effect, since the tags may follow the pixels.
+    turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in range(5, 9)
     # TIFF gives the upright size already.
-    return picture.size[::-1] if turned and picture.format != "TIFF" else picture.size
+    return image.size[::-1] if turned and image.format != "TIFF" else image.size
 
 
-def to_rgb(picture):
-    """An RGB copy of a PIL picture of any mode. Transparency lies on white; 16-bit grey is scaled to 8."""
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture, dtype=np.uint16) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        values = np.asarray(picture, dtype=np.float64)
+def to_rgb(image):
+    """An RGB copy of a PIL image of any mode. Transparency lies on white; 16-bit grey is scaled to 8."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
         top = 65535 if values.max(initial=0) > 255 else 255
         return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, (*TRANSPARENT_BECOMES, 255))
-        return Image.alpha_composite(ground, picture).convert("RGB")
-    return picture.convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (*TRANSPARENT_BECOMES, 255))
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
 
 
-def is_transparent(picture):
-    """Whether `to_rgb` shows the ground anywhere in a PIL picture."""
-    if picture.mode.startswith(("I", "F")) or not picture.has_transparency_data:
+def is_transparent(image):
+    """Whether `to_rgb` shows the ground anywhere in a PIL image."""
+    if image.mode.startswith(("I", "F")) or not image.has_transparency_data:
         return False
-    return picture.convert("RGBA").getextrema()[3][0] < 255
+    return image.convert("RGBA").getextrema()[3][0] < 255
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading a data set
+# Reading a dataset
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -260,15 +260,15 @@ def load_rows(
     config=None,
     shuffle_buffer=None,
 ):
-    """Open a data set. Returns Rows.
+    """Open a dataset. Returns Rows.
 
     `config` is a file that names several, as `sources` says; or else `dataset_name` (a hub id or local path, through
-    the datasets library, `folder` passed on as data_dir); or else `folder`, a folder of pictures, of tar shards or of
+    the datasets library, `folder` passed on as data_dir); or else `folder`, a folder of images, of tar shards or of
     parquet tables. `repeats_from_folders` makes the folders in it that are named like `10_sks dog` sources that are
-    repeated so often, and these words the caption of a picture there that has no other. With `caption_column` None no
+    repeated so often, and these words the caption of an image there that has no other. With `caption_column` None no
     captions are read, and none are needed. With a `shuffle_buffer`, a number of samples, shards and tables are read
-    where they lie, as `streams` says. A column of the default name that is missing is taken to be the first (picture)
-    or second (caption) one, with a notice. Raises UserError for a data set that cannot be opened. What is
+    where they lie, as `streams` says. A column of the default name that is missing is taken to be the first (image)
+    or second (caption) one, with a notice. Raises UserError for a dataset that cannot be opened. What is
     wrong with its samples is for `check` to say, which must follow: of a folder the samples whose caption or file is
     missing are left out already, and noted in the findings.
     """
@@ -291,7 +291,7 @@ def load_rows(
     title = f"--train_data_dir {folder}" if dataset_name is None else f"--dataset_name {dataset_name}"
     if kind == "tables":
         if repeats_from_folders:
-            raise UserError(f"{title} holds tables; --repeats_from_folders is for folders of pictures or shards")
+            raise UserError(f"{title} holds tables; --repeats_from_folders is for folders of images or shards")
         place = (str(folder), None) if dataset_name is None else (dataset_name, folder)
         dataset = _read_tables(title, *place, config_name, cache_dir)
         if dataset_name is None:
@@ -317,13 +317,13 @@ def load_rows(
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     except Exception:
         kind = dataset.features[image_column]
-        raise UserError(f"--image_column {image_column} holds {kind}, not pictures; there are {columns}") from None
+        raise UserError(f"--image_column {image_column} holds {kind}, not images; there are {columns}") from None
     if kind != "tables":
         folder = folder.resolve()
-        return Rows(dataset, image_column, caption_column, folder, findings, sources=parts, origins=origins)
+        return ImageDataset(dataset, image_column, caption_column, folder, findings, sources=parts, origins=origins)
     if not len(dataset):
-        raise UserError(f"{title} holds no pictures")
-    return Rows(dataset, image_column, caption_column, None, findings)
+        raise UserError(f"{title} holds no images")
+    return ImageDataset(dataset, image_column, caption_column, None, findings)
 
 
 def _read_tables(title, name, data_dir, config_name, cache_dir):
@@ -352,14 +352,14 @@ def _warn_of_other_tables(title, files, folder, config_name, cache_dir):
 
 
 def train_of(title, splits):
-    """What a data set has under the name `train`. Raises UserError where it has no such split."""
+    """What a dataset has under the name `train`. Raises UserError where it has no such split."""
     if "train" not in splits:
         raise UserError(f"{title} has no split 'train', only {', '.join(map(str, splits)) or 'none'}")
     return splits["train"]
 
 
 def columns_of(columns, image_column, caption_column):
-    """The columns of the pictures and of the captions among those of a table, as `column_of` finds them; the second is
+    """The columns of the images and of the captions among those of a table, as `column_of` finds them; the second is
     None where `caption_column` is. Raises UserError."""
     image_column = column_of(columns, image_column, "image", 0, "--image_column")
     if caption_column is not None:
@@ -380,34 +380,34 @@ def column_of(columns, name, default, place, flag):
 
 
 def files_of(folder):
-    """What a folder holds: (sorted paths, "pictures", "shards" or "tables"). Raises UserError for none of them."""
-    kinds = {"pictures": [], "shards": [], "tables": [], "compressed": [], "others": [], "broken": []}
+    """What a folder holds: (sorted paths, "images", "shards" or "tables"). Raises UserError for none of them."""
+    kinds = {"images": [], "shards": [], "tables": [], "compressed": [], "others": [], "broken": []}
     others = dict.fromkeys(OTHER_ENDINGS, "others") | {".tar": "shards", ".parquet": "tables"}
     paths, failed = files_in(folder)
     for path in paths:
         ending = path.suffix.lower()
-        kind = "pictures" if ending in PICTURE_ENDINGS else others.get(ending)
+        kind = "images" if ending in IMAGE_ENDINGS else others.get(ending)
         if COMPRESSED.search(path.name.lower()):
             kind = "compressed"
         if kind and path.name != "metadata.parquet":
             kinds[kind if os.path.isfile(path) else "broken"].append(path)
     compressed, unread, broken = (kinds.pop(kind) for kind in ("compressed", "others", "broken"))
     for error in failed:
-        warn(f"{error.filename} cannot be read ({error.strerror}) and is passed over")
+        warn(f"{error.filename} cannot be read ({error.strerror}) and is skipped")
     if broken:
-        warn(f"links that lead nowhere are passed over: {shortened(broken)}")
+        warn(f"links that lead nowhere are skipped: {shortened(broken)}")
     if unread:
         endings = ", ".join(sorted({path.suffix.lower() for path in unread}))
-        warn(f"pictures of a kind that is not read ({endings}) are passed over: {shortened(unread)}; make them PNG")
+        warn(f"images of a kind that is not read ({endings}) are skipped: {shortened(unread)}; make them PNG")
     present = [kind for kind, paths in kinds.items() if paths]
     if compressed and present in ([], ["shards"]):
         raise UserError(
-            f"{compressed[0]} is compressed, so that no picture in it can be reached without all before it; unpack it "
+            f"{compressed[0]} is compressed, so that no image in it can be reached without all before it; unpack it "
             "to a plain .tar (gunzip)"
         )
     if not present:
-        endings = ", ".join(sorted(PICTURE_ENDINGS))
-        raise UserError(f"--train_data_dir {folder} holds no pictures ({endings}), nor .tar shards or .parquet tables")
+        endings = ", ".join(sorted(IMAGE_ENDINGS))
+        raise UserError(f"--train_data_dir {folder} holds no images ({endings}), nor .tar shards or .parquet tables")
     if present == ["shards", "tables"]:
         raise UserError(
             f"--train_data_dir {folder} holds .tar shards and .parquet tables; keep them in two folders, which "
@@ -416,8 +416,8 @@ def files_of(folder):
     if len(present) > 1:
         others = [path for kind in present[1:] for path in kinds[kind]]
         warn(
-            f"--train_data_dir {folder} holds pictures, and {shortened(others, 1)}, which is not read; "
-            "--train_data_config names several data sets"
+            f"--train_data_dir {folder} holds images, and {shortened(others, 1)}, which is not read; "
+            "--train_data_config names several datasets"
         )
     return kinds[present[0]], present[0]
 
@@ -438,28 +438,28 @@ def files_in(folder):
 
 
 def _read_shards(folder, found, caption_column, findings, words_of=None):
-    """([(place, caption)] of the captioned pictures in tar shards, the caption column)."""
-    pictures = [
-        picture
+    """([(place, caption)] of the captioned images in tar shards, the caption column)."""
+    images = [
+        image
         for shard in found
-        for picture in shards.index(os.path.realpath(shard), PICTURE_ENDINGS, caption_column, findings.malformed)
+        for image in shards.index(os.path.realpath(shard), IMAGE_ENDINGS, caption_column, findings.malformed)
     ]
     if words_of:
-        pictures = [(place, words_of(place) if caption is None else caption) for place, caption in pictures]
-    findings.pictures = len(pictures)
-    findings.unnamed = [shards.shown(place) for place, caption in pictures if caption is None]
-    named = [(place, caption) for place, caption in pictures if caption is not None]
+        images = [(place, words_of(place) if caption is None else caption) for place, caption in images]
+    findings.images = len(images)
+    findings.unnamed = [shards.shown(place) for place, caption in images if caption is None]
+    named = [(place, caption) for place, caption in images if caption is not None]
     if not named and not findings.malformed:
-        lack = "captions: put a .txt, .caption or .json beside each picture" if pictures else "pictures"
+        lack = "captions: put a .txt, .caption or .json beside each image" if images else "images"
         findings.malformed.append(f"the shards in {folder} ({shortened(found, 1)}) hold no {lack}")
     return named, caption_column
 
 
 def _read_folder(folder, found, caption_column, findings, words_of=None):
-    """([(place, caption)] of the captioned pictures in a folder, the caption column); of all pictures, and None, where
+    """([(place, caption)] of the captioned images in a folder, the caption column); of all images, and None, where
     nothing can be made of the captions. Adds to the findings."""
     places = [os.path.realpath(path) for path in found]
-    findings.pictures = len(found)
+    findings.images = len(found)
     named = _read_captions(folder, found, caption_column, findings, words_of)
     if findings.malformed and not named:
         caption_column, named = None, [(place, "") for place in places]
@@ -470,7 +470,7 @@ def _read_folder(folder, found, caption_column, findings, words_of=None):
 
 
 def _usable(named, findings):
-    """The (place, caption) that can be in a data set; the others become problems among the findings."""
+    """The (place, caption) that can be in a dataset; the others become problems among the findings."""
     usable = []
     for place, caption in named:
         if not shards.is_place(place) and not os.path.isfile(place):
@@ -527,9 +527,9 @@ class _Repeats:
 
 
 def _read_captions(folder, found, caption_column, findings, words_of=None):
-    """[(absolute path, caption)] in the order of the metadata, a picture once for each line that names it; `found` are
-    the folder's pictures. Without metadata each has its own file, or else the caption `words_of(place)`. With
-    `caption_column` None the captions are empty, and without metadata all pictures are named. What is malformed is
+    """[(absolute path, caption)] in the order of the metadata, an image once for each line that names it; `found` are
+    the folder's images. Without metadata each has its own file, or else the caption `words_of(place)`. With
+    `caption_column` None the captions are empty, and without metadata all images are named. What is malformed is
     added to the findings."""
     named, malformed = [], findings.malformed
     names = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]
@@ -544,7 +544,7 @@ def _read_captions(folder, found, caption_column, findings, words_of=None):
         for line, entry in _read_table(table, malformed):
             where, lines = f"{table} {word} {line}", lines + 1
             if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-                malformed.append(f'{where} has no "file_name"; each {word} names a picture and its caption')
+                malformed.append(f'{where} has no "file_name"; each {word} names an image and its caption')
             elif caption_column is None:
                 named.append((_place(table.parent, entry["file_name"]), ""))
             elif caption_column not in entry:
@@ -556,7 +556,7 @@ def _read_captions(folder, found, caption_column, findings, words_of=None):
         malformed += [f"{lacking[0]}; nor has any other {word}"] if same else lacking
     if tables and not named and not malformed:
         word = "row" if tables[0].suffix == ".parquet" else "line"
-        malformed.append(f"{tables[0]} names no picture; each {word} names a picture and its caption")
+        malformed.append(f"{tables[0]} names no image; each {word} names an image and its caption")
     if tables:
         return named
     if caption_column is None:
@@ -583,7 +583,7 @@ def _read_captions(folder, found, caption_column, findings, words_of=None):
             advice = (
                 "write a metadata.jsonl with lines like "
                 f'{{"file_name": "{found[0].name}", "{caption_column}": "what it shows"}}, '
-                f"or a {found[0].stem}.txt beside each picture"
+                f"or a {found[0].stem}.txt beside each image"
             )
         malformed.append(f"{folder} has no captions: {advice}")
     return named
@@ -622,7 +622,7 @@ def _read_table(path, malformed):
             if header and "file_name" not in header:
                 hint = "; columns are to be separated by commas" if set(";\t") & set(header[0]) else ""
                 have = f"only {', '.join(header)}{hint}"
-                malformed.append(f'{path} has no column "file_name", which names the pictures, {have}')
+                malformed.append(f'{path} has no column "file_name", which names the images, {have}')
                 return
             for row in reader:
                 if None in row:
@@ -669,7 +669,7 @@ def texts_of(value):
 
 
 def caption_problems(rows):
-    """The captions of a data set that cannot be used, {index: Problem}, and the indices of the rows with an empty one,
+    """The captions of a dataset that cannot be used, {index: Problem}, and the indices of the rows with an empty one,
     a list. Both are empty where captions are not read."""
     problems, empty = {}, []
     for index, value in enumerate(rows.values()):
@@ -682,11 +682,11 @@ def caption_problems(rows):
 
 
 def header_problems(rows):
-    """The pictures that cannot be used as far as it shows without decoding them, {index: Problem}.
+    """The images that cannot be used as far as it shows without decoding them, {index: Problem}.
 
-    Pictures that lie inside a table are not opened: reading all of them would take as long as decoding them.
+    Images that lie inside a table are not opened: reading all of them would take as long as decoding them.
     """
-    problems = {int(at): Problem("no picture", rows.name(int(at))) for at in rows.without_picture()}
+    problems = {int(at): Problem("no image", rows.name(int(at))) for at in rows.without_image()}
     files = rows.files()
     for index, problem in zip(files, read_ahead(_header_problem, rows.select(files).cells(), _threads())):
         if problem:
@@ -697,7 +697,7 @@ def header_problems(rows):
 def _header_problem(named_cell):
     name, cell = named_cell
     try:
-        with open_picture(cell):
+        with open_image(cell):
             return None
     except Exception as error:
         return problem_of(error, name)
@@ -707,19 +707,19 @@ def _threads():
     return min(16, 4 * (os.cpu_count() or 1))  # they wait for the disk
 
 
-def picture_sizes(rows):
-    """The size (width, height) of every picture when it is upright, in pixels, int64, shape (N, 2).
+def image_sizes(rows):
+    """The size (width, height) of every image when it is upright, in pixels, int64, shape (N, 2).
 
-    Headers are read, in threads, and no pixels. A picture that cannot be opened gets zeros.
+    Headers are read, in threads, and no pixels. An image that cannot be opened gets zeros.
     """
-    sizes = bar(read_ahead(_size_of, rows.cells(), _threads()), "sizes of pictures", len(rows))
+    sizes = bar(read_ahead(_size_of, rows.cells(), _threads()), "sizes of images", len(rows))
     return np.array(list(sizes), dtype=np.int64).reshape(-1, 2)
 
 
 def _size_of(named_cell):
     try:
-        with open_picture(named_cell[1]) as picture:
-            return upright_size(picture)
+        with open_image(named_cell[1]) as image:
+            return upright_size(image)
     except Exception:  # `check`, or reading it, says what is wrong
         return (0, 0)
 
@@ -747,11 +747,11 @@ def read_between(function, items, threads, many):
 
 
 def check(rows, on_bad_sample="error"):
-    """Look at every caption, and open the header of every picture that is a file.
+    """Look at every caption, and open the header of every image that is a file.
 
     Samples that cannot be used raise a UserError that lists them, or with `on_bad_sample` "skip" are listed in a
-    warning. Returns the indices of those among the rows, for `Rows.without`. Metadata that are malformed, and a data
-    set of which nothing can be used, are errors either way.
+    warning. Returns the indices of those among the rows, for `ImageDataset.without`. Malformed metadata, and a
+    dataset of which nothing can be used, are errors either way.
     """
     findings = rows.findings
     if findings.malformed:
@@ -763,7 +763,7 @@ def check(rows, on_bad_sample="error"):
     problems = [*findings.problems, *(bad[index] for index in sorted(bad))]
     if problems and on_bad_sample == "error":
         captionless = any(problem.kind == "no usable caption" for problem in problems)
-        advice = "give each picture a caption" if captionless else "mend or remove them"
+        advice = "give each image a caption" if captionless else "fix or remove them"
         rest = " (--check_data lists all of them)" if len(problems) > 10 else ""
         raise UserError(f"{listing(problems)}; {advice}, or leave such samples out with --on_bad_sample skip{rest}")
     if len(bad) == len(rows):
@@ -771,11 +771,11 @@ def check(rows, on_bad_sample="error"):
     if problems:
         warn(f"{len(problems)} of {len(findings.problems) + len(rows)} samples are left out: {listing(problems)}")
     if findings.unnamed:
-        where = f"{len(findings.unnamed)} of {findings.pictures} pictures in {rows.root or 'the shards'}"
+        where = f"{len(findings.unnamed)} of {findings.images} images in {rows.root or 'the shards'}"
         lack = "are not in the metadata" if rows.caption_column is None else "have no caption"
         warn(f"{where} {lack} and are left out")
     if findings.repeats:
-        warn(f"{findings.repeats} lines of the metadata name a picture again; each line is a sample")
+        warn(f"{findings.repeats} lines of the metadata name an image again; each line is a sample")
     if empty:
         warn(f"{len(empty)} captions are empty and are trained as such: {shortened([rows.name(i) for i in empty])}")
     return sorted(bad)
@@ -800,23 +800,23 @@ def warn_of_long_captions(rows, tokenizer, most=100_000):
         warn(f"{long} of {among} captions are longer than {limit} tokens; the text encoder does not see the rest")
 
 
-def hold_out(rows, fraction, seed):
+def split_validation(rows, fraction, seed):
     """Split rows into (training, held-out) by a draw from the seed; the second is None when `fraction` is 0.
 
-    No picture is in both: the rows that name one file go together, and the first are `repeated` only then.
+    No image is in both: the rows that name one file go together, and the first are `repeated` only then.
     """
     if not fraction:
         return repeated(rows), None
-    pictures = rows.pictures()
-    total, generator = len(np.unique(pictures)), draws.generator(seed, "holdout")
+    images = rows.images()
+    total, generator = len(np.unique(images)), draws.generator(seed, "holdout")
     count = max(1, round(total * fraction))
     if count >= total:
-        raise UserError(f"--validation_split {fraction} of {total} pictures leaves none to train on")
+        raise UserError(f"--validation_split {fraction} of {total} images leaves none to train on")
     if total == len(rows):
-        held_out = np.sort(rows.drawn(count, generator))
+        val_samples = np.sort(rows.drawn(count, generator))
     else:
-        held_out = np.flatnonzero(np.isin(pictures, generator.permutation(total)[:count]))
-    return repeated(rows.without(held_out)), rows.select(held_out)
+        val_samples = np.flatnonzero(np.isin(images, generator.permutation(total)[:count]))
+    return repeated(rows.without(val_samples)), rows.select(val_samples)
 
 
 def shown_of(rows):
@@ -855,7 +855,7 @@ def take(rows, most, seed):
     """At most `most` rows (None for all), chosen by a draw from the seed that every process makes alike."""
     if most is None or most >= len(rows):
         if most is not None and most > len(rows):
-            warn(f"--max_train_samples {most} is more than the {len(rows)} pictures there are; all of them are used")
+            warn(f"--max_train_samples {most} is more than the {len(rows)} images there are; all of them are used")
         return rows
     return rows.select(np.sort(rows.drawn(most, draws.generator(seed, "subset"))))
 
@@ -865,27 +865,27 @@ def take(rows, most, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def resize(picture, size, interpolation):
-    """Scale a PIL picture so that it just covers `size`, (width, height): one side is equal, the other not less."""
-    (width, height), (new_width, new_height) = picture.size, size
+def resize(image, size, interpolation):
+    """Scale a PIL image so that it just covers `size`, (width, height): one side is equal, the other not less."""
+    (width, height), (new_width, new_height) = image.size, size
     if new_width * height >= new_height * width:
         new = (new_width, max(new_height, new_width * height // width))
     else:
         new = (max(new_width, new_height * width // height), new_height)
-    return picture if new == picture.size else picture.resize(new, FILTERS[interpolation])
+    return image if new == image.size else image.resize(new, FILTERS[interpolation])
 
 
-def crop(picture, size, generator=None):
-    """Cut `size`, (width, height), out of a PIL picture: drawn by a generator, or from the middle when it is None.
+def crop(image, size, generator=None):
+    """Cut `size`, (width, height), out of a PIL image: drawn by a generator, or from the middle when it is None.
 
-    Returns (picture, (top, left)), the corner in pixels of the picture that came in.
+    Returns (image, (top, left)), the corner in pixels of the image that came in.
     """
-    (width, height), (new_width, new_height) = picture.size, size
+    (width, height), (new_width, new_height) = image.size, size
     if generator is None:
         top, left = round((height - new_height) / 2), round((width - new_width) / 2)
     else:
         top, left = int(generator.integers(height - new_height + 1)), int(generator.integers(width - new_width + 1))
-    return picture.crop((left, top, left + new_width, top + new_height)), (top, left)
+    return image.crop((left, top, left + new_width, top + new_height)), (top, left)
 
 
 def largest_within(size, shape):
@@ -896,9 +896,9 @@ def largest_within(size, shape):
     return width, max(1, round(width * ratio_height / ratio_width))
 
 
-def to_array(picture):
-    """RGB PIL picture to float32 in [-1, 1], shape (3, H, W)."""
-    array = np.ascontiguousarray(np.asarray(picture, dtype=np.float32).transpose(2, 0, 1))
+def to_array(image):
+    """RGB PIL image to float32 in [-1, 1], shape (3, H, W)."""
+    array = np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1))
     array /= 127.5
     array -= 1.0
     return array
@@ -942,23 +942,23 @@ class Position:
         return Position(self.epoch + 1, 0) if self.sample >= size else self
 
 
-class Updates:
-    """Which of `size` samples each update of a run takes, and how they are shared out.
+class BatchPlan:
+    """Which of `size` samples each step of a run takes, and how they are shared out.
 
-    An update takes the next `window` = batch_size * accumulation * world_size samples of the epoch's order, or what is
+    A step takes the next `window` = batch_size * accumulation * world_size samples of the epoch's order, or what is
     left of it, and shares them out as evenly as can be over its micro-steps and processes, so every process makes the
-    same number of micro-steps. The weights of an update's samples are accumulation * world_size / their number: a
+    same number of micro-steps. The weights of a step's samples are accumulation * world_size / their number: a
     micro-batch's loss is the sum of weight x loss, and averaging over micro-steps and processes gives the mean over
-    the samples, however they were shared out. An epoch has `per_epoch` updates, usually of `samples` samples.
+    the samples, however they were shared out. An epoch has `per_epoch` steps, usually of `samples` samples.
 
     Where the samples are of several `shapes`, an array with an entry for each, a micro-batch holds samples of one.
     They are put into micro-batches of `batch_size` in the epoch's order, of which the last of each shape may have
-    fewer; these are shuffled, and an update takes the next accumulation * world_size of them. So it may have fewer
+    fewer; these are shuffled, and a step takes the next accumulation * world_size of them. So it may have fewer
     samples than the window, and the order depends on the batch size: a run that goes on with another one inside an
     epoch visits some of its samples twice and others not.
 
     `partly` is a list of (indices, count): of these samples an epoch visits only so many, drawn anew each time. With
-    shapes too, epochs differ a little in the number of their updates, and `per_epoch` is that of the first.
+    shapes too, epochs differ a little in the number of their steps, and `per_epoch` is that of the first.
 
     `stream` is the streams.Rows that the samples are of, or None. An epoch then has that stream's order, a process
     takes every world_size-th sample of it, and the stream is told which samples are coming.
@@ -981,7 +981,7 @@ class Updates:
 
     @classmethod
     def of(cls, rows, seed, batch_size, accumulation, world_size):
-        """The updates that take the samples of data.Rows."""
+        """The steps that take the samples of data.Rows."""
         return cls(len(rows), seed, batch_size, accumulation, world_size, rows.sizes, rows.partly, rows.stream)
 
     def _order(self, epoch):
@@ -1003,7 +1003,7 @@ class Updates:
         return np.concatenate(shuffled), np.cumsum([len(batch) for batch in shuffled])
 
     def shares(self, position):
-        """The samples of the update at a position: for each micro-step the indices, an array, of each process."""
+        """The samples of the step at a position: for each micro-step the indices, an array, of each process."""
         position, parts = position.within(self.size), self.accumulation * self.world_size
         order, ends = self._order(position.epoch)
         order = order[position.sample :]
@@ -1024,13 +1024,13 @@ class Updates:
         return coming
 
     def after(self, position):
-        """The position after the update at a position."""
+        """The position after the step at a position."""
         position = position.within(self.size)
         taken = sum(map(len, self.shares(position)))
         return Position(position.epoch, position.sample + taken).within(self.size)
 
     def names(self, rows, position):
-        """What to call the pictures of the update at a position: a list."""
+        """What to call the images of the step at a position: a list."""
         return [rows.name(int(index)) for index in np.concatenate(self.shares(position))]
 
     def batches(self, position, rank=0):
@@ -1054,7 +1054,7 @@ class Samples:
 
     With `on_bad_sample` "skip", the next usable row stands in for one that turns out to be a BadSample, with the draws
     of the place: so what is trained is still a function of the data, seed, epoch and index alone. The sample then
-    also holds "skipped", sentences about the rows that were passed over.
+    also holds "skipped", sentences about the rows that were skipped.
     """
 
     def __init__(self, rows, prepare, seed, on_bad_sample="error"):
@@ -1082,8 +1082,8 @@ class Samples:
 
     @staticmethod
     def refusal(error):
-        """The UserError that a BadSample becomes where none may be passed over."""
-        return UserError(f"{error}; mend or remove it, or leave it out with --on_bad_sample skip", everywhere=False)
+        """The UserError that a BadSample becomes where none may be skipped."""
+        return UserError(f"{error}; fix or remove it, or leave it out with --on_bad_sample skip", everywhere=False)
 
 
 def collate(samples):
@@ -1104,17 +1104,17 @@ def note_skipped(rows, sentences):
     for sentence in sentences:
         if sentence not in rows.findings.skipped:
             rows.findings.skipped.add(sentence)
-            warn(f"{sentence}; the next picture stands in for it", everywhere=True)
+            warn(f"{sentence}; the next image stands in for it", everywhere=True)
 
 
 def say_skipped(skipped):
-    """Say at the end of a run how many pictures others stood in for; `skipped` is the set in the findings."""
+    """Say at the end of a run how many images others stood in for; `skipped` is the set in the findings."""
     if skipped:
-        say(f"{len(skipped)} pictures could not be used in training; each time the next one stood in for it")
+        say(f"{len(skipped)} images could not be used in training; each time the next one stood in for it")
 
 
-def held_out_samples(size, batch_size, rank=0, world_size=1, shapes=None):
-    """The batches of (epoch, index, weight) in which this process evaluates `size` held-out samples.
+def validation_batches(size, batch_size, rank=0, world_size=1, shapes=None):
+    """The batches of (epoch, index, weight) in which this process evaluates `size` validation samples.
 
     With `shapes`, an array with an entry for each sample, a batch holds samples of one.
     """
@@ -1124,7 +1124,7 @@ def held_out_samples(size, batch_size, rank=0, world_size=1, shapes=None):
         shape = np.unique(shapes, axis=0, return_inverse=True)[1].reshape(-1)[mine]
         groups = [mine[shape == number] for number in np.unique(shape)]
     return [
-        [(draws.HELD_OUT, int(i), 1.0) for i in group[at : at + batch_size]]
+        [(draws.VALIDATION_EPOCH, int(i), 1.0) for i in group[at : at + batch_size]]
         for group in groups
         for at in range(0, len(group), batch_size)
     ]

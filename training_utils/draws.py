@@ -14,7 +14,9 @@ PURPOSES = (
     *("order", "subset", "holdout", "caption", "caption_dropout", "crop", "flip", "latent", "noise", "noise_offset"),
     *("input_perturbation", "timestep", "cached_crop", "batches", "tags", "partly", "chunks", "blocks"),
 )
-HELD_OUT = 2**32  # stands for the epoch in the draws of held-out samples, which are the same at every evaluation
+VALIDATION_EPOCH = (
+    2**32
+)  # stands for the epoch in the draws of validation samples, which are the same at every evaluation
 
 
 def generator(seed, purpose, epoch=0, index=0):
@@ -45,5 +47,5 @@ def network_seed(seed, micro_step, rank):
 
 
 def rounding_seed(seed, step, index):
-    """A seed for the stochastic rounding of the weight of this index after `step` updates; alike in every process."""
+    """A seed for the stochastic rounding of the weight of this index after `step` steps; alike in every process."""
     return int(np.random.SeedSequence([seed, step, index, 1]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,6 +1,6 @@
 """What `--dry_run` prints: what a run would train, the memory that it would take and how long it would be.
 
-A script makes its first few updates as in a run, looks at each loss, and writes nothing. Nothing here needs torch.
+A script makes its first few steps as in a run, looks at each loss, and writes nothing. Nothing here needs torch.
 """
 
 import itertools
@@ -9,13 +9,13 @@ import sys
 
 import numpy as np
 
-from .reporting import first_process
+from .reporting import is_main_process
 
-UPDATES = 3  # that are made; the first one also compiles, allocates and warms up, and is not counted
+STEPS = 3  # that are made; the first one also compiles, allocates and warms up, and is not counted
 
 
 def ahead(batches, count):
-    """The same batches, the first `count` of which are made now: what makes them is then no part of an update."""
+    """The same batches, the first `count` of which are made now: what makes them is then no part of a step."""
     return itertools.chain([next(batches) for _ in range(count)], batches)
 
 
@@ -24,18 +24,18 @@ def resident_peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def report(rows, held_out_rows, updates, total, progress, networks, device, memory, peak):
+def report(rows, val_dataset, updates, total, progress, networks, device, memory, peak):
     """Print it all, once, whatever the number of processes.
 
-    Args: the data.Rows to train on and those held out, or None; `updates`, data.Updates, and the `total` number of
+    Args: the data.Rows to train on and those held out, or None; `updates`, data.BatchPlan, and the `total` number of
     them in the run; `progress`, reporting.Progress over those that were made; `networks`, {name: {module: (parameters
     that are trained, that are not)}}; `device`, its name; `memory`, {what takes it: bytes}, of one process, and the
     `peak` that was measured there, in bytes.
     """
-    if not first_process():
+    if not is_main_process():
         return
     blocks = [
-        _data(rows, held_out_rows, updates, total, progress.first),
+        _data(rows, val_dataset, updates, total, progress.first),
         *(_parameters(name, modules) for name, modules in networks.items()),
         _memory(device, memory, peak),
         _time(list(progress.seconds), total - progress.first),
@@ -43,18 +43,18 @@ def report(rows, held_out_rows, updates, total, progress, networks, device, memo
     print("\n\n".join("\n".join(lines) for lines in blocks), flush=True)
 
 
-def _data(rows, held_out_rows, updates, total, done):
-    lines = [f"pictures    {len(rows):,} to train on, {len(held_out_rows or []):,} held out"]
+def _data(rows, val_dataset, updates, total, done):
+    lines = [f"images      {len(rows):,} to train on, {len(val_dataset or []):,} held out"]
     if rows.stream is not None:
         lines.append(f"chunks      {rows.source.told()}")
     if rows.sizes is not None:
         sizes, counts = np.unique(rows.sizes, axis=0, return_counts=True)
         lines += [f"  {f'{width} x {height}':<12}{count:>14,}" for (width, height), count in zip(sizes, counts)]
-    each = f"{updates.window:,} pictures"
+    each = f"{updates.window:,} images"
     if updates.samples < updates.window:
         each = f"up to {each}, {updates.samples:.3g} on average"
-    lines.append(f"updates     {total:,} of {each}" + (f"; {done:,} of them are made" if done else ""))
-    lines.append(f"epochs      {total / updates.per_epoch:,.1f}, of {updates.per_epoch:,} updates each")
+    lines.append(f"steps       {total:,} of {each}" + (f"; {done:,} of them are made" if done else ""))
+    lines.append(f"epochs      {total / updates.per_epoch:,.1f}, of {updates.per_epoch:,} steps each")
     return lines
 
 
@@ -76,12 +76,12 @@ def _memory(device, memory, peak):
 
 def _time(seconds, left):
     if not seconds:
-        return ["time        no update is left to be made"]
+        return ["time        no step is left to be made"]
     pace = float(np.mean(seconds[1:] or seconds))
     counted = f"{len(seconds[1:])} timed, after the first one" if seconds[1:] else "the first and only one"
     return [
-        f"time        {pace:.3g} s an update ({counted})",
-        f"            {_duration(pace * left)} for {left:,} updates, without caches, checkpoints and validation",
+        f"time        {pace:.3g} s a step ({counted})",
+        f"            {_duration(pace * left)} for {left:,} steps, without caches, checkpoints and validation",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights: diffusers' EMAModel with multi-tensor updates and a host-memory mode."""
+"""Exponential moving average of the weights: diffusers' EMAModel with multi-tensor steps and a host-memory mode."""
 
 import copy
 import json
@@ -15,9 +15,9 @@ class EMAWeights(EMAModel):
     """The moving average of the parameters that are trained in some models, in float32 whatever their precision: half
     precision would round its small moves away.
 
-    The decay of an update that has n before it is min(decay, (1 + n) / (10 + n)), and 0 for the first: diffusers'
+    The decay of a step that has n before it is min(decay, (1 + n) / (10 + n)), and 0 for the first: diffusers'
     rule. With `offload` the average lies in host memory (pinned where there is a GPU) and visits the device for each
-    update. Where the processes share the parameters out, each of them averages its slices.
+    step. Where the processes share the parameters out, each of them averages its slices.
     """
 
     def __init__(self, models, decay, offload=False):
@@ -38,10 +38,10 @@ class EMAWeights(EMAModel):
 
     @torch.no_grad()
     def step(self, held=None):
-        """Move the average towards the parameters, once per optimizer update.
+        """Move the average towards the parameters, once per optimizer step.
 
-        `held` is a scalar tensor, 1 where the update was held back and the average is to stay too, else 0; None where
-        no update is held back.
+        `held` is a scalar tensor, 1 where the step was held back and the average is to stay too, else 0; None where
+        no step is held back.
         """
         self.optimization_step += 1
         weight = 1 - self.get_decay(self.optimization_step)

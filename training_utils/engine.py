@@ -43,7 +43,7 @@ def make_accelerator(
 ):
     """The Accelerator of a run. `timeout` in seconds; `ddp` are options of DistributedDataParallel.
 
-    Raises UserError where the device cannot do the precision, or the launch does not go with `fused_backward`, updates
+    Raises UserError where the device cannot do the precision, or the launch does not go with `fused_backward`, steps
     during the backward pass.
     """
     project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))
@@ -154,7 +154,7 @@ def start_trackers(accelerator, project, settings):
 
 
 def start_progress(accelerator, guard, updates, state, total, logging_steps):
-    """The reporting.Progress of a run of `total` updates, from a RunState on; `guard` is its FiniteGuard."""
+    """The reporting.Progress of a run of `total` steps, from a RunState on; `guard` is its FiniteGuard."""
     return Progress(
         state,
         total,
@@ -168,7 +168,7 @@ def start_progress(accelerator, guard, updates, state, total, logging_steps):
 
 
 def log(accelerator, values, step):
-    """Hand a dict of numbers to the trackers, for an update."""
+    """Hand a dict of numbers to the trackers, for a step."""
     tell_trackers(accelerator.trackers, lambda tracker: tracker.log(values, step=step))
 
 
@@ -458,7 +458,7 @@ def make_optimizer(
 
 
 def prepare(accelerator, model, optimizer):
-    """What the loop calls of a model, its optimizer, and the parameters that this one updates from now on, which are
+    """What the loop calls of a model, its optimizer, and the parameters that this one steps from now on, which are
     others where the processes share them out."""
     network, optimizer = sharding.prepare(accelerator, model, optimizer)
     parameters = sharding.trained(optimizer)
@@ -492,7 +492,7 @@ def own_gradients(parameters):
 
 
 def restart_schedule(optimizer, lr_scheduler, step):
-    """Put a LambdaLR at `step` updates: the rate is a function of the step and of this run's flags alone."""
+    """Put a LambdaLR at `step` steps: the rate is a function of the step and of this run's flags alone."""
     lr_scheduler.last_epoch, lr_scheduler._step_count = step, step + 1
     rates = [base * curve(step) for base, curve in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -513,16 +513,16 @@ def clip(accelerator, parameters, max_norm):
 
 
 class FiniteGuard:
-    """Keeps an update whose gradient is not finite from reaching the weights, and says what became of it.
+    """Keeps a step whose gradient is not finite from reaching the weights, and says what became of it.
 
-    `look_at` is called between the backward pass and the update. With the fused AdamW it never waits for the device:
-    the kernel itself leaves out an update whose `found_inf` is set, as it does for torch's loss scaling. Other
+    `look_at` is called between the backward pass and the step. With the fused AdamW it never waits for the device:
+    the kernel itself leaves out a step whose `found_inf` is set, as it does for torch's loss scaling. Other
     optimizers have no such switch, so for them the norm is fetched. Under fp16 loss scaling accelerate sees to it.
 
-    When to `stop`, one such update also holds back all that follow, so that the weights stay in the last good state
+    When to `stop`, one such step also holds back all that follow, so that the weights stay in the last good state
     until it is noticed, when the losses are fetched; `keep(state)` then writes it. Else the run goes on with the next
-    update. `names(state)` lists the pictures of the update after a RunState. `held` is a scalar tensor that says
-    whether the last update was held back, for an average of the weights; None under loss scaling.
+    step. `names(state)` lists the images of the step after a RunState. `held` is a scalar tensor that says
+    whether the last step was held back, for an average of the weights; None under loss scaling.
     """
 
     def __init__(self, accelerator, optimizer, stop, keep, names):
@@ -532,9 +532,9 @@ class FiniteGuard:
         self.held = torch.zeros((), device=accelerator.device) if accelerator.scaler is None else None
 
     def look_at(self, grad_norm, more=False):
-        """Hold back the coming update if this norm, of all processes' gradient, is not finite.
+        """Hold back the coming step if this norm, of all processes' gradient, is not finite.
 
-        With `more` the norm is of a part of the gradient, and an update that is held back already stays so.
+        With `more` the norm is of a part of the gradient, and a step that is held back already stays so.
         """
         if self.held is None:
             return
@@ -576,7 +576,7 @@ def _collate(samples):
 
 
 def batches(samples, batch_sampler, device, workers=0):
-    """Batches on the device, as dicts of tensors. Raises UserError for a picture that cannot be read, unless the
+    """Batches on the device, as dicts of tensors. Raises UserError for an image that cannot be read, unless the
     samples skip it."""
     loader = torch.utils.data.DataLoader(
         samples,
@@ -585,20 +585,20 @@ def batches(samples, batch_sampler, device, workers=0):
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=_as_worker,
-        persistent_workers=False,  # the updates have no end, so its workers live as long as the run
+        persistent_workers=False,  # the steps have no end, so its workers live as long as the run
     )
     for batch in loader:
         if isinstance(batch, UserError):
-            batch.everywhere = False  # the other processes have other pictures
+            batch.everywhere = False  # the other processes have other images
             raise batch
         data.note_skipped(samples.rows, batch.pop("skipped", []))
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def training_batches(samples, updates, state, accelerator, workers, keep=None):
-    """The endless batches of this process, as data.Updates has them from a RunState's position on.
+    """The endless batches of this process, as data.BatchPlan has them from a RunState's position on.
 
-    Before a picture that cannot be used ends a run of one process, `keep()` writes the state after the last update;
+    Before an image that cannot be used ends a run of one process, `keep()` writes the state after the last step;
     several would wait for each other in it.
     """
     sampler = updates.batches(state.position, accelerator.process_index)
@@ -712,7 +712,7 @@ class TrainingState:
         except Exception as error:  # another model's shapes, or files that are not what they should be
             reason = reason_of(error)
             raise UserError(f"{folder} cannot be read: {reason}") from None
-        self.accelerator.step = 0  # accelerate counts micro-steps; a checkpoint always stands after a whole update
+        self.accelerator.step = 0  # accelerate counts micro-steps; a checkpoint always stands after a whole step
         for group, options in zip(self.optimizer.param_groups, self.options, strict=True):
             group.update(options)
             for parameter in group["params"]:
@@ -724,7 +724,7 @@ class TrainingState:
     def keep(self, root, state, about, limit, ema, held_back):
         """`save_checkpoint` for a run that goes back to an earlier RunState, whose weights it still has.
 
-        `held_back` is the number of updates since.
+        `held_back` is the number of steps since.
         """
         if ema is not None:
             ema.optimization_step -= held_back
@@ -751,8 +751,8 @@ def begin_dry_run(accelerator, batches, samples, updates):
     Those of data.Samples that caches stand in for are made now: a run finds them on the disk.
     """
     prepare = samples.prepare
-    if prepare.pictures or getattr(prepare, "captions", None):
-        batches = dry_run.ahead(batches, dry_run.UPDATES * updates.accumulation)
+    if prepare.images or getattr(prepare, "captions", None):
+        batches = dry_run.ahead(batches, dry_run.STEPS * updates.accumulation)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     return batches

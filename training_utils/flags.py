@@ -105,9 +105,9 @@ SINGLE_FILE_CONFIG = Flag("single_file_config", help="where the model is one .sa
                           "the same kind, whose settings are taken; left out, they are fetched from the hub")
 KANDINSKY = ("Base model", [
     Flag("pretrained_prior_model_name_or_path", str, "kandinsky-community/kandinsky-2-2-prior",
-         "folder or hub id of the prior, which turns text into the embedding of a picture, with CLIP's encoders"),
+         "folder or hub id of the prior, which turns text into the embedding of an image, with CLIP's encoders"),
     Flag("pretrained_decoder_model_name_or_path", str, "kandinsky-community/kandinsky-2-2-decoder",
-         "folder or hub id of the decoder, which turns such an embedding into the picture"),
+         "folder or hub id of the decoder, which turns such an embedding into the image"),
     Flag("prior_revision", help="branch, tag or commit of a prior on the hub; pin one so that no later upload changes "
          "the run"),
     Flag("decoder_revision", help="branch, tag or commit of a decoder on the hub"),
@@ -115,36 +115,36 @@ KANDINSKY = ("Base model", [
 ])
 DATA = ("Data", [
     Flag("dataset_name", help="hub id or local path that the datasets library can load"),
-    Flag("dataset_config_name", help="configuration of that data set, where it has several"),
-    Flag("train_data_dir", help="folder of pictures with metadata.jsonl, .csv or .parquet or a .txt caption beside "
+    Flag("dataset_config_name", help="configuration of that dataset, where it has several"),
+    Flag("train_data_dir", help="folder of images with metadata.jsonl, .csv or .parquet or a .txt caption beside "
          "each, of WebDataset's .tar shards, or of .parquet tables; with --dataset_name it is passed on as data_dir"),
     Flag("streaming", bool, False, "read .tar shards or .parquet tables where they lie, on the hub or in "
-         "--train_data_dir, a few chunks at a time; for data sets that do not fit the disk"),
+         "--train_data_dir, a few chunks at a time; for datasets that do not fit the disk"),
     Flag("shuffle_buffer", whole(1), 10_000, "with --streaming: samples that are shuffled together; more are better "
          "mixed and take more room on the disk"),
-    Flag("train_data_config", help="YAML file that names several data sets, repeated or weighted"),
-    Flag("repeats_from_folders", bool, False, "show the pictures in folders named like `10_sks dog` so many times an "
-         "epoch (kohya's layout); pictures without a caption there get these words"),
-    Flag("image_column", str, "image", "column that holds the pictures"),
+    Flag("train_data_config", help="YAML file that names several datasets, repeated or weighted"),
+    Flag("repeats_from_folders", bool, False, "show the images in folders named like `10_sks dog` so many times an "
+         "epoch (kohya's layout); images without a caption there get these words"),
+    Flag("image_column", str, "image", "column that holds the images"),
     Flag("caption_column", str, "text", "column that holds the captions: a string, or a list to draw one from"),
     Flag("shuffle_tags", bool, False, "put a caption's tags, which commas separate, into a drawn order each time"),
     Flag("keep_tokens", whole(0), 0, "with --shuffle_tags: the first so many tags stay where they are"),
-    Flag("max_train_samples", whole(1), None, "train on this many pictures only, for a quick trial"),
-    Flag("resolution", multiple_of_8, 512, "side of the square training picture in pixels, a multiple of 8"),
-    Flag("center_crop", bool, False, "always take the middle of the picture instead of a random crop"),
-    Flag("random_flip", bool, False, "mirror every second picture; not for text or faces with a parting"),
-    Flag("image_interpolation_mode", str, "lanczos", "filter that resizes the pictures", INTERPOLATIONS),
+    Flag("max_train_samples", whole(1), None, "train on this many images only, for a quick trial"),
+    Flag("resolution", multiple_of_8, 512, "side of the square training image in pixels, a multiple of 8"),
+    Flag("center_crop", bool, False, "always take the middle of the image instead of a random crop"),
+    Flag("random_flip", bool, False, "mirror every second image; not for text or faces with a parting"),
+    Flag("image_interpolation_mode", str, "lanczos", "filter that resizes the images", INTERPOLATIONS),
     Flag("caption_dropout", number(0, 1), 0.0, "share of samples whose caption is left empty, drawn anew each epoch; "
          "0.1 keeps classifier-free guidance working in long runs"),
-    Flag("dataloader_num_workers", whole(0), 0, "processes that read pictures ahead; 0 reads in the training process"),
-    Flag("on_bad_sample", str, "error", "what a caption or picture that cannot be used does: stop the run, or have it "
+    Flag("dataloader_num_workers", whole(0), 0, "processes that read images ahead; 0 reads in the training process"),
+    Flag("on_bad_sample", str, "error", "what a caption or image that cannot be used does: stop the run, or have it "
          "left out with a warning", ("error", "skip")),
-    Flag("check_data", bool, False, "only look at every caption and picture and print a report; needs no model"),
+    Flag("check_data", bool, False, "only look at every caption and image and print a report; needs no model"),
 ])
 OF_CAPTIONS = ("caption_column", "caption_dropout", "shuffle_tags", "keep_tokens")  # flags of DATA
 BUCKETS = ("Aspect ratios", [
-    Flag("aspect_ratio_bucketing", bool, False, "train on pictures of many shapes, each about --resolution^2 pixels, "
-         "instead of cutting all to squares; a batch holds pictures of one shape"),
+    Flag("aspect_ratio_bucketing", bool, False, "train on images of many shapes, each about --resolution^2 pixels, "
+         "instead of cutting all to squares; a batch holds images of one shape"),
     Flag("min_bucket_reso", whole(8), None, "shortest side of a shape in pixels; left out, half of --resolution"),
     Flag("max_bucket_reso", whole(8), None, "longest side of a shape in pixels; left out, twice --resolution"),
     Flag("bucket_reso_steps", multiple_of_8, 64, "sides are multiples of this many pixels, itself a multiple of 8; "
@@ -153,20 +153,20 @@ BUCKETS = ("Aspect ratios", [
 TRAINING = ("Training", [
     Flag("config", help="file of flags, such as the run.yaml of an earlier run; flags beside it win, and --no_NAME "
          "takes back one that is true in it"),
-    Flag("dry_run", bool, False, "make a few updates, write nothing, and tell what would be trained, in how much "
+    Flag("dry_run", bool, False, "make a few steps, write nothing, and tell what would be trained, in how much "
          "memory and how long"),
-    Flag("output_dir", str, None, "folder for the result, the checkpoints, the logs and the validation pictures"),
+    Flag("output_dir", str, None, "folder for the result, the checkpoints, the logs and the validation images"),
     Flag("seed", whole(0, 2**62), None, "every draw of the run comes from it; left out, one is drawn and printed"),
-    Flag("train_batch_size", whole(1), 16, "pictures per process and micro-step; lower it when memory runs out"),
-    Flag("gradient_accumulation_steps", whole(1), 1, "micro-steps per update: a larger batch without more memory"),
-    Flag("num_train_epochs", whole(1), 100, "passes over the data"),
-    Flag("max_train_steps", whole(1), None, "optimizer updates to make; overrides --num_train_epochs"),
+    Flag("train_batch_size", whole(1), 16, "images per process and micro-step; lower it when memory runs out"),
+    Flag("gradient_accumulation_steps", whole(1), 1, "micro-steps per step: a larger batch without more memory"),
+    Flag("num_train_epochs", whole(1), 100, "skips the data"),
+    Flag("max_train_steps", whole(1), None, "optimizer steps to make; overrides --num_train_epochs"),
 ])
 OPTIMIZATION = ("Optimization", [
     Flag("learning_rate", number(), 1e-4, "peak learning rate, before --scale_lr"),
     Flag("scale_lr", bool, False, "multiply the learning rate by accumulation steps x batch size x processes"),
     Flag("lr_scheduler", str, "constant", "shape of the learning rate over the run", SCHEDULES),
-    Flag("lr_warmup_steps", whole(0), 500, "updates until the peak is reached; `constant` has no warm-up"),
+    Flag("lr_warmup_steps", whole(0), 500, "steps until the peak is reached; `constant` has no warm-up"),
     Flag("lr_num_cycles", whole(1), 1, "hard restarts of cosine_with_restarts"),
     Flag("lr_power", number(), 1.0, "exponent of the polynomial schedule"),
     Flag("optimizer", str, "adamw", "adamw8bit and adafactor keep less state in memory; paged_adamw8bit moves it to "
@@ -179,11 +179,11 @@ OPTIMIZATION = ("Optimization", [
     Flag("adam_epsilon", number(), 1e-8, "added to Adam's denominator"),
     Flag("max_grad_norm", number(), 1.0, "clip the gradient to this norm; 0 means no clipping"),
     Flag("on_nan", str, "stop", "when the loss or gradient is not finite: stop and keep the last good state, or skip "
-         "that update", ("stop", "skip")),
+         "that step", ("stop", "skip")),
 ])
 SNR_GAMMA = Flag("snr_gamma", above_zero, None, "min-SNR loss weighting (arXiv 2303.09556); 5.0 is the paper's value")
 NOISE_OFFSET = Flag("noise_offset", number(), 0.0,
-                    "shift of each channel's noise; 0.1 lets pictures be darker or brighter")
+                    "shift of each channel's noise; 0.1 lets images be darker or brighter")
 OBJECTIVE = ("Objective", [
     Flag("prediction_type", str, None, "what the network predicts; left out, what the model's own scheduler says",
          ("epsilon", "v_prediction")),
@@ -212,17 +212,17 @@ SDXL = [
 ]
 EMA = ("EMA weights", [
     Flag("use_ema", bool, False, "keep an exponential moving average of the weights, and save that"),
-    Flag("ema_decay", number(0, 1), 0.9999, "upper bound of the EMA decay; lower it for runs below 10,000 updates"),
+    Flag("ema_decay", number(0, 1), 0.9999, "upper bound of the EMA decay; lower it for runs below 10,000 steps"),
     Flag("offload_ema", bool, False, "keep the EMA weights in host memory; saves a model's size, costs a copy a step"),
-    Flag("foreach_ema", bool, False, "accepted for old command lines: multi-tensor EMA updates are always on"),
+    Flag("foreach_ema", bool, False, "accepted for old command lines: multi-tensor EMA steps are always on"),
 ])
 VALIDATION = ("Validation", [
     Flag("validation_epochs", whole(0), 5, "validate every so many epochs; 0 means never"),
-    Flag("validation_steps", whole(0), None, "validate every so many updates instead"),
-    Flag("validation_at_start", bool, False, "validate before the first update too, to see what the model did before"),
-    Flag("validation_num_inference_steps", whole(1), 20, "sampler steps of a validation picture"),
-    Flag("validation_guidance_scale", number(), 7.5, "guidance scale of the validation pictures; 1 or less means off"),
-    Flag("validation_split", number(0, 0.9), 0.0, "share of the pictures held out for val_loss"),
+    Flag("validation_steps", whole(0), None, "validate every so many steps instead"),
+    Flag("validation_at_start", bool, False, "validate before the first step too, to see what the model did before"),
+    Flag("validation_num_inference_steps", whole(1), 20, "sampler steps of a validation image"),
+    Flag("validation_guidance_scale", number(), 7.5, "guidance scale of the validation images; 1 or less means off"),
+    Flag("validation_split", number(0, 0.9), 0.0, "share of the images held out for val_loss"),
 ])
 LORA = ("Adapters", [
     Flag("rank", whole(1), 4, "rank of the adapters: their size, and how much they can learn"),
@@ -233,12 +233,12 @@ LORA = ("Adapters", [
     Flag("save_kohya_format", bool, False, "also write the file that WebUI and ComfyUI read"),
 ])
 VALIDATION_PROMPT = [
-    Flag("validation_prompt", str, None, "draw pictures for this prompt"),
+    Flag("validation_prompt", str, None, "draw images for this prompt"),
     Flag("num_validation_images", whole(0), 4, "how many; 0 means none"),
 ]
-VALIDATION_PROMPTS = Flag("validation_prompts", str, None, "draw one picture for each of these prompts", nargs="+")
+VALIDATION_PROMPTS = Flag("validation_prompts", str, None, "draw one image for each of these prompts", nargs="+")
 CHECKPOINTS = ("Checkpoints", [
-    Flag("checkpointing_steps", whole(0), 500, "updates between checkpoints; one is written at the end too; 0: never"),
+    Flag("checkpointing_steps", whole(0), 500, "steps between checkpoints; one is written at the end too; 0: never"),
     Flag("checkpoints_total_limit", whole(1), None, "keep this many checkpoints; the oldest go once a new one stands"),
     Flag("resume_from_checkpoint", help="`latest`, a checkpoint's name in --output_dir, or a path"),
 ])
@@ -253,9 +253,9 @@ HARDWARE = ("Speed and memory", [
     Flag("local_rank", int, -1, "set by old launchers; leave it alone"),
 ])
 CACHES = ("Caches: frozen networks run once", [
-    Flag("cache_latents", bool, False, "let the networks that see pictures run once for each picture and keep on disk "
+    Flag("cache_latents", bool, False, "let the networks that see images run once for each image and keep on disk "
          "what they make of it, for this run and later ones"),
-    Flag("cached_crops", whole(1), 1, "how many random crops of each picture to keep; every epoch takes one of them"),
+    Flag("cached_crops", whole(1), 1, "how many random crops of each image to keep; every epoch takes one of them"),
     Flag("cache_text_embeddings", bool, False, "the same for the text encoders and captions"),
     Flag("encoding_cache_dir", help="folder for both; left out, one beside the downloads"),
 ])
@@ -266,21 +266,21 @@ LESS_MEMORY = [
          "their memory, slightly less exact"),
 ]
 KANDINSKY_DEFAULTS = {"train_batch_size": 1, "adam_weight_decay": 0.0, "validation_guidance_scale": 4.0}
-KANDINSKY_RESOLUTION = Flag("resolution", whole(1), 512, "side of the validation pictures, which the decoder rounds "
-                            "up to a multiple of 64; CLIP's image processor sizes the training pictures")
+KANDINSKY_RESOLUTION = Flag("resolution", whole(1), 512, "side of the validation images, which the decoder rounds "
+                            "up to a multiple of 64; CLIP's image processor sizes the training images")
 KANDINSKY_DECODER = [
-    Flag("train_data_dir", help="folder of pictures; captions are neither needed nor read; with --dataset_name it is "
+    Flag("train_data_dir", help="folder of images; captions are neither needed nor read; with --dataset_name it is "
          "passed on as data_dir"),
-    Flag("random_crop", bool, False, "train on a random square of each picture instead of its middle"),
-    Flag("reducing_gap", number(1), 1.0, "how exactly large pictures are made smaller: 1 is quickest, 3 hardly "
+    Flag("random_crop", bool, False, "train on a random square of each image instead of its middle"),
+    Flag("reducing_gap", number(1), 1.0, "how exactly large images are made smaller: 1 is quickest, 3 hardly "
          "differs from exact"),
-    Flag("caption_dropout", number(0, 1), 0.0, "share of samples that are conditioned on no picture, drawn anew each "
+    Flag("caption_dropout", number(0, 1), 0.0, "share of samples that are conditioned on no image, drawn anew each "
          "epoch; 0.1 keeps classifier-free guidance working in long runs"),
 ]
 REPORTING = ("Logs and the hub", [
     Flag("report_to", str, "tensorboard", "where the curves go; `all`: every tracker that is installed", TRACKERS),
     Flag("logging_dir", str, "logs", "folder for the trackers' files, inside --output_dir"),
-    Flag("logging_steps", whole(1), 10, "updates between two looks at the losses; every update is still logged"),
+    Flag("logging_steps", whole(1), 10, "steps between two looks at the losses; every step is still logged"),
     Flag("tracker_project_name", str, "text2image-fine-tune", "the project's name in the tracker"),
     Flag("push_to_hub", bool, False, "upload the result when it stands"),
     Flag("hub_token", help="token for the upload; `hf auth login` keeps it out of the shell history and the list "
@@ -309,10 +309,10 @@ MATHEMATICS = frozenset(
     """.split()
 )
 NOT_STREAMED = {
-    "train_data_config": "names several data sets, and --streaming reads one",
-    "repeats_from_folders": "shows the pictures of some folders again, of which a stream has none",
-    "aspect_ratio_bucketing": "needs the size of every picture before the first update, which is to read them all",
-    "cache_latents": "keeps on the disk what is made of every picture, and --streaming is for sets too large for it",
+    "train_data_config": "names several datasets, and --streaming reads one",
+    "repeats_from_folders": "shows the images of some folders again, of which a stream has none",
+    "aspect_ratio_bucketing": "needs the size of every image before the first step, which is to read them all",
+    "cache_latents": "keeps on the disk what is made of every image, and --streaming is for sets too large for it",
     "cache_text_embeddings": "keeps on the disk what is made of every caption, after reading them all",
 }
 SECRETS = frozenset(["hub_token"])
@@ -468,7 +468,7 @@ def parse(argv, description, groups, defaults=None):
         args.mixed_precision = "bf16"
     usual = {name: flag.default for name, flag in known.items()}
     args.notices = _notices(args, {name for name in args.given if name in usual and values[name] != usual[name]})
-    if args.dry_run:  # look at each update, and leave nothing behind
+    if args.dry_run:  # look at each step, and leave nothing behind
         args.logging_steps, args.validation_steps, args.checkpointing_steps = 1, 0, 0
         args.report_to, args.push_to_hub, args.validation_at_start = "none", False, False
         if getattr(args, "cache_latents", False) or getattr(args, "cache_text_embeddings", False):
@@ -514,7 +514,7 @@ def as_file(args, script, seed):
     about = [
         f"The flags of a run of {script}. --config with this file repeats it; flags beside --config win.",
         "A relative path begins in the folder that the command is called in. A flag that is commented out follows",
-        "from the others, or says nothing beside them.",
+        "from the others, or has no effect beside them.",
     ]
     silent = {"max_train_steps"} | _silent_looks(args)
     if args.lr_scheduler == "constant":
@@ -526,7 +526,7 @@ def as_file(args, script, seed):
 
 
 def _silent_looks(args):
-    """The flags about validation that say nothing, since there is nothing to draw or to look at."""
+    """The flags about validation that have no effect, since there is nothing to draw or to look at."""
     if vars(args).get("validation_prompts") or vars(args).get("validation_prompt"):
         return set()
     looks = {"validation_steps", "validation_epochs", "validation_at_start"}
@@ -559,7 +559,7 @@ def _notices(args, changed):
     """What is not wrong but surely not meant, as a list of sentences; `changed` are the flags given other values than
     their defaults."""
     notices = [
-        f"--{name} says nothing without {words}"
+        f"--{name} has no effect without {words}"
         for name, (there, words) in _needed(args).items()
         if name in changed and not there
     ]
@@ -573,14 +573,14 @@ def _notices(args, changed):
     elif args.lr_scheduler != "constant" and args.lr_warmup_steps >= (args.max_train_steps or float("inf")):
         notices.append(
             f"--lr_warmup_steps {args.lr_warmup_steps} leaves nothing after the warm-up in {args.max_train_steps} "
-            "updates: the learning rate never gets to --learning_rate"
+            "steps: the learning rate never gets to --learning_rate"
         )
     for name in sorted(args.given & _silent_looks(args)):
-        notices.append(f"--{name} says nothing without a validation prompt or, for the loss, a --validation_split")
+        notices.append(f"--{name} has no effect without a validation prompt or, for the loss, a --validation_split")
     folder, out = args.train_data_dir and os.path.realpath(args.train_data_dir), args.output_dir
     if folder and out and os.path.realpath(out).startswith(os.path.join(folder, "")):
         notices.append(
-            f"--output_dir {out} lies in --train_data_dir: a later run would take the pictures that this one draws "
+            f"--output_dir {out} lies in --train_data_dir: a later run would take the images that this one draws "
             "for data, unless metadata name those that are meant"
         )
     if getattr(args, "optimizer", None) == "prodigy" and args.learning_rate != 1:
@@ -659,7 +659,7 @@ def _contradiction(args):
         return "--cache_text_embeddings keeps what the text encoders make, which --train_text_encoder changes"
     for name in ("hub_private_repo", "push_checkpoints"):
         if get(name) and not args.push_to_hub:
-            return f"--{name} says nothing without --push_to_hub; give both or neither"
+            return f"--{name} has no effect without --push_to_hub; give both or neither"
     report_to = get("report_to")
     if report_to not in (None, "all", "none") and _missing(report_to):
         return f"--report_to {report_to} needs {report_to}: pip install {report_to}, or give --report_to none"
@@ -690,11 +690,11 @@ def _data_problem(args):
     if args.train_data_config is not None:
         other = min(args.given & {"train_data_dir", "dataset_name"}, default=None)
         if other:
-            return f"--train_data_config names all data sets, and --{other} another one; give one of them"
+            return f"--train_data_config names all datasets, and --{other} another one; give one of them"
         if not os.path.isfile(args.train_data_config):
             return f"--train_data_config {args.train_data_config} is not a file"
     elif args.dataset_name is None and args.train_data_dir is None:
-        return "give --train_data_dir (a folder of pictures), --dataset_name or --train_data_config"
+        return "give --train_data_dir (a folder of images), --dataset_name or --train_data_config"
     elif args.dataset_name is None and not os.path.isdir(args.train_data_dir):
         return f"--train_data_dir {args.train_data_dir} is not a folder"
     if args.repeats_from_folders and (args.dataset_name is not None or args.train_data_config is not None):
@@ -702,13 +702,13 @@ def _data_problem(args):
             "--repeats_from_folders is for --train_data_dir alone; in --train_data_config each source has its repeats"
         )
     if "shuffle_buffer" in args.given and not args.streaming:
-        return "--shuffle_buffer says nothing without --streaming; give both or neither"
+        return "--shuffle_buffer has no effect without --streaming; give both or neither"
     if args.streaming:
         for name, why in NOT_STREAMED.items():
             if get(name):
                 return f"--{name} {why}; leave it or --streaming out"
     if get("keep_tokens") and not args.shuffle_tags:
-        return "--keep_tokens says nothing without --shuffle_tags; give both or neither"
+        return "--keep_tokens has no effect without --shuffle_tags; give both or neither"
     if get("shuffle_tags") and get("cache_text_embeddings"):
         return "--cache_text_embeddings keeps what the text encoders make of a caption, which --shuffle_tags changes"
     return None
@@ -786,7 +786,7 @@ def _deepspeed_problem(args):
         "gradient_clipping": (args.max_grad_norm, f"--max_grad_norm {args.max_grad_norm:g}"),
         "gradient_accumulation_steps": (accumulation, f"--gradient_accumulation_steps {accumulation}"),
         "train_micro_batch_size_per_gpu": (batch, f"--train_batch_size {batch}"),
-        "train_batch_size": (window, f"{window} pictures in an update"),
+        "train_batch_size": (window, f"{window} images in a step"),
         "bf16.enabled": (precision == "bf16", f"--mixed_precision {precision}"),
         "fp16.enabled": (False, f"--mixed_precision {precision}"),
     }
@@ -805,7 +805,9 @@ def _bucket_problem(args):
     """The first thing that is wrong with the flags of the aspect-ratio buckets, as a sentence, or None."""
     if not getattr(args, "aspect_ratio_bucketing", False):
         alone = args.given & {"min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"}
-        return f"--{min(alone)} says nothing without --aspect_ratio_bucketing; give both or neither" if alone else None
+        return (
+            f"--{min(alone)} has no effect without --aspect_ratio_bucketing; give both or neither" if alone else None
+        )
     limits = bucket_limits(args)
     side, smallest, largest, step = limits["resolution"], limits["smallest"], limits["largest"], limits["step"]
     if smallest > side:
@@ -867,7 +869,7 @@ def hub(args):
 
 
 def optimizer(args, window):
-    """The optimizer and its settings, as engine.make_optimizer takes them; `window` is the samples of an update."""
+    """The optimizer and its settings, as engine.make_optimizer takes them; `window` is the samples of a step."""
     return {
         "name": args.optimizer,
         "learning_rate": args.learning_rate * (window if args.scale_lr else 1),
@@ -878,7 +880,7 @@ def optimizer(args, window):
 
 
 def learning_rate_curve(args):
-    """The learning rate over the updates of a run, as diffusers' get_scheduler takes it."""
+    """The learning rate over the steps of a run, as diffusers' get_scheduler takes it."""
     return {
         "name": args.lr_scheduler,
         "num_warmup_steps": args.lr_warmup_steps,
@@ -889,7 +891,7 @@ def learning_rate_curve(args):
 
 
 def drawing(args):
-    """How validation pictures are drawn, as the pipelines of Stable Diffusion and SDXL take it."""
+    """How validation images are drawn, as the pipelines of Stable Diffusion and SDXL take it."""
     return {
         "height": args.resolution,
         "width": args.resolution,

@@ -21,7 +21,7 @@ def encoder(encode):
     """Decorator of an `encode(networks, batch)` that returns a dict of tensors with a leading batch axis.
 
     There is no gradient, unless a network is in training mode. On a CPU each sample is encoded by itself: that is no
-    slower for pictures of the usual sizes, and a sample's bits then do not depend on its neighbours, as they would in
+    slower for images of the usual sizes, and a sample's bits then do not depend on its neighbours, as they would in
     a batch. What a cache holds is therefore exactly what a run without it computes.
     """
 
@@ -47,9 +47,8 @@ def cast_for(network, tensor):
 
 
 @contextmanager
-def visiting(networks, device):
-    """Within this context the networks are on the device, and after it where they were; a None among them is passed
-    over."""
+def temporarily_on(networks, device):
+    """Within this context the networks are on the device, and after it where they were. None is skipped."""
     places = [(network, next(network.parameters()).device) for network in networks if network is not None]
     # To move a network that is there already takes milliseconds, and a cache asks for it with every batch.
     away = [(network, place) for network, place in places if place != torch.device(device)]
@@ -62,15 +61,15 @@ def visiting(networks, device):
             network.to(place)
 
 
-def settle(network, device, cached, wanted_again):
+def place_frozen(network, device, cached, wanted_again):
     """A frozen network in the place where it spends the training: on the device, where each step runs it; in host
-    memory, where its outputs are `cached` and only validation pictures want it again; else nowhere, as None."""
+    memory, where its outputs are `cached` and only validation images want it again; else nowhere, as None."""
     if not cached:
         return network.to(device)
     return network.cpu() if wanted_again else None
 
 
-def give_back(networks):
+def release_memory(networks):
     """Let other programs, and later allocations of other sizes, have the memory of those that were let go: None."""
     if None not in networks:
         return
@@ -108,7 +107,7 @@ def _over_arrays(networks, encode, device, beside=()):
     @torch.no_grad()
     def encoded(batch):
         tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-        with visiting(networks, device):
+        with temporarily_on(networks, device):
             kept = encode(tensors) | {name: tensors[name] for name in beside if name in tensors}
         return {
             name: (str(tensor.dtype).removeprefix("torch."), tensor.float().cpu().numpy())
@@ -122,26 +121,26 @@ def _store(root, kind, networks, device, settings=None):
     return None if root is None else cache.Store(root, kind, _identity(networks, device, settings))
 
 
-def keep_pictures(accelerator, root, sets, batch_size, networks, encode, settings, crops=None, blank=None):
-    """Run the networks that see pictures once for every picture of some data.Samples; `prepare.pictures` of each has
+def cache_images(accelerator, root, sets, batch_size, networks, encode, settings, crops=None, blank=None):
+    """Run the networks that see images once for every image of some data.Samples; `prepare.images` of each has
     the outputs then. A collective call.
 
-    `encode(batch)` is what the networks make of a batch; `settings` tell apart how pictures are shown to them; `crops`
+    `encode(batch)` is what the networks make of a batch; `settings` tell apart how images are shown to them; `crops`
     is how many are kept of each that is cropped at random, None where none is; `blank` is a sample that stands for no
-    picture. Where `root` is None nothing is kept, and the networks run when they are asked. Raises UserError.
+    image. Where `root` is None nothing is kept, and the networks run when they are asked. Raises UserError.
     """
     device = accelerator.device
     store = _store(root, "pictures", networks, device, settings)
     encode = _over_arrays(networks, encode, device, BESIDE)
-    with visiting(networks, device):
-        cache.keep_pictures(store, sets, encode, _team(accelerator), batch_size, crops or 1, blank)
+    with temporarily_on(networks, device):
+        cache.cache_images(store, sets, encode, _team(accelerator), batch_size, crops or 1, blank)
 
 
-def keep_captions(accelerator, root, sets, batch_size, networks, encode, empty):
+def cache_captions(accelerator, root, sets, batch_size, networks, encode, empty):
     """Run the text encoders once for every caption of some data.Samples, and for the empty one where it is `empty`
     that is trained as well; `prepare.captions` of each has the outputs then. A collective call. Where `root` is None
     nothing is kept, and the networks run when they are asked. Raises UserError."""
     device = accelerator.device
     store, encode = _store(root, "captions", networks, device), _over_arrays(networks, encode, device)
-    with visiting(networks, device):
-        cache.keep_captions(store, sets, encode, _team(accelerator), batch_size, empty)
+    with temporarily_on(networks, device):
+        cache.cache_captions(store, sets, encode, _team(accelerator), batch_size, empty)

@@ -14,7 +14,7 @@ CHECKPOINTS = "checkpoints"  # a branch of their own: who loads a pipeline by it
 
 
 def plain(text, most=300):
-    """Text from a prompt or a data set as one line that Markdown shows as it is, whatever it holds."""
+    """Text from a prompt or a dataset as one line that Markdown shows as it is, whatever it holds."""
     text = " ".join(str(text).split())[:most]
     return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-!|~" else html.escape(c, quote=False) for c in text)
 
@@ -126,7 +126,7 @@ def read_index(folder):
 
 
 def public_name(name):
-    """What to call a model or data set in public: its hub id, or the name of its folder without the path."""
+    """What to call a model or dataset in public: its hub id, or the name of its folder without the path."""
     return os.path.basename(os.path.abspath(name)) if name and os.path.exists(name) else name
 
 
@@ -176,11 +176,11 @@ def base_licence(base_model, token):
         return None
 
 
-def write_card(folder, repository, *, base_model, data, tags, facts, usage, pictures=(), token=None, prior=None):
+def write_card(folder, repository, *, base_model, data, tags, facts, usage, images=(), token=None, prior=None):
     """Write README.md into `folder`, for the hub's `repository` or None.
 
-    `data` is the data set's hub id or None; `facts` a dict of settings worth reading; `usage` the Python lines that
-    use the model; `pictures` a list of (path inside the folder, prompts), of which the hub's page shows each with its
+    `data` is the dataset's hub id or None; `facts` a dict of settings worth reading; `usage` the Python lines that
+    use the model; `images` a list of (path inside the folder, prompts), of which the hub's page shows each with its
     prompts; `token` the one for the hub, which is asked for the base model's licence; `prior` what a Kandinsky decoder
     was trained with, which diffusers reads from the card to assemble the two.
     """
@@ -189,10 +189,10 @@ def write_card(folder, repository, *, base_model, data, tags, facts, usage, pict
     if os.path.realpath(base_model) == os.path.realpath(folder):  # adapters beside their model, which has its own
         return
     licence = base_licence(base_model, token) if repository else None
-    pictures = [pair for pair in pictures if (Path(folder) / pair[0]).exists()]  # else the disk was full
+    images = [pair for pair in images if (Path(folder) / pair[0]).exists()]  # else the disk was full
     examples = [
         {"text": ", ".join(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts)), "output": {"url": path}}
-        for path, prompts in pictures
+        for path, prompts in images
     ]
     known = ModelCardData(
         base_model=None if os.path.exists(base_model) else base_model,
@@ -211,8 +211,8 @@ def write_card(folder, repository, *, base_model, data, tags, facts, usage, pict
         f"Fine-tuned from {plain(public_name(base_model))}",
     ]
     lines[-1] += f" on {plain(public_name(data))}." if data else "."
-    for path, prompts in pictures:
-        lines += ["", f"![validation pictures]({path})", ""]
+    for path, prompts in images:
+        lines += ["", f"![validation images]({path})", ""]
         lines += [f"- {plain(prompt)}" for prompt in prompts]
     lines += ["", "## Use it", "", "```python", usage.strip(), "```", "", "## How it was trained", ""]
     lines += ["| setting | value |", "|---|---|"]

@@ -1,4 +1,4 @@
-"""A look at every caption and every picture of a data set before anything is trained: what `--check_data` prints."""
+"""A look at every caption and every image of a dataset before anything is trained: what `--check_data` prints."""
 
 import hashlib
 import os
@@ -9,8 +9,8 @@ import numpy as np
 from PIL import ExifTags
 
 from . import buckets, data
-from .problems import KINDS, open_picture, problem_of
-from .reporting import bar, first_process, shortened
+from .problems import KINDS, open_image, problem_of
+from .reporting import bar, is_main_process, shortened
 
 SIDES = [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096]
 RATIOS = {  # upper bound of width / height: what to call it
@@ -26,7 +26,7 @@ BAR = 40  # characters of the longest bar of a histogram
 
 
 class Look(NamedTuple):
-    """What a decoded picture is like: its name, its size (width, height) when upright, a digest of its pixels, and
+    """What a decoded image is like: its name, its size (width, height) when upright, a digest of its pixels, and
     whether it has more frames than one, transparent parts, or was stored turned."""
 
     name: str
@@ -38,16 +38,16 @@ class Look(NamedTuple):
 
 
 def check_data(source, resolution, limits=None):
-    """Look at a whole data set and print a report. Returns the exit code: 0 when every sample can be used, else 2.
+    """Look at a whole dataset and print a report. Returns the exit code: 0 when every sample can be used, else 2.
 
-    `source` is the dict of what data.load_rows takes; `resolution` is the side in pixels that the pictures are resized
+    `source` is the dict of what data.load_rows takes; `resolution` is the side in pixels that the images are resized
     to, None where the script does not resize them; `limits` is what buckets.make takes, None where they are cut to
-    squares. Of several processes only the first one looks. Raises UserError for a data set that cannot be opened.
+    squares. Of several processes only the first one looks. Raises UserError for a dataset that cannot be opened.
     """
-    if not first_process():
+    if not is_main_process():
         return 0
     rows = data.load_rows(**source)
-    looks, problems, bad = look_at_pictures(rows)
+    looks, problems, bad = look_at_images(rows)
     captions, empty = data.caption_problems(rows)
     unusable = len(rows.findings.problems) + len(bad | captions.keys())
     problems = [*rows.findings.problems, *captions.values(), *problems]
@@ -75,27 +75,27 @@ def check_data(source, resolution, limits=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def look_at_pictures(rows):
-    """Decode every picture, in threads, under a progress bar. Returns a list of Look, a list of Problem, and the set
+def look_at_images(rows):
+    """Decode every image, in threads, under a progress bar. Returns a list of Look, a list of Problem, and the set
     of the rows' indices that have such a problem.
 
     Of a folder each file is decoded once, however many rows show it, and those too whose caption cannot be used.
     """
-    pictures, shown_by, cells = rows.cells(), {}, {}
+    images, shown_by, cells = rows.cells(), {}, {}
     if rows.root is not None:
-        for index, (name, cell) in enumerate(pictures):
+        for index, (name, cell) in enumerate(images):
             shown_by.setdefault(name, []).append(index)
             cells[name] = cell
         for problem in rows.findings.problems:
             if problem.kind == "no usable caption" and os.path.isfile(problem.name):  # which no place in a shard is
                 shown_by.setdefault(problem.name, [])
                 cells[problem.name] = {"path": problem.name}
-        pictures = cells.items()
-    threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a whole picture
-    results = data.read_ahead(_look, pictures, threads)
+        images = cells.items()
+    threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a whole image
+    results = data.read_ahead(_look, images, threads)
     total = len(shown_by) or len(rows)
     looks, problems, bad = [], [], set()
-    for at, result in enumerate(bar(results, "pictures", total, delay=0)):
+    for at, result in enumerate(bar(results, "images", total, delay=0)):
         if isinstance(result, Look):
             looks.append(result)
         else:
@@ -105,13 +105,13 @@ def look_at_pictures(rows):
 
 
 def _look(named_cell):
-    """A picture's Look, or its Problem."""
+    """An image's Look, or its Problem."""
     name, cell = named_cell
     try:
-        with open_picture(cell) as picture:
-            rgb, turned = data.upright_rgb(picture), picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-            transparent = data.is_transparent(picture)  # of the first frame
-            return Look(name, rgb.size, _digest(rgb), _is_animated(picture), transparent, turned)
+        with open_image(cell) as image:
+            rgb, turned = data.upright_rgb(image), image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+            transparent = data.is_transparent(image)  # of the first frame
+            return Look(name, rgb.size, _digest(rgb), _is_animated(image), transparent, turned)
     except Exception as error:  # Pillow raises a dozen kinds for a damaged file
         return problem_of(error, name)
 
@@ -120,11 +120,11 @@ def _digest(rgb):
     return hashlib.blake2b(repr(rgb.size).encode() + rgb.tobytes(), digest_size=16).digest()
 
 
-def _is_animated(picture):
-    if picture.format == "MPO":  # a camera's JPEG with a preview behind it
+def _is_animated(image):
+    if image.format == "MPO":  # a camera's JPEG with a preview behind it
         return False
     try:
-        return getattr(picture, "n_frames", 1) > 1  # looks through the file, after the first frame was decoded
+        return getattr(image, "n_frames", 1) > 1  # looks through the file, after the first frame was decoded
     except Exception:  # a later frame is damaged, which nothing here reads
         return True
 
@@ -146,11 +146,11 @@ def _size(size):
 
 def _summary(title, samples, unusable, rows, captions, looks):
     usable = "all of which can be used" if not unusable else f"{unusable:,} of which cannot be used"
-    lines = [f"data set   {title}", f"samples    {samples:,}, {usable}"]
+    lines = [f"dataset   {title}", f"samples    {samples:,}, {usable}"]
     if rows.caption_column is not None:
         count = sum(len(data.texts_of(value)) for index, value in enumerate(rows.values()) if index not in captions)
         lines.append(f"captions   {count:,}")
-    lines.append(f"pictures   {len(looks):,} decoded")
+    lines.append(f"images     {len(looks):,} decoded")
     if looks:
         ordered = sorted(looks, key=lambda look: look.size[0] * look.size[1])
         for word, look in (("smallest", ordered[0]), ("median", ordered[len(ordered) // 2]), ("largest", ordered[-1])):
@@ -170,7 +170,7 @@ def _sources(rows):
 
 
 def _malformed(sentences):
-    return ["metadata to be mended", *(f"  {sentence}" for sentence in sentences)] if sentences else []
+    return ["metadata to be fixed", *(f"  {sentence}" for sentence in sentences)] if sentences else []
 
 
 def _unusable_lines(problems, root):
@@ -193,16 +193,16 @@ def _remarks(rows, looks, empty, resolution):
     same = [group for group in _alike(looks) if len(group) > 1]
     named = {
         "empty captions, trained as such": empty,
-        f"pictures with a side below {resolution} pixels, which are enlarged": [look.name for look in small],
-        "pictures of more than one frame, of which the first is used": [x.name for x in looks if x.animated],
-        "pictures with transparent parts, which are laid on white": [x.name for x in looks if x.transparent],
-        "pictures stored lying, which are turned upright": [x.name for x in looks if x.turned],
-        "pictures without a caption, which are left out": rows.findings.unnamed,
+        f"images with a side below {resolution} pixels, which are enlarged": [look.name for look in small],
+        "images of more than one frame, of which the first is used": [x.name for x in looks if x.animated],
+        "images with transparent parts, which are laid on white": [x.name for x in looks if x.transparent],
+        "images stored lying, which are turned upright": [x.name for x in looks if x.turned],
+        "images without a caption, which are left out": rows.findings.unnamed,
     }
     remarks = [(len(names), what, [_short(name, rows.root) for name in names]) for what, names in named.items()]
     shown = [" = ".join(_short(look.name, rows.root) for look in group[:3]) for group in same]
-    remarks.append((sum(len(group) - 1 for group in same), "pictures that another one equals pixel by pixel", shown))
-    remarks.append((rows.findings.repeats, "lines of the metadata that name a picture again; each is a sample", []))
+    remarks.append((sum(len(group) - 1 for group in same), "images that another one equals pixel by pixel", shown))
+    remarks.append((rows.findings.repeats, "lines of the metadata that name an image again; each is a sample", []))
     remarks = [remark for remark in remarks if remark[0]]
     lines = ["can be used, but look"] if remarks else []
     for count, what, names in remarks:
@@ -260,9 +260,9 @@ def _histogram(title, labels, counts):
 
 def _verdict(samples, unusable, malformed):
     if malformed:
-        return "The metadata have to be mended before anything can be trained."
+        return "The metadata have to be fixed before anything can be trained."
     if unusable == samples:
-        return "Not one sample can be used: mend them before anything is trained."
+        return "Not one sample can be used: fix them before anything is trained."
     if unusable:
-        return f"{unusable:,} of {samples:,} samples cannot be used: mend them, or train with --on_bad_sample skip."
+        return f"{unusable:,} of {samples:,} samples cannot be used: fix them, or train with --on_bad_sample skip."
     return "Every sample can be used."

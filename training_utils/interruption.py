@@ -24,7 +24,7 @@ def follow_launcher():
 class Interruption:
     """A context in which the first SIGTERM or SIGINT is only noted; a later one ends the process at once.
 
-    `largest(number)` returns the largest of all processes' numbers: a signal may reach them at different updates, and
+    `largest(number)` returns the largest of all processes' numbers: a signal may reach them at different steps, and
     all must stop at the same one. Whole-or-absent checkpoints make the second signal harmless.
     """
 

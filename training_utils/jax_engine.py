@@ -183,8 +183,8 @@ def any_process(failed):
 def largest_of_processes(mesh, lag=2):
     """A function from an int to the largest that any process passed `lag` calls ago (0 until then).
 
-    The number travels over the devices behind the updates that are under way. Looking at one that has long arrived
-    costs no waiting, and every process learns of it at the same update. One process alone gets its own at once.
+    The number travels over the devices behind the steps that are under way. Looking at one that has long arrived
+    costs no waiting, and every process learns of it at the same step. One process alone gets its own at once.
     """
     if jax.process_count() == 1:
         return lambda number: number
@@ -199,9 +199,9 @@ def largest_of_processes(mesh, lag=2):
 
 
 class Pace:
-    """Lets the host run at most `ahead` updates in front of the devices.
+    """Lets the host run at most `ahead` steps in front of the devices.
 
-    They always have work queued, so they never wait for the host; without a bound the batches of all queued updates
+    They always have work queued, so they never wait for the host; without a bound the batches of all queued steps
     would lie in their memory.
     """
 
@@ -294,7 +294,7 @@ def sampling_scheduler(config, changes, steps=None):
     """The base model's own sampler with `changes` to its configuration, so that it samples what was trained.
 
     A sampler that cannot begin at pure noise (zero terminal SNR) is replaced by DDIM. Raises UserError where it cannot
-    draw pictures in `steps` steps.
+    draw images in `steps` steps.
     """
     if changes.get("rescale_betas_zero_snr"):
         if config["_class_name"] not in PURE_NOISE:
@@ -370,11 +370,11 @@ def _reader(samples, batch_size):
 
 
 def _stacked(batches, lead, rows):
-    """Batches as one dict of arrays with the leading axes `lead`. Raises the UserError of a picture that failed, and
+    """Batches as one dict of arrays with the leading axes `lead`. Raises the UserError of an image that failed, and
     says which of the rows were skipped."""
     for batch in batches:
         if isinstance(batch, UserError):
-            batch.everywhere = False  # the other processes have other pictures
+            batch.everywhere = False  # the other processes have other images
             raise batch
         data.note_skipped(rows, batch.pop("skipped"))
     return {
@@ -384,10 +384,10 @@ def _stacked(batches, lead, rows):
 
 
 def training_batches(samples, updates, state, mesh, workers, keep=None):
-    """The endless updates of this host from a RunState's position on: arrays (devices, accumulation, batch_size, ...).
+    """The endless steps of this host from a RunState's position on: arrays (devices, accumulation, batch_size, ...).
 
-    Each device is a process of data.Updates. Every batch has the same shape, so a step compiles once; where an epoch's
-    last update has fewer samples, it is filled up with samples of weight 0. Before a picture that cannot be used ends
+    Each device is a process of data.BatchPlan. Every batch has the same shape, so a step compiles once; where an
+    epoch's last step has fewer samples, it is filled up with samples of weight 0. Before an image that cannot be used ends
     a run of one process, `keep()` writes a checkpoint.
     """
     begun = state.step
@@ -406,11 +406,13 @@ def training_batches(samples, updates, state, mesh, workers, keep=None):
         yield split_over_devices(arrays, mesh)
 
 
-def held_out_batches(samples, batch_size, mesh):
-    """All held-out samples once, as arrays (devices, 1, batch_size, ...), the same number of them on every host."""
+def validation_batches(samples, batch_size, mesh):
+    """All validation samples once, as arrays (devices, 1, batch_size, ...), the same number of them on every host."""
     first, world = jax.process_index() * mesh.size, jax.process_count() * mesh.size
     read, none = _reader(samples, batch_size), [(0, 0, 0.0)]
-    shares = [data.held_out_samples(len(samples), batch_size, rank, world) for rank in range(first, first + mesh.size)]
+    shares = [
+        data.validation_batches(len(samples), batch_size, rank, world) for rank in range(first, first + mesh.size)
+    ]
     for at in range(math.ceil(math.ceil(len(samples) / world) / batch_size)):
         batches = [read(share[at] if at < len(share) else none) for share in shares]
         yield split_over_devices(_stacked(batches, (mesh.size, 1), samples.rows), mesh)
@@ -502,25 +504,25 @@ def _store(root, kind, encoder, params, settings=None):
     return cache.Store(root, kind, {"networks": ["jax", encoder.digest(params)], "settings": settings})
 
 
-def keep_pictures(root, sets, batch_size, mesh, encoder, params, settings, crops=None):
-    """Run a network that sees pictures once for every picture of some data.Samples; `prepare.pictures` of each has the
+def cache_images(root, sets, batch_size, mesh, encoder, params, settings, crops=None):
+    """Run a network that sees images once for every image of some data.Samples; `prepare.images` of each has the
     outputs then. A collective call.
 
     `params` are its parameters, numpy arrays, which lie on the devices only meanwhile; `settings` tell apart how
-    pictures are shown to it; `crops` is how many are kept of each that is cropped at random, None where none is.
+    images are shown to it; `crops` is how many are kept of each that is cropped at random, None where none is.
     Raises UserError.
     """
     size = _together(batch_size)
     store, encode = _store(root, "pictures", encoder, params, settings), encoder.over_arrays(params, size, mesh)
-    cache.keep_pictures(store, sets, encode, _team(), size * mesh.size, crops or 1)
+    cache.cache_images(store, sets, encode, _team(), size * mesh.size, crops or 1)
 
 
-def keep_captions(root, sets, batch_size, mesh, encoder, params, empty):
+def cache_captions(root, sets, batch_size, mesh, encoder, params, empty):
     """Run the text encoder once for every caption of some data.Samples, and for the empty one where it is `empty` that
     is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
     size = _together(batch_size)
     store, encode = _store(root, "captions", encoder, params), encoder.over_arrays(params, size, mesh)
-    cache.keep_captions(store, sets, encode, _team(), size * mesh.size, empty)
+    cache.cache_captions(store, sets, encode, _team(), size * mesh.size, empty)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,7 +531,7 @@ def keep_captions(root, sets, batch_size, mesh, encoder, params, empty):
 
 
 def learning_rate_curve(name, peak, warmup, total, cycles=1, power=1.0):
-    """A function from the number of updates made to the learning rate of the next one; floats on the host.
+    """A function from the number of steps made to the learning rate of the next one; floats on the host.
 
     The curves are those of `--lr_scheduler` in the torch scripts. The rate is handed to the step, which therefore
     need not be compiled again for another rate, warm-up or length.
@@ -562,7 +564,7 @@ def make_optimizer(betas, weight_decay, epsilon):
 
 def new_state(params, optimizer, average=False, loss_scaling=False, hold=False):
     """The training state that a run begins with, numpy arrays: a dict of params, optimizer and, where they are asked
-    for, average, loss_scale and held (whether an update was not finite)."""
+    for, average, loss_scale and held (whether a step was not finite)."""
     moments = jax.eval_shape(optimizer.init, params)  # Adam's are zero at first
     state = {"params": params, "optimizer": jax.tree.map(lambda like: np.zeros(like.shape, like.dtype), moments)}
     if average:
@@ -604,8 +606,8 @@ def new_average(params):
 
 
 def move_average(average, params, decay):
-    """An average of the weights after one more update; the decay is that of ema.EMAWeights."""
-    earlier = average["updates"].astype(jnp.float32)  # diffusers counts the first update as 0
+    """An average of the weights after one more step; the decay is that of ema.EMAWeights."""
+    earlier = average["updates"].astype(jnp.float32)  # diffusers counts the first step as 0
     # 1 - the decay, without cancellation
     weight = jnp.where(earlier == 0, 1.0, jnp.maximum(1 - decay, 9 / (10 + earlier)))
 
@@ -616,7 +618,7 @@ def move_average(average, params, decay):
     return {"weights": jax.tree.map(moved, average["weights"], params), "updates": average["updates"] + 1}
 
 
-GROW_AFTER = 2000  # updates without an overflow, after which the loss scale is doubled; torch's GradScaler's number
+GROW_AFTER = 2000  # steps without an overflow, after which the loss scale is doubled; torch's GradScaler's number
 
 
 def new_loss_scale():
@@ -625,7 +627,7 @@ def new_loss_scale():
 
 
 def move_loss_scale(loss_scale, finite):
-    """Halve the scale after an overflow, double it after many updates without one."""
+    """Halve the scale after an overflow, double it after many steps without one."""
     good = jnp.where(finite, loss_scale["good"] + 1, 0)
     grown = jnp.where(good == GROW_AFTER, 2.0, 1.0)
     scale = loss_scale["scale"] * jnp.where(finite, grown, 0.5)
@@ -730,17 +732,17 @@ class TensorBoard:
         self.events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log(self, values, step):
-        """Curves: {name: number} at an update."""
+        """Curves: {name: number} at a step."""
         for name, value in values.items():
             self._add(step, tag=name, simple_value=value)
         self.events.flush()
 
-    def add_images(self, name, pictures, step, dataformats="NHWC"):
-        """Pictures side by side, uint8 of shape (N, H, W, 3)."""
+    def add_images(self, name, images, step, dataformats="NHWC"):
+        """Images side by side, uint8 of shape (N, H, W, 3)."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         assert dataformats == "NHWC"
-        sheet, file = Image.fromarray(np.concatenate(pictures, axis=1)), io.BytesIO()
+        sheet, file = Image.fromarray(np.concatenate(images, axis=1)), io.BytesIO()
         sheet.save(file, "PNG")
         image = Summary.Image(
             height=sheet.height, width=sheet.width, colorspace=3, encoded_image_string=file.getvalue()
@@ -789,7 +791,7 @@ def make_trackers(report_to, folder, project, settings):
 
 
 def log(trackers, values, step):
-    """Hand {name: number} of an update to every tracker."""
+    """Hand {name: number} of a step to every tracker."""
     tell_trackers(trackers, lambda tracker: tracker.log(values, step))
 
 
@@ -814,26 +816,26 @@ def finish(trackers):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def held_out_loss(evaluate, samples, batch_size, mesh):
-    """Mean over all held-out samples of the losses whose sum over a batch `evaluate(batch)` gives."""
-    sums = [evaluate(batch) for batch in held_out_batches(samples, batch_size, mesh)]
+def validation_loss(evaluate, samples, batch_size, mesh):
+    """Mean over all validation samples of the losses whose sum over a batch `evaluate(batch)` gives."""
+    sums = [evaluate(batch) for batch in validation_batches(samples, batch_size, mesh)]
     return float(sum(jax.device_get(sums))) / len(samples)
 
 
-def draw_pictures(pipeline, params, prompts, seed, latent_shape, **options):
-    """One PIL picture a prompt, drawn on the first device. `params` lie on the devices or, as numpy arrays, in host
+def draw_images(pipeline, params, prompts, seed, latent_shape, **options):
+    """One PIL image a prompt, drawn on the first device. `params` lie on the devices or, as numpy arrays, in host
     memory, which they visit the device from. `options` go to the pipeline's call.
 
-    The noise of a prompt depends on the seed and its place alone and is drawn on the CPU, so that pictures of two
-    updates, or of two machines, differ by the weights alone.
+    The noise of a prompt depends on the seed and its place alone and is drawn on the CPU, so that images of two
+    steps, or of two machines, differ by the weights alone.
     """
-    params, pictures = on_one_device(params), []
+    params, images = on_one_device(params), []
     for at, prompt in enumerate(prompts):
         noise = np.random.Generator(np.random.Philox(seed + at)).standard_normal((1, *latent_shape), dtype=np.float32)
         key = jax.random.key((seed + at) % 2**32)  # for samplers that add noise
         drawn = pipeline(pipeline.prepare_inputs(prompt), params, key, latents=noise, **options)
-        pictures += pipeline.numpy_to_pil(drawn.images)
-    return pictures
+        images += pipeline.numpy_to_pil(drawn.images)
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -842,9 +844,9 @@ def draw_pictures(pipeline, params, prompts, seed, latent_shape, **options):
 
 
 def begin_dry_run(batches, samples):
-    """The updates' batches for a dry run. Those of data.Samples that caches stand in for are made now: a run finds
+    """The steps' batches for a dry run. Those of data.Samples that caches stand in for are made now: a run finds
     them on the disk."""
-    return dry_run.ahead(batches, dry_run.UPDATES) if samples.prepare.pictures or samples.prepare.captions else batches
+    return dry_run.ahead(batches, dry_run.STEPS) if samples.prepare.images or samples.prepare.captions else batches
 
 
 def report_dry_run(plan, name, trained, frozen):

@@ -1,4 +1,4 @@
-"""Kandinsky 2.2's two stages at work together, for validation pictures: text to embedding, embedding to picture."""
+"""Kandinsky 2.2's two stages at work together, for validation images: text to embedding, embedding to image."""
 
 from contextlib import contextmanager
 
@@ -19,7 +19,7 @@ from .reporting import UserError
 
 @torch.no_grad()
 def embeddings(pipeline, prompt, noise, steps, guidance_scale):
-    """What a KandinskyV22PriorPipeline makes of a prompt: the embeddings of its picture and of no picture, each of
+    """What a KandinskyV22PriorPipeline makes of a prompt: the embeddings of its image and of no image, each of
     shape (1, width). `noise` is a torch.Generator."""
     pipeline.set_progress_bar_config(disable=True)
     steps = max(2, steps)  # its scheduler divides by steps - 1
@@ -28,8 +28,8 @@ def embeddings(pipeline, prompt, noise, steps, guidance_scale):
 
 
 @torch.no_grad()
-def picture(pipeline, pair, noise, side, steps, guidance_scale):
-    """What a KandinskyV22Pipeline draws for a pair that `embeddings` made: a PIL picture of `side` pixels.
+def image(pipeline, pair, noise, side, steps, guidance_scale):
+    """What a KandinskyV22Pipeline draws for a pair that `embeddings` made: a PIL image of `side` pixels.
 
     MOVQ is called here, in its own precision, whatever the UNet's is.
     """
@@ -48,15 +48,15 @@ def picture(pipeline, pair, noise, side, steps, guidance_scale):
     return pipeline.numpy_to_pil(array)[0]
 
 
-def prompt_picture(prior, decoder, prompt, noise, side, steps, guidance_scale):
-    """What the pipelines of both stages draw for a prompt: `picture` for the pair that `embeddings` makes."""
+def prompt_image(prior, decoder, prompt, noise, side, steps, guidance_scale):
+    """What the pipelines of both stages draw for a prompt: `image` for the pair that `embeddings` makes."""
     pair = embeddings(prior, prompt, noise, steps, guidance_scale)
-    return picture(decoder, pair, noise, side, steps, guidance_scale)
+    return image(decoder, pair, noise, side, steps, guidance_scale)
 
 
 def load_decoder(name, revision, variant, cache_dir, dtype):
     """A decoder that shows what a prior has learned, in host memory. Raises UserError where it is not at hand."""
-    with _for_pictures():
+    with _for_images():
         folder = engine.model_folder(name, KandinskyV22Pipeline, revision, variant, cache_dir, trained=False)
         unet = engine.load_part(UNet2DConditionModel, folder, "unet", variant, dtype=dtype)
         movq = engine.load_part(VQModel, folder, "movq", variant, dtype=dtype)
@@ -65,12 +65,12 @@ def load_decoder(name, revision, variant, cache_dir, dtype):
 
 
 @contextmanager
-def _for_pictures():
+def _for_images():
     try:
         yield
     except UserError as error:  # on each process by itself: one alone may fail
         raise UserError(
-            f"the validation pictures need both networks, and {error}; name one that is there, or leave the "
+            f"the validation images need both networks, and {error}; name one that is there, or leave the "
             "validation prompt out",
             everywhere=False,
         ) from None
@@ -84,7 +84,7 @@ def networks(pipeline):
 def embed_prompts(folder, variant, image_encoder, device, prompts, seed, steps, guidance_scale):
     """The pairs of `embeddings` for some prompts, by the prior in a folder, which is loaded, used and let go: in the
     training of a decoder they never change. Raises UserError where the folder lacks a part of the prior."""
-    with _for_pictures():
+    with _for_images():
         parts = dict(
             prior=engine.load_part(PriorTransformer, folder, "prior", variant, dtype=torch.float32),
             text_encoder=engine.load_part(
@@ -94,7 +94,7 @@ def embed_prompts(folder, variant, image_encoder, device, prompts, seed, steps, 
             scheduler=engine.load_part(UnCLIPScheduler, folder, "scheduler"),
         )
     pipeline = KandinskyV22PriorPipeline(**parts, image_encoder=image_encoder, image_processor=None)
-    with frozen.visiting(networks(pipeline), device):
+    with frozen.temporarily_on(networks(pipeline), device):
         return [
             embeddings(pipeline, prompt, torch.Generator("cpu").manual_seed(seed + at), steps, guidance_scale)
             for at, prompt in enumerate(prompts)

@@ -7,13 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import launch
-from .reporting import first_process
+from .reporting import is_main_process
 
 
 def begin():
     """Say that libraries are loaded, for a script that was started from a terminal, and have Ctrl-C end it quietly."""
     if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name.startswith("train_text_to_image"):
-        if sys.stderr.isatty() and first_process():
+        if sys.stderr.isatty() and is_main_process():
             print("loading libraries …", file=sys.stderr)  # for ten seconds nothing else is said
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             # Ctrl-C ends the imports without their stack trace; `reporting.run` takes it back.

@@ -19,7 +19,7 @@ AVERAGE = "ema.bin"
 # What kohya's trainers call the base model in a file, by which WebUI sorts it: by the width of the text states.
 BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
-ADDED_KV_LAYERS = ["add_k_proj", "add_v_proj"]  # Kandinsky's UNet: keys and values from the picture's embedding
+ADDED_KV_LAYERS = ["add_k_proj", "add_v_proj"]  # Kandinsky's UNet: keys and values from the image's embedding
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -28,7 +28,7 @@ def add_adapter(model, layers, rank, alpha=None, dropout=0.0, use_dora=False, se
 
     W x becomes W x + (alpha / rank) B A x, with A (rank, in) gaussian and B (out, rank) zero at the start; `alpha`
     None means alpha = rank. `use_dora` learns the columns' norms too (Liu et al. 2024, 2402.09353). The adapter is
-    float32 whatever the model's precision: half precision would round small updates away.
+    float32 whatever the model's precision: half precision would round small steps away.
     """
     model.requires_grad_(False)
     torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def add_adapter(model, layers, rank, alpha=None, dropout=0.0, use_dora=False, se
 
 
 class FewerPasses(LoraVariant):
-    """PEFT's forward of an adapted layer in fewer passes over memory, which are what a low-rank term costs.
+    """PEFT's forward of an adapted layer in fewer skips memory, which are what a low-rank term costs.
 
     PEFT scales the term at the width of the layer's output, not at the rank's, writes it and its sum with the output
     to new memory, and makes an input float32 that autocast then makes half precision again. Here the product adds

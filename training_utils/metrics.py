@@ -1,7 +1,7 @@
 """metrics.jsonl: the numbers of a run in a plain file in its output folder, whichever trackers it has.
 
-Each line is a JSON object with the update, `step`, and the time, in seconds since 1970. One that holds `run` stands
-where a run began, or went on after update `step`, and says what is trained; every other one holds values of an update.
+Each line is a JSON object with the step, `step`, and the time, in seconds since 1970. One that holds `run` stands
+where a run began, or went on after step `step`, and says what is trained; every other one holds values of a step.
 A value that is no finite number is null. Nothing here needs torch.
 """
 
@@ -30,7 +30,7 @@ def resident():
 class Metrics:
     """Adds to metrics.jsonl; the interface is that of a tracker. The main process alone has one.
 
-    `facts` is a dict that JSON can hold, about a run that begins after update `step`. Where the file cannot be
+    `facts` is a dict that JSON can hold, about a run that begins after step `step`. Where the file cannot be
     written, on a full disk for one, that is said once, and the lines are added when it can be again.
     """
 
@@ -56,7 +56,7 @@ class Metrics:
             self.said = True
 
     def log(self, values, step):
-        """Numbers by name, of an update."""
+        """Numbers by name, of a step."""
         self._add(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
 
     def finish(self):
@@ -66,10 +66,10 @@ class Metrics:
 class Log:
     """What metrics.jsonl in a folder holds. Raises OSError where there is none.
 
-    `curves` is {name: {update: value}} with the updates in order, None for a value that was no finite number; `runs`
-    the facts of each time the run was started, {"step", "time", ...}; `step` the update that it has reached; `time`
+    `curves` is {name: {step: value}} with the steps in order, None for a value that was no finite number; `runs`
+    the facts of each time the run was started, {"step", "time", ...}; `step` the step that it has reached; `time`
     that of the last line; `seconds` were spent from each start to its last line. What a run had written beyond the
-    update that a later one went on from does not count, nor does a line that a kill cut off.
+    step that a later one went on from does not count, nor does a line that a kill cut off.
     """
 
     def __init__(self, folder):
@@ -96,9 +96,9 @@ class Log:
         self.curves = {name: dict(sorted(curve.items())) for name, curve in curves.items() if curve}
 
     def finite(self, name):
-        """A curve without what is not finite, {update: value}; empty where there is none."""
+        """A curve without what is not finite, {step: value}; empty where there is none."""
         return {step: value for step, value in self.curves.get(name, {}).items() if value is not None}
 
     def lowest(self, name):
-        """(update, value) where a curve is lowest, the first of several; None where it has no value."""
+        """(step, value) where a curve is lowest, the first of several; None where it has no value."""
         return min(self.finite(name).items(), key=lambda pair: pair[1], default=None)

@@ -1,4 +1,4 @@
-"""Updates that take less memory: of weights that lie in bfloat16, and during the backward pass."""
+"""BatchPlan that take less memory: of weights that lie in bfloat16, and during the backward pass."""
 
 from contextlib import contextmanager
 
@@ -34,7 +34,7 @@ def to_bfloat16(model):
 def round_stochastically(values, into, generator):
     """Round a float32 tensor to the bfloat16 tensor `into`, of the same shape; `values` is spent.
 
-    Each value goes to one of its two neighbours, with probabilities that keep its expectation, so that updates smaller
+    Each value goes to one of its two neighbours, with probabilities that keep its expectation, so that steps smaller
     than half a step of bfloat16 (2^-9 of the weight) add up instead of being lost (Zamirai et al. 2020, "Revisiting
     BFloat16 training", arXiv 2010.06192, section 4). A bfloat16 is the upper half of a float32: noise below it, added
     to the bits, carries into it as often as the lower half says.
@@ -49,7 +49,7 @@ class StochasticRounding:
 
     So are the moments that it keeps: rounded to nearest, a mean of squares with beta2 = 0.999 could never fall, since
     a thousandth is less than half a step. Only one weight at a time has float32 copies. `rounding_seed(index)` seeds
-    the rounding of the weight of this index in the coming update; it must not depend on the process.
+    the rounding of the weight of this index in the coming step; it must not depend on the process.
     """
 
     rounding_seed = None
@@ -85,15 +85,15 @@ class StochasticRounding:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Updates during the backward pass
+# BatchPlan during the backward pass
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class FusedBackward:
-    """Updates each weight as soon as the backward pass has its gradient, and frees the gradient at once.
+    """BatchPlan each weight as soon as the backward pass has its gradient, and frees the gradient at once.
 
     So the gradients, as large as the weights, are never all in memory (Lv et al. 2023, "Full parameter fine-tuning for
-    large language models with limited resources", arXiv 2306.09782). The update of a weight is the optimizer's own, on
+    large language models with limited resources", arXiv 2306.09782). The step of a weight is the optimizer's own, on
     that weight alone: with AdamW the same to the bit as after the backward pass. Nothing can be clipped, since weights
     have moved before the whole norm is known. Of a network that torch.compile made one graph of, the gradients come
     all at once, and nothing is saved.

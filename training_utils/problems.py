@@ -1,6 +1,6 @@
 """What can be wrong with a sample: how it is found, what it is called, how it is said.
 
-The fault of a caption or of a picture's header shows before training, that of a picture's content when it is decoded.
+The fault of a caption or of an image's header shows before training, that of an image's content when it is decoded.
 """
 
 import io
@@ -14,23 +14,23 @@ from PIL import Image, UnidentifiedImageError
 from . import shards
 from .reporting import UserError, shortened
 
-LONGEST = 50  # times the shorter side: a longer picture, resized to the resolution, would take gigabytes
+LONGEST = 50  # times the shorter side: a longer image, resized to the resolution, would take gigabytes
 
-# Pillow refuses a picture above twice its limit and only speaks of one above it; those are large scans.
+# Pillow refuses an image above twice its limit and only speaks of one above it; those are large scans.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # What can be wrong with a sample, and what to say of several such.
-UNREADABLE = "files cannot be read as pictures"
+UNREADABLE = "files cannot be read as images"
 KINDS = {
-    "absent": "pictures named in the metadata do not exist",
+    "absent": "images named in the metadata do not exist",
     "no usable caption": "captions are neither a string nor a list of strings",
-    "no picture": "rows hold no picture",
+    "no image": "rows hold no image",
     "zero bytes": UNREADABLE,
-    "not a picture": UNREADABLE,
+    "not an image": UNREADABLE,
     "damaged": UNREADABLE,
     "too large": UNREADABLE,
     "not readable": UNREADABLE,
-    "too narrow": f"pictures are more than {LONGEST} times as long as they are wide",
+    "too narrow": f"images are more than {LONGEST} times as long as they are wide",
     "name not UTF-8": "files have a name that is not UTF-8",
 }
 
@@ -48,7 +48,7 @@ class Problem:
 
     def sentence(self):
         """What to say of this sample alone."""
-        what = "read as a picture" if KINDS[self.kind] == UNREADABLE else "used"
+        what = "read as an image" if KINDS[self.kind] == UNREADABLE else "used"
         return f"{self.name} cannot be {what} ({self.found or self.kind})"
 
 
@@ -58,28 +58,28 @@ class BadSample(UserError):
 
 @dataclass
 class Findings:
-    """What is known about a data set beyond its rows: `malformed`, sentences about its metadata; `problems` of samples
-    that are therefore not among the rows; `pictures`, how many the folder holds; `unnamed`, the paths of those without
-    a caption; `repeats`, how many lines name a picture again; `skipped`, what `note_skipped` was told."""
+    """What is known about a dataset beyond its rows: `malformed`, sentences about its metadata; `problems` of samples
+    that are therefore not among the rows; `images`, how many the folder holds; `unnamed`, the paths of those without
+    a caption; `repeats`, how many lines name an image again; `skipped`, what `note_skipped` was told."""
 
     malformed: list = field(default_factory=list)
     problems: list = field(default_factory=list)
-    pictures: int = 0
+    images: int = 0
     unnamed: list = field(default_factory=list)
     repeats: int = 0
     skipped: set = field(default_factory=set)
 
 
 class _Refused(Exception):
-    """A picture that Pillow would read and training cannot use: (kind, what was found)."""
+    """An image that Pillow would read and training cannot use: (kind, what was found)."""
 
 
-def open_picture(cell):
-    """The PIL picture, its header read, of a row's cell: a dict that holds "bytes" or else "path", which may be a
+def open_image(cell):
+    """The PIL image, its header read, of a row's cell: a dict that holds "bytes" or else "path", which may be a
     place in a shard. Raises what Pillow and the system raise, or _Refused: `problem_of` tells what they mean."""
     content, path = (None, None) if cell is None else (cell.get("bytes"), cell.get("path"))
     if content is None and path is None:
-        raise _Refused("no picture", "")
+        raise _Refused("no image", "")
     if content is not None:
         size, file = len(content), io.BytesIO(content)
     elif shards.is_place(path):
@@ -88,28 +88,28 @@ def open_picture(cell):
         size, file = os.path.getsize(path), path
     if not size:
         raise _Refused("zero bytes", "zero bytes")
-    picture = Image.open(file)
-    width, height = picture.size
-    if max(picture.size) > LONGEST * min(picture.size):
-        picture.close()
+    image = Image.open(file)
+    width, height = image.size
+    if max(image.size) > LONGEST * min(image.size):
+        image.close()
         raise _Refused("too narrow", f"{width} x {height} pixels, more than {LONGEST} to 1")
-    return picture
+    return image
 
 
 def content_of(cell):
-    """The bytes of the picture in a row's cell, as it is stored."""
+    """The bytes of the image in a row's cell, as it is stored."""
     path = cell["path"]
     return cell.get("bytes") or (shards.read(path) if shards.is_place(path) else Path(path).read_bytes())
 
 
 def problem_of(error, name):
-    """The Problem that an exception from `open_picture`, or from decoding what it returned, stands for."""
+    """The Problem that an exception from `open_image`, or from decoding what it returned, stands for."""
     if isinstance(error, _Refused):
         return Problem(error.args[0], name, error.args[1])
     if isinstance(error, Image.DecompressionBombError):
         return Problem("too large", name, str(error).split(",")[0])
     if isinstance(error, UnidentifiedImageError):
-        return Problem("not a picture", name, "not a picture")
+        return Problem("not an image", name, "not an image")
     if isinstance(error, FileNotFoundError):
         return Problem("absent", name, error.strerror)
     if isinstance(error, OSError) and error.errno is not None:  # decoders give none, the system does

@@ -1,4 +1,4 @@
-"""One page about a run, or about several side by side: curves, pictures, settings, what lies in its folder.
+"""One page about a run, or about several side by side: curves, images, settings, what lies in its folder.
 
 python -m training_utils.report OUTPUT_DIR [OUTPUT_DIR ...] [--output FILE]
 
@@ -55,7 +55,7 @@ class Run:
     run_file: str
     card: str
     checkpoints: list = field(default_factory=list)  # (folder, what it is)
-    grids: dict = field(default_factory=dict)  # {update: path}
+    grids: dict = field(default_factory=dict)  # {step: path}
 
     @property
     def total(self):
@@ -166,8 +166,8 @@ def state_of(a_run, now):
         return f"there is no {NAME} in its folder, so its curves are not known"
     made = f"{a_run.log.step:,} of {a_run.total:,}" if a_run.total is not None else f"{a_run.log.step:,}"
     if a_run.finished:
-        return f"finished: {made} updates, the last one on {_when(a_run.log.time)}"
-    return f"update {made}; the last line of {NAME} was written {_ago(now - (a_run.log.time or now))}"
+        return f"finished: {made} steps, the last one on {_when(a_run.log.time)}"
+    return f"step {made}; the last line of {NAME} was written {_ago(now - (a_run.log.time or now))}"
 
 
 def summary(a_run):
@@ -175,29 +175,29 @@ def summary(a_run):
     log, facts = a_run.log, a_run.facts
     if log is None:
         return []
-    cells = [("updates", f"{log.step:,}", f"of {a_run.total:,}" if a_run.total is not None else "")]
+    cells = [("steps", f"{log.step:,}", f"of {a_run.total:,}" if a_run.total is not None else "")]
     losses = list(log.finite("train_loss").items())
     if losses:
         window = smoothing(losses)
-        cells.append(("loss", number(charts.smoothed(losses, window)[-1][1]), f"mean of about {window} updates"))
+        cells.append(("loss", number(charts.smoothed(losses, window)[-1][1]), f"mean of about {window} steps"))
     best, looks = log.lowest("val_loss"), log.finite("val_loss")
     if best:
         last = max(looks)
         remark = (
-            f"update {last:,}, the last one"
+            f"step {last:,}, the last one"
             if last == best[0]
-            else f"update {best[0]:,}; the last one {number(looks[last])}"
+            else f"step {best[0]:,}; the last one {number(looks[last])}"
         )
-        cells.append(("lowest held-out loss", number(best[1]), remark))
+        cells.append(("lowest validation loss", number(best[1]), remark))
     paces = [pace for pace in log.finite("samples_per_second").values() if pace > 0]
     if paces:
         pace = statistics.harmonic_mean(paces)
         left = (a_run.total or 0) - log.step
         seconds = facts.get("pictures_per_update", 0) / pace
-        remark = f"{number(seconds, 3)} s an update"
+        remark = f"{number(seconds, 3)} s a step"
         if left > 0 and seconds:
             remark += f"; about {_roughly(seconds * left)} left"
-        cells.append(("pictures a second", number(pace, 3), remark))
+        cells.append(("images a second", number(pace, 3), remark))
     for name, label in MEMORY:
         values = log.finite(name).values()
         if values:
@@ -224,14 +224,14 @@ def about(a_run):
     facts = a_run.facts
     if not facts:
         return []
-    epochs = f"{facts['updates']:,} updates of {number(facts['pictures_per_update'], 3)} pictures"
-    held_out = f", and {facts['held_out']:,} held out" if facts["held_out"] else ""
+    epochs = f"{facts['updates']:,} steps of {number(facts['pictures_per_update'], 3)} images"
+    val_samples = f", and {facts['held_out']:,} held out" if facts["held_out"] else ""
     return [
         ("script", facts["script"]),
         ("base model", facts["base"]),
         ("trained", f"{millions(facts['parameters'])} parameters, {facts['precision']}"),
         ("device", facts["device"] + (f", {facts['processes']} of them" if facts["processes"] > 1 else "")),
-        ("pictures", f"{facts['pictures']:,}{held_out}"),
+        ("images", f"{facts['pictures']:,}{val_samples}"),
         ("planned", f"{epochs}, {number(facts['epochs'], 3)} epochs"),
         ("seed", facts["seed"]),
         ("begun", _when(a_run.log.runs[0]["time"]) + _starts(len(a_run.log.runs))),
@@ -288,7 +288,7 @@ def curves(runs):
                     continue
                 if lost:
                     where = f"{', '.join(f'{step:,}' for step in lost[:5])}{' …' if len(lost) > 5 else ''}"
-                    remarks.append(f"not finite{f' in {a_run.name}' if several else ''} at update {where}")
+                    remarks.append(f"not finite{f' in {a_run.name}' if several else ''} at step {where}")
                 called, colour = (a_run.name, at) if several else (CALLED[name], names.index(name))
                 if name in ("train_loss", "grad_norm") and len(points) >= 20:
                     lines += [] if several else [Line(called, points, colour, "faint")]
@@ -306,20 +306,20 @@ def curves(runs):
 
 CALLED = {
     "train_loss": "loss",
-    "val_loss": "held-out loss",
+    "val_loss": "validation loss",
     "lr": "learning rate",
     "grad_norm": "norm",
-    "samples_per_second": "pictures/s",
+    "samples_per_second": "images/s",
     "memory_peak_gib": "peak",
     "memory_reserved_gib": "reserved",
     "memory_resident_gib": "resident",
 }
 CURVES = [
     ("Loss", ["train_loss"], {}),
-    ("Held-out loss", ["val_loss"], {}),
+    ("Validation loss", ["val_loss"], {}),
     ("Learning rate", ["lr"], {"zero": True}),
     ("Norm of the gradient", ["grad_norm"], {"zero": True}),
-    ("Pictures a second", ["samples_per_second"], {"zero": True}),
+    ("Images a second", ["samples_per_second"], {"zero": True}),
     ("Device memory, GiB", ["memory_peak_gib", "memory_reserved_gib"], {"zero": True}),
     ("Host memory, GiB", ["memory_resident_gib"], {"zero": True}),
 ]
@@ -358,11 +358,11 @@ def curve_section(runs):
         return "", []
     missing = ""
     if not any(a_run.facts.get("held_out", 1) for a_run in runs):
-        missing = '<p class="state">There is no held-out loss: --validation_split was not given.</p>'
+        missing = '<p class="state">There is no validation loss: --validation_split was not given.</p>'
     return f'<section><h2>Curves</h2><div class="curves">{"".join(figures)}</div>{missing}</section>', data
 
 
-def picture(path):
+def image(path):
     """(a data URI, width, height) of a grid, made smaller where it is large. Raises OSError where it is damaged."""
     try:
         with Image.open(path) as opened:
@@ -382,8 +382,8 @@ def spread(items, most):
     return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
 
 
-def picture_section(runs):
-    """The grids by update, newest first; those of several runs side by side."""
+def image_section(runs):
+    """The grids by step, newest first; those of several runs side by side."""
     steps = sorted({step for a_run in runs for step in a_run.grids}, reverse=True)
     if not steps:
         return ""
@@ -393,18 +393,18 @@ def picture_section(runs):
         for at, a_run in enumerate(runs):
             if step in a_run.grids:
                 try:
-                    uri, width, height = picture(a_run.grids[step])
+                    uri, width, height = image(a_run.grids[step])
                 except OSError as error:
                     figures.append(f"<p>{text(a_run.grids[step])} cannot be read ({text(reason_of(error))})</p>")
                     continue
                 room -= len(uri)
                 shapes.append(width / height)
-                words = f"pictures after {step:,} updates: {'; '.join(map(str, a_run.prompts()))}"
+                words = f"images after {step:,} steps: {'; '.join(map(str, a_run.prompts()))}"
                 name = f"{swatch(at)}{text(a_run.name)}, " if len(runs) > 1 else ""
                 figures.append(
                     f'<figure class="grid"><label><input type="checkbox"><img src="{uri}" width="{width}" '
                     f'height="{height}" alt="{text(words)}"></label>'
-                    f"<figcaption>{name}update {step:,}</figcaption></figure>"
+                    f"<figcaption>{name}step {step:,}</figcaption></figure>"
                 )
         if room < 0 and blocks:
             break
@@ -414,9 +414,9 @@ def picture_section(runs):
     grids = "".join(f'<div class="{kind}">{block}</div>' for block in blocks_of)
     prompts = "".join(f"<li>{text(prompt)}</li>" for prompt in dict.fromkeys(p for r in runs for p in r.prompts()))
     prompts = f"<details><summary>the prompts</summary><ol>{prompts}</ol></details>" if prompts else ""
-    more = f" Of {len(steps)} updates with pictures {len(blocks)} are shown." if len(blocks) < len(steps) else ""
+    more = f" Of {len(steps)} steps with images {len(blocks)} are shown." if len(blocks) < len(steps) else ""
     return (
-        f"<section><h2>Pictures</h2><p>Drawn from the same noise each time, the newest first. A click shows a grid "
+        f"<section><h2>Images</h2><p>Drawn from the same noise each time, the newest first. A click shows a grid "
         f"larger.{more}</p>{grids}{prompts}</section>"
     )
 
@@ -464,7 +464,7 @@ def folder_section(a_run, several):
     """What lies in a run's folder, and the commands that go on from it."""
     rows = [(text(path.name), text(what)) for path, what in a_run.checkpoints]
     if a_run.grids:
-        rows.append(("validation", f"{len(a_run.grids)} grids of pictures"))
+        rows.append(("validation", f"{len(a_run.grids)} grids of images"))
     title, licence, usage = card_facts(a_run.card)
     if a_run.card:
         words = title + (f"; licence {licence}" if licence else "; it states no licence")
@@ -549,7 +549,7 @@ footer{margin-top:44px;font-size:13px;overflow-wrap:anywhere}
 @media print{.curve,.grid,.tiles div{break-inside:avoid}}
 """
 
-# Under the pointer, or at the arrow keys, every chart shows its values at the same update.
+# Under the pointer, or at the arrow keys, every chart shows its values at the same step.
 SCRIPT = """
 const space = "http://www.w3.org/2000/svg";
 const charts = JSON.parse(document.getElementById("data").textContent).map(chart => {
@@ -643,7 +643,7 @@ def page(runs):
     numbers = json.dumps(data).replace("<", "\\u003c")
     script = f'<script type="application/json" id="data">{numbers}</script><script>{SCRIPT}</script>' if data else ""
     command = shlex.join(["python", "-m", "training_utils.report", *(str(a_run.folder) for a_run in runs)])
-    sections = [overview(runs, now), figures, picture_section(runs), settings_section(runs)]
+    sections = [overview(runs, now), figures, image_section(runs), settings_section(runs)]
     sections += [folder_section(a_run, len(runs) > 1) for a_run in runs]
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'

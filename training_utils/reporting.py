@@ -1,4 +1,4 @@
-"""What a person sees of a run: messages, the progress bar, the curves, the picture grids."""
+"""What a person sees of a run: messages, the progress bar, the curves, the image grids."""
 
 import functools
 import importlib.metadata
@@ -25,7 +25,7 @@ from .interruption import follow_launcher
 
 
 class UserError(Exception):
-    """Something a user can mend, in one sentence. `exit_code` is 2 for a wrong command or data set, else 1.
+    """Something a user can fix, in one sentence. `exit_code` is 2 for a wrong command or dataset, else 1.
 
     `everywhere` is True for an error that all processes raise together, and False for one that one of them met by
     itself; None where that is not known.
@@ -39,14 +39,14 @@ class UserError(Exception):
 at_the_end = []  # functions that `run` calls before it leaves: processes of several leave without atexit's
 
 
-def first_process():
+def is_main_process():
     """Whether this is the process that speaks: the first of several, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(message, everywhere=False):
     """Print a line without breaking a progress bar: once, whatever the number of processes, or `everywhere`."""
-    if everywhere or first_process():
+    if everywhere or is_main_process():
         from tqdm import tqdm
 
         tqdm.write(str(message), file=sys.stderr)
@@ -63,7 +63,7 @@ def bar(items, what, total, delay=1):
     for what takes longer than `delay` seconds. Into a file it writes a line now and then."""
     from tqdm import tqdm
 
-    return tqdm(items, what, total, delay=delay, disable=not first_process(), **_place_of_a_bar())
+    return tqdm(items, what, total, delay=delay, disable=not is_main_process(), **_place_of_a_bar())
 
 
 def _place_of_a_bar():
@@ -131,9 +131,9 @@ def run(main):
     try:
         code = main(argv)
     except UserError as error:
-        if error.everywhere is None and not first_process():
+        if error.everywhere is None and not is_main_process():
             time.sleep(2)  # where all have met it, the first one says so, and the launcher ends this one meanwhile
-        if first_process() or not error.everywhere:
+        if is_main_process() or not error.everywhere:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except Exception as error:
@@ -161,27 +161,27 @@ def shortened(names, most=10):
 
 
 def not_finite(step, loss, names, stop, keep):
-    """Say what becomes of an update whose loss or gradient is not finite; `names` are what to call its pictures.
+    """Say what becomes of a step whose loss or gradient is not finite; `names` are what to call its images.
 
     When to `stop`, `keep()` writes the state before it and returns its folder, or None; then raises UserError.
     """
-    pictures = shortened(names, 8)
-    what = f"the loss or the gradient of update {step} is not finite (loss {loss:.6g}; its pictures: {pictures})"
+    images = shortened(names, 8)
+    what = f"the loss or the gradient of step {step} is not finite (loss {loss:.6g}; its images: {images})"
     if not stop:
-        warn(f"{what}; this update was left out")
+        warn(f"{what}; this step was left out")
         return
     folder = keep()
     kept = f"the state before it is in {folder}" if folder else "the state before it could not be written"
     raise UserError(
-        f"{what}; {kept}. Look at these pictures; continue with a lower --learning_rate or --mixed_precision no, or "
-        "with --on_nan skip, which leaves such updates out",
+        f"{what}; {kept}. Look at these images; continue with a lower --learning_rate or --mixed_precision no, or "
+        "with --on_nan skip, which leaves such steps out",
         exit_code=1,
         everywhere=True,
     )
 
 
 def cut_short(error, keep):
-    """The UserError of a picture that ends a run of one process. `keep()` writes what was trained until then, and
+    """The UserError of an image that ends a run of one process. `keep()` writes what was trained until then, and
     returns its folder, or None."""
     folder = keep()
     kept = f"what was trained until then is in {folder}" if folder else "what was trained until then was not written"
@@ -229,11 +229,11 @@ def resume_command(argv):
 
 
 def stopped(number, step, checkpoint, argv):
-    """Say how to continue a run that a signal, by its `number`, stopped after an update; `argv` as `resume_command`
-    takes it. Returns the exit code. Raises UserError where the update has no `checkpoint`."""
+    """Say how to continue a run that a signal, by its `number`, stopped after a step; `argv` as `resume_command`
+    takes it. Returns the exit code. Raises UserError where the step has no `checkpoint`."""
     if checkpoint is None:
-        raise UserError(f"stopped after update {step}, which could not be saved", exit_code=1)
-    say(f"stopped after update {step}; continue with:\n  {resume_command(argv)}")
+        raise UserError(f"stopped after step {step}, which could not be saved", exit_code=1)
+    say(f"stopped after step {step}; continue with:\n  {resume_command(argv)}")
     return 128 + number
 
 
@@ -266,11 +266,11 @@ def _told(names):
     return [word for flag, name in names.items() for word in (f"--{flag}", os.environ.get(name, "0"))]
 
 
-def announce(about, base, device, output_dir, parameters, updates, held_out_rows, total, state):
+def announce(about, base, device, output_dir, parameters, updates, val_dataset, total, state):
     """The lines before the progress bar: what is about to be trained. Returns the same as a dict that JSON can hold.
 
     Args: about, what a checkpoint's manifest takes; what the base model, the device and the output folder are called;
-    the parameters that are trained; data.Updates; the data.Rows held out, or None; the number of updates in `total`;
+    the parameters that are trained; data.BatchPlan; the data.Rows held out, or None; the number of steps in `total`;
     the RunState.
     """
     flags, processes = about["flags"], about["world_size"]
@@ -282,7 +282,7 @@ def announce(about, base, device, output_dir, parameters, updates, held_out_rows
         "precision": "bf16 throughout" if flags.get("full_bf16") else PRECISIONS.get(flags["mixed_precision"]),
         "parameters": sum(math.prod(parameter.shape) for parameter in parameters),
         "pictures": updates.size,
-        "held_out": len(held_out_rows or []),
+        "held_out": len(val_dataset or []),
         "pictures_per_update": updates.samples,
         "updates": total,
         "epochs": total / updates.per_epoch,
@@ -291,20 +291,20 @@ def announce(about, base, device, output_dir, parameters, updates, held_out_rows
         "flags": flags,
         "libraries": versions(),
     }
-    many = f"{updates.window:,} pictures"
+    many = f"{updates.window:,} images"
     if updates.samples < updates.window:
         many = f"up to {many}, {updates.samples:.3g} on average"
     shares = [f"batch {updates.batch_size}"]
     shares += [f"{updates.accumulation} accumulated"] if updates.accumulation > 1 else []
     shares += [f"{processes} devices"] if processes > 1 else []
     made = f", of which {state.step:,} are made" if state.step else ""
-    held_out = f", and {facts['held_out']:,} held out" if held_out_rows else ""
+    val_samples = f", and {facts['held_out']:,} held out" if val_dataset else ""
     rows = {
         "base model": facts["base"],
         "trained": f"{millions(facts['parameters'])} parameters, {facts['precision']}, on {device}",
-        "pictures": f"{updates.size:,}{held_out}",
-        "an update": f"{many}: {' x '.join(shares)}" if len(shares) > 1 else many,
-        "updates": f"{total:,} in {facts['epochs']:,.1f} epochs{made}",
+        "images": f"{updates.size:,}{val_samples}",
+        "a step": f"{many}: {' x '.join(shares)}" if len(shares) > 1 else many,
+        "steps": f"{total:,} in {facts['epochs']:,.1f} epochs{made}",
         "seed": str(state.seed),
         "output": str(output_dir),
     }
@@ -321,19 +321,19 @@ def conclude(output_dir, progress, usage):
 
     folder, rows = Path(output_dir), {}
     if progress.step == progress.first:
-        heading = f"update {progress.step:,} was the last one already: nothing was trained"
+        heading = f"step {progress.step:,} was the last one already: nothing was trained"
     else:
         took = duration(time.perf_counter() - progress.began)
-        heading = f"trained to update {progress.step:,} in {took}, at {progress.speed():.3g} pictures/s"
-        rows["loss"] = f"{progress.last_loss:.4f} in the last update"
+        heading = f"trained to step {progress.step:,} in {took}, at {progress.speed():.3g} images/s"
+        rows["loss"] = f"{progress.last_loss:.4f} in the last step"
     with suppress(OSError):
         log = Log(folder)
         best, looks = log.lowest("val_loss"), log.finite("val_loss")
         if best and best[0] == max(looks):
-            rows["held-out loss"] = f"{best[1]:.4f} after update {best[0]:,}: the last one is the lowest"
+            rows["validation loss"] = f"{best[1]:.4f} after step {best[0]:,}: the last one is the lowest"
         elif best:
-            last = f"{looks[max(looks)]:.4f} after update {max(looks):,} the last"
-            rows["held-out loss"] = f"{best[1]:.4f} after update {best[0]:,} is the lowest, {last}"
+            last = f"{looks[max(looks)]:.4f} after step {max(looks):,} the last"
+            rows["validation loss"] = f"{best[1]:.4f} after step {best[0]:,} is the lowest, {last}"
     say("\n".join(["", _strong(heading), *_table(rows)]))
     say("\n".join(["", _strong(f"{folder} holds"), *_table(_contents(folder))]))
     say("\n".join(["", _strong("look at it"), f"    {_report_command()} {shlex.quote(str(folder))}"]))
@@ -361,9 +361,9 @@ def _contents(folder):
         count = f"{len(steps)} checkpoints" if len(steps) > 1 else "a checkpoint"
         rows[name] = f"{count}, to continue from with --resume_from_checkpoint"
     if grids:
-        rows["validation"] = f"{grids} grids of pictures" if grids > 1 else "a grid of pictures"
+        rows["validation"] = f"{grids} grids of images" if grids > 1 else "a grid of images"
     known = {
-        "metrics.jsonl": "the curves, a line for each update",
+        "metrics.jsonl": "the curves, a line for each step",
         "logs": "what the trackers keep",
         "run.yaml": "every setting; --config with this file repeats the run",
         "README.md": "the model card",
@@ -421,39 +421,39 @@ def tracker_config(settings):
 
 
 class Progress:
-    """The progress bar over updates and the log of their losses.
+    """The progress bar over steps and the log of their losses.
 
     Losses stay where they were computed until `logging_steps` of them are there, or until `flush`: fetching one is a
     wait for the device. `fetch(scalars)` turns a list of scalars into numbers averaged over the processes; it is a
-    collective call, so every process must flush at the same updates. `log(values, step)` hands one update's values to
-    the trackers. `not_finite(step, loss, before)` is called for an update whose loss or gradient turns out not to be
+    collective call, so every process must flush at the same steps. `log(values, step)` hands one step's values to
+    the trackers. `not_finite(step, loss, before)` is called for a step whose loss or gradient turns out not to be
     finite; `before` is the RunState before it. (A loss that is not finite has a gradient that is not.) `memory()` says
     what memory is in use, {name: number}, which is logged with them.
     """
 
-    def __init__(self, state, total, logging_steps, samples_per_update, fetch, log, not_finite, memory=dict):
+    def __init__(self, state, total, logging_steps, samples_per_step, fetch, log, not_finite, memory=dict):
         from tqdm import tqdm
 
         self.before, self.step, self.first, self.skipped = replace(state), state.step, state.step, 0
-        self.logging_steps, self.samples = logging_steps, samples_per_update
+        self.logging_steps, self.samples = logging_steps, samples_per_step
         self.fetch, self.log, self.not_finite, self.memory = fetch, log, not_finite, memory
         self.waiting, self.beside, self.last_loss = [], {}, None
         self.clock = self.began = time.perf_counter()
         self.busy = 0.0  # seconds, without validation and checkpoints
-        self.seconds = deque(maxlen=8)  # that an update took, at each of the last looks
+        self.seconds = deque(maxlen=8)  # that a step took, at each of the last looks
         self.live = sys.stderr.isatty()
         self.bar = tqdm(
             total=total,
             initial=state.step,
-            desc="updates",
+            desc="steps",
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",  # fits 80 columns
             smoothing=0.05,
-            disable=not first_process(),
+            disable=not is_main_process(),
             **_place_of_a_bar(),
         )
 
     def update(self, state, loss, grad_norm, learning_rate):
-        """Count the update that led to a RunState; `loss` and `grad_norm` may be tensors on a device."""
+        """Count the step that led to a RunState; `loss` and `grad_norm` may be tensors on a device."""
         self.waiting.append((replace(state), loss, grad_norm, learning_rate, self.beside))
         self.beside = {}
         self.bar.update(state.step - self.step)
@@ -462,11 +462,11 @@ class Progress:
             self.flush()
 
     def note(self, values):
-        """Have numbers by name logged together with the coming update."""
+        """Have numbers by name logged together with the coming step."""
         self.beside |= values
 
     def skip(self, checkpoint):
-        """Count an update that was not made because the fp16 gradients overflowed; the loss scale goes down by it.
+        """Count a step that was not made because the fp16 gradients overflowed; the loss scale goes down by it.
 
         Raises UserError when it happened 50 times in a row, since then it is not the scale. The weights, which have
         not changed meanwhile, are kept by `checkpoint()`, which returns its folder or None.
@@ -476,7 +476,7 @@ class Progress:
             folder = checkpoint()
             kept = f"the state before them is in {folder}" if folder else "the state before them could not be written"
             raise UserError(
-                f"the fp16 gradients overflowed 50 times in a row after update {self.step}: the loss is not finite "
+                f"the fp16 gradients overflowed 50 times in a row after step {self.step}: the loss is not finite "
                 f"any more; {kept}. Use --mixed_precision bf16, or continue with a lower --learning_rate",
                 exit_code=1,
                 everywhere=True,
@@ -498,7 +498,7 @@ class Progress:
         self.seconds.append(took / len(waiting))
         speed = self.samples / self.seconds[-1]
         self.last_loss = losses[-1]
-        words = f"loss {losses[-1]:.4f}, lr {waiting[-1][3]:.2e}, {speed:.3g} pictures/s"
+        words = f"loss {losses[-1]:.4f}, lr {waiting[-1][3]:.2e}, {speed:.3g} images/s"
         self.bar.set_postfix_str(words, refresh=self.live)
         for (state, _, _, rate, beside), loss, norm in zip(waiting, losses, norms, strict=True):
             values = {"train_loss": loss, "lr": rate, "samples_per_second": speed, "grad_norm": norm}
@@ -509,7 +509,7 @@ class Progress:
         self.clock = time.perf_counter()
 
     def speed(self):
-        """Pictures a second over the whole run, validation and checkpoints aside."""
+        """Images a second over the whole run, validation and checkpoints aside."""
         return self.samples * (self.step - self.first) / self.busy
 
     def close(self):
@@ -518,7 +518,7 @@ class Progress:
 
 
 def due(state, steps, epochs, last):
-    """Whether to validate after this update: each `steps` updates, or without it each `epochs` epochs; and at the end.
+    """Whether to validate after this step: each `steps` steps, or without it each `epochs` epochs; and at the end.
 
     0 means never.
     """
@@ -532,7 +532,7 @@ def due(state, steps, epochs, last):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -559,14 +559,14 @@ def _fit(draw, text, font, width):
     return "\n".join(short)
 
 
-def grid(pictures, captions, title, columns=4, side=256):
-    """One captioned contact sheet of square PIL pictures: (pictures, captions, title line) to a PIL picture.
+def grid(images, captions, title, columns=4, side=256):
+    """One captioned contact sheet of square PIL images: (images, captions, title line) to a PIL image.
 
-    `side` is the size in pixels that each picture is shown at; small ones are enlarged without smoothing.
+    `side` is the size in pixels that each image is shown at; small ones are enlarged without smoothing.
     """
-    columns = min(columns, len(pictures))
+    columns = min(columns, len(images))
     gap, title_height = 12, 40
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     texts = [_fit(ruler, caption, _font(14), side) for caption in captions]
     caption_height = 8 + 18 * max(text.count("\n") + 1 for text in texts)
@@ -574,28 +574,28 @@ def grid(pictures, captions, title, columns=4, side=256):
     sheet = Image.new("RGB", (width, title_height + rows * (side + caption_height + gap) + gap), (250, 250, 248))
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 11), _fit(draw, title, _font(18), width - 2 * gap), fill=(30, 30, 30), font=_font(18))
-    for at, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+    for at, (image, text) in enumerate(zip(images, texts, strict=True)):
         left = gap + (at % columns) * (side + gap)
         top = title_height + gap // 2 + (at // columns) * (side + caption_height + gap)
-        smooth = Image.Resampling.NEAREST if max(picture.size) < side else Image.Resampling.LANCZOS
-        sheet.paste(picture.resize((side, side), smooth), (left, top))
+        smooth = Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.LANCZOS
+        sheet.paste(image.resize((side, side), smooth), (left, top))
         draw.multiline_text((left, top + side + 4), text, fill=(70, 70, 70), font=_font(14), spacing=3)
     return sheet
 
 
-def log_pictures(tracker, pictures, captions, step):
-    """Hand pictures (a list of PIL) to a tracker, if it is one that shows pictures, at this update."""
+def log_images(tracker, images, captions, step):
+    """Hand images (a list of PIL) to a tracker, if it is one that shows images, at this step."""
     if tracker.name == "tensorboard":
-        array = np.stack([np.asarray(picture) for picture in pictures])
+        array = np.stack([np.asarray(image) for image in images])
         tracker.writer.add_images("validation", array, step, dataformats="NHWC")
     elif tracker.name == "wandb":
         import wandb
 
-        shown = [wandb.Image(picture, caption=caption) for picture, caption in zip(pictures, captions)]
+        shown = [wandb.Image(image, caption=caption) for image, caption in zip(images, captions)]
         tracker.log({"validation": shown}, step=step)
     elif tracker.name == "comet_ml":
-        for at, picture in enumerate(pictures):
-            tracker.writer.log_image(picture, name=f"validation {captions[at]}", step=step)
+        for at, image in enumerate(images):
+            tracker.writer.log_image(image, name=f"validation {captions[at]}", step=step)
 
 
 def tell_trackers(trackers, action):
@@ -610,23 +610,23 @@ def tell_trackers(trackers, action):
 
 
 def grid_name(step):
-    """Where the validation pictures of an update lie inside the output folder."""
+    """Where the validation images of a step lie inside the output folder."""
     return f"validation/step-{step:06d}.png"
 
 
 def standing_grids(output_dir, step):
-    """The grids of validation pictures that an earlier run left at this update, as names: one or none."""
+    """The grids of validation images that an earlier run left at this step, as names: one or none."""
     return [name for name in [grid_name(step)] if (Path(output_dir) / name).is_file()]
 
 
-def publish_pictures(trackers, pictures, prompts, step, output_dir):
-    """Write pictures (a list of PIL) as one captioned grid under `output_dir` and hand them to the trackers."""
+def publish_images(trackers, images, prompts, step, output_dir):
+    """Write images (a list of PIL) as one captioned grid under `output_dir` and hand them to the trackers."""
     path = Path(output_dir) / grid_name(step)
-    sheet = grid(pictures, prompts, f"after {step:,} updates")
-    tell_trackers(trackers, lambda tracker: log_pictures(tracker, pictures, prompts, step))
+    sheet = grid(images, prompts, f"after {step:,} steps")
+    tell_trackers(trackers, lambda tracker: log_images(tracker, images, prompts, step))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
-        say(f"update {step}: pictures in {path}")
+        say(f"step {step}: images in {path}")
     except OSError as error:
         warn(f"{path} could not be written ({reason_of(error)})")

@@ -90,7 +90,7 @@ def _value(node, flag, convert):
 def text(about, groups, values, silent):
     """What `read` reads: `about`, lines of comment, then the `values` in `groups`, [(title, {name: help})].
 
-    Those that are `silent` stand there as comments: they follow from others, or say nothing beside them.
+    Those that are `silent` stand there as comments: they follow from others, or have no effect beside them.
     """
     lines = [f"# {line}" for line in about]
     for title, helps in groups:

@@ -60,7 +60,7 @@ def prepare(accelerator, model, optimizer):
 
 
 def trained(optimizer):
-    """The parameters that an optimizer updates, each as it lies in its model."""
+    """The parameters that an optimizer steps, each as it lies in its model."""
     return optimizer.parameters if isinstance(optimizer, zero.Optimizer) else optimizer.param_groups[0]["params"]
 
 

@@ -1,6 +1,6 @@
-"""Pictures inside tar files, in WebDataset's layout: read at their place, without anything being unpacked.
+"""Images inside tar files, in WebDataset's layout: read at their place, without anything being unpacked.
 
-The place of a picture is a string, so that it can stand where the path of a file does: shard, member, offset and size,
+The place of an image is a string, so that it can stand where the path of a file does: shard, member, offset and size,
 separated by zero bytes, which no path can hold.
 """
 
@@ -16,7 +16,7 @@ TEXTS = (".txt", ".caption", ".json")
 
 
 def is_place(path):
-    """Whether a string is the place of a picture in a shard."""
+    """Whether a string is the place of an image in a shard."""
     return isinstance(path, str) and path.count("\0") == 3
 
 
@@ -70,23 +70,23 @@ class _Member(io.RawIOBase):
 
 
 def index(shard, endings, caption_column, malformed):
-    """[(place, caption)] of the pictures of a shard, in its order; None where a picture has no caption, and "" for all
-    with `caption_column` None. `endings` are those of pictures. What is wrong with the shard is added to `malformed`.
+    """[(place, caption)] of the images of a shard, in its order; None where an image has no caption, and "" for all
+    with `caption_column` None. `endings` are those of images. What is wrong with the shard is added to `malformed`.
 
-    A picture and its caption have the same name up to the last dot. The caption is what a `.json` has in that column,
+    An image and its caption have the same name up to the last dot. The caption is what a `.json` has in that column,
     or else the content of a `.txt` or `.caption`.
     """
-    pictures, texts, lacking = [], {}, {}
+    images, texts, lacking = [], {}, {}
     for member, content in members(shard, malformed, with_texts=caption_column is not None):
         stem, ending = os.path.splitext(member.name)
         if ending.lower() in endings:
-            pictures.append((stem, f"{shard}\0{member.name}\0{member.offset_data}\0{member.size}"))
+            images.append((stem, f"{shard}\0{member.name}\0{member.offset_data}\0{member.size}"))
         elif content is not None:
             keep(f"{shard}/{member.name}", stem, ending, content, caption_column, texts, lacking, malformed)
     if caption_column is None:
-        return [(place, "") for _, place in pictures]
+        return [(place, "") for _, place in images]
     malformed += [sentence for stem, sentence in lacking.items() if stem not in texts]
-    return [(place, texts.get(stem)) for stem, place in pictures]
+    return [(place, texts.get(stem)) for stem, place in images]
 
 
 def members(shard, malformed, with_texts=True, file=None):

@@ -1,13 +1,13 @@
-"""Several data sets as one, as a YAML file names them: a list of sources, each a dict of the keys below.
+"""Several datasets as one, as a YAML file names them: a list of sources, each a dict of the keys below.
 
     - path: photos                 # relative to the file; or else dataset_name, and dataset_config_name
-      repeats: 10                  # times that an epoch shows each picture; left out, once
+      repeats: 10                  # times that an epoch shows each image; left out, once
       caption_prefix: "a photo of "
     - dataset_name: lambdalabs/naruto-blip-captions
       image_column: image          # left out, what the flags say
       caption_column: text
 
-Instead of repeats all sources can have a `weight`: an epoch then has as many samples as there are pictures, of which
+Instead of repeats all sources can have a `weight`: an epoch then has as many samples as there are images, of which
 each source has a share proportional to it.
 """
 
@@ -119,10 +119,10 @@ def _combined(parts):
         tables.append(table)
     findings = Findings()
     for rows, _, _ in parts:
-        for name in ("malformed", "problems", "pictures", "unnamed", "repeats"):
+        for name in ("malformed", "problems", "images", "unnamed", "repeats"):
             setattr(findings, name, getattr(findings, name) + getattr(rows.findings, name))
     roots = [rows.root for rows, _, _ in parts]
-    return data.Rows(
+    return data.ImageDataset(
         datasets.concatenate_datasets(tables),
         "image",
         "text" if captioned else None,

@@ -1,8 +1,8 @@
-"""Data sets that do not fit the disk: shards and tables that stay where they lie, on the hub or on a network disk.
+"""Datasets that do not fit the disk: shards and tables that stay where they lie, on the hub or on a network disk.
 
 What is fetched in one go is a chunk: row groups of a parquet table, or members of a tar shard, that follow each other.
 How many rows each chunk has is known before the run, from the tables' footers and from one walk along the headers of
-each shard, which is kept. Nothing else is: a caption or a picture that cannot be used shows when its turn comes.
+each shard, which is kept. Nothing else is: a caption or an image that cannot be used shows when its turn comes.
 
 The order of an epoch is a function of (seed, epoch) as for all other data, so a stream is cut, resumed and shared out
 like them. It is one that needs few chunks at any time, which lie in a folder on this disk, the spool.
@@ -38,14 +38,14 @@ from .problems import BadSample, Findings, Problem, caption_fault
 from .reporting import UserError, bar, reason_of, say, warn
 
 CHUNK = 2**26  # bytes: what is smaller is fetched together; only a row group or one sample may be larger
-LANES = 16  # places in the data set that an epoch reads at the same time; part of the order of every old run
+LANES = 16  # places in the dataset that an epoch reads at the same time; part of the order of every old run
 WINDOW = 2**18  # bytes: what lies nearer together than that is read at once, since a request takes its time too
-WIDEST = 2**23  # bytes that are read at once of a shard whose pictures are so small that none is worth a request
+WIDEST = 2**23  # bytes that are read at once of a shard whose images are so small that none is worth a request
 WAITS = (1, 2, 4, 8, 16)  # seconds between attempts to read, beside those of the hub's client
 AHEAD = 4  # chunks that a process fetches ahead at the same time, each of which lies in its memory meanwhile
 THREADS = 16  # that ask for files before the run, each of which waits for an answer
-LATE = 64  # updates for which a chunk stays when it is not needed any more: data workers may lag behind
-GUESTS = 4  # chunks that stay for a while though no update to come needs them: those of held-out samples
+LATE = 64  # steps for which a chunk stays when it is not needed any more: data workers may lag behind
+GUESTS = 4  # chunks that stay for a while though no step to come needs them: those of validation samples
 FORMAT = 1  # of what is kept about a file
 
 
@@ -110,7 +110,7 @@ def order(seed, epoch, sizes, buffer):
     return np.concatenate(dealt)[np.argsort(np.concatenate(turns))]
 
 
-class Rows(data.Rows):
+class ImageDataset(data.ImageDataset):
     """Rows of a Source, as data.Rows; `numbers` are their places in it."""
 
     def __init__(self, source, caption_column, findings, numbers=None, sizes=None):
@@ -125,7 +125,7 @@ class Rows(data.Rows):
     def select(self, indices):
         indices = np.asarray(indices, dtype=np.int64)
         sizes = None if self.sizes is None else self.sizes[indices]
-        return Rows(self.source, self.caption_column, self.findings, self.numbers[indices], sizes)
+        return ImageDataset(self.source, self.caption_column, self.findings, self.numbers[indices], sizes)
 
     # --- what a row holds --------------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class Rows(data.Rows):
     def files(self):
         return np.zeros(0, dtype=np.int64)
 
-    def without_picture(self):
+    def without_image(self):
         """None is known of before its turn comes."""
         return np.zeros(0, dtype=np.int64)
 
@@ -315,8 +315,8 @@ def _not_kept(folder, error, exit_code=1):
 
 
 class Source:
-    """The chunks of a data set, of which those that are needed lie in a spool in the folder `root`. `fetch(file,
-    chunk)` reads one: (pictures, an Arrow array of bytes; captions, JSON as `_value` reads it, or None; names, or
+    """The chunks of a dataset, of which those that are needed lie in a spool in the folder `root`. `fetch(file,
+    chunk)` reads one: (images, an Arrow array of bytes; captions, JSON as `_value` reads it, or None; names, or
     None)."""
 
     def __init__(self, files, chunks, fetch, root, buffer):
@@ -385,17 +385,17 @@ class Source:
             with _locked(place.with_suffix(".lock")):
                 if place.exists():
                     return
-                pictures, captions, names = self.fetch(self.files[chunk.file], chunk)
-                if len(pictures) != chunk.rows:
+                images, captions, names = self.fetch(self.files[chunk.file], chunk)
+                if len(images) != chunk.rows:
                     raise UserError(
-                        f"{self.files[chunk.file].shown} has changed since the run began: {len(pictures)} rows where "
+                        f"{self.files[chunk.file].shown} has changed since the run began: {len(images)} rows where "
                         f"{chunk.rows} were; start again with --resume_from_checkpoint latest",
                         exit_code=1,
                     )
                 texts = [
                     pyarrow.array(values or [None] * chunk.rows, pyarrow.string()) for values in (captions, names)
                 ]
-                batch = pyarrow.record_batch([pictures, *texts], names=["image", "caption", "name"])
+                batch = pyarrow.record_batch([images, *texts], names=["image", "caption", "name"])
                 with pyarrow.OSFile(str(unfinished), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
                     writer.write_batch(batch)
                 os.replace(unfinished, place)
@@ -489,7 +489,7 @@ def _bytes(file, begin, end):
 
 class _Remote(io.RawIOBase):
     """A File, opened for reading. `parts` are what is here already of it, (begin, bytes); what is not is fetched. For
-    one that is `walked` along, at least WINDOW bytes are fetched at once, and more while little is passed over."""
+    one that is `walked` along, at least WINDOW bytes are fetched at once, and more while little is skipped."""
 
     def __init__(self, file, parts=(), walked=False):
         self.file, self.parts, self.window, self.at = file, parts, WINDOW if walked else 0, 0
@@ -531,17 +531,17 @@ class _Remote(io.RawIOBase):
 
 def _look_through_shard(captioned, file):
     """What is known of a shard after a walk along its headers: a dict of its chunks, [begin, end, rows, bytes], how
-    many pictures it has, and the names of those without a caption, where they are `captioned`."""
+    many images it has, and the names of those without a caption, where they are `captioned`."""
     found = {"chunks": [], "pictures": 0, "unnamed": []}
-    pictures, texts, begin, end, sample, malformed = [], set(), 0, 0, None, []
+    images, texts, begin, end, sample, malformed = [], set(), 0, 0, None, []
 
     def close():
-        missing = [name for name, stem in pictures if captioned and stem not in texts]
-        if len(missing) < len(pictures):
-            found["chunks"].append([begin, end, len(pictures) - len(missing), end - begin])
-        found["pictures"] += len(pictures)
+        missing = [name for name, stem in images if captioned and stem not in texts]
+        if len(missing) < len(images):
+            found["chunks"].append([begin, end, len(images) - len(missing), end - begin])
+        found["pictures"] += len(images)
         found["unnamed"] += [f"{file.shown}/{name}" for name in missing]
-        pictures.clear()
+        images.clear()
         texts.clear()
 
     for member, _ in shards.members(file.shown, malformed, False, _Remote(file, walked=True)):
@@ -550,8 +550,8 @@ def _look_through_shard(captioned, file):
             close()
             begin = member.offset
         sample, end = stem, member.offset_data + -(-member.size // shards.BLOCK) * shards.BLOCK
-        if ending.lower() in data.PICTURE_ENDINGS:
-            pictures.append((member.name, stem))
+        if ending.lower() in data.IMAGE_ENDINGS:
+            images.append((member.name, stem))
         elif ending in shards.TEXTS:
             texts.add(stem)
     close()
@@ -563,14 +563,14 @@ def _look_through_shard(captioned, file):
 def _fetch_of_shard(caption_column, file, chunk):
     """What Source's `fetch` returns, of a shard. Members of a sample lie side by side, as WebDataset has it."""
     content = _bytes(file, chunk.begin, chunk.end)
-    whole, pictures, texts, lacking, malformed = io.BytesIO(content), [], {}, {}, []
+    whole, images, texts, lacking, malformed = io.BytesIO(content), [], {}, {}, []
     whole.seek(0, io.SEEK_END)
     whole.write(bytes(2 * shards.BLOCK))  # a shard's end
     whole.seek(0)
     for member, text in shards.members(file.shown, malformed, caption_column is not None, whole):
         (stem, ending), wrong = os.path.splitext(member.name), []
-        if ending.lower() in data.PICTURE_ENDINGS:
-            pictures.append((member.name, stem, content[member.offset_data : member.offset_data + member.size]))
+        if ending.lower() in data.IMAGE_ENDINGS:
+            images.append((member.name, stem, content[member.offset_data : member.offset_data + member.size]))
         elif text is not None:
             where = os.path.basename(member.name)
             shards.keep(where, stem, ending, text, caption_column, texts, lacking, wrong)
@@ -580,10 +580,10 @@ def _fetch_of_shard(caption_column, file, chunk):
         raise UserError(malformed[0], exit_code=1)
     captions = None
     if caption_column is not None:
-        pictures = [picture for picture in pictures if picture[1] in texts or picture[1] in lacking]
-        captions = [json.dumps([texts[stem]] if stem in texts else lacking[stem]) for _, stem, _ in pictures]
-    contents = pyarrow.array([picture for _, _, picture in pictures], pyarrow.large_binary())
-    return contents, captions, [name.encode(errors="backslashreplace").decode() for name, _, _ in pictures]
+        images = [image for image in images if image[1] in texts or image[1] in lacking]
+        captions = [json.dumps([texts[stem]] if stem in texts else lacking[stem]) for _, stem, _ in images]
+    contents = pyarrow.array([image for _, _, image in images], pyarrow.large_binary())
+    return contents, captions, [name.encode(errors="backslashreplace").decode() for name, _, _ in images]
 
 
 # --- parquet tables --------------------------------------------------------------------------------------------------
@@ -615,7 +615,7 @@ def _look_through_table(columns, file):
     metadata, chunks = _footer(file), []
     missing = set(columns) - set(metadata.schema.to_arrow_schema().names)
     if missing:
-        raise UserError(f"{file.shown} has no column '{min(missing)}', as other tables of this data set have")
+        raise UserError(f"{file.shown} has no column '{min(missing)}', as other tables of this dataset have")
     for at in range(metadata.num_row_groups):
         group = metadata.row_group(at)
         size = sum(end - begin for begin, end in _ranges(group, columns))
@@ -640,10 +640,10 @@ def _fetch_of_table(image_column, caption_column, file, chunk):
     try:
         with pyarrow.parquet.ParquetFile(_Remote(file, parts), metadata=metadata, pre_buffer=False) as parquet:
             table = parquet.read_row_groups(groups, columns=columns, use_threads=False)
-        pictures = table[image_column]
-        if pyarrow.types.is_struct(pictures.type):
-            pictures = pyarrow.compute.struct_field(pictures, "bytes")
-        pictures = pyarrow.concat_arrays(pictures.cast(pyarrow.large_binary()).chunks)
+        images = table[image_column]
+        if pyarrow.types.is_struct(images.type):
+            images = pyarrow.compute.struct_field(images, "bytes")
+        images = pyarrow.concat_arrays(images.cast(pyarrow.large_binary()).chunks)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"{file.shown} cannot be read as parquet from row {chunk.first} on: {reason_of(error)}", exit_code=1
@@ -651,16 +651,16 @@ def _fetch_of_table(image_column, caption_column, file, chunk):
     captions = None
     if caption_column is not None:
         captions = [json.dumps([value], default=repr) for value in table[caption_column].to_pylist()]
-    return pictures, captions, None
+    return images, captions, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Opening a data set
+# Opening a dataset
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_rows(dataset_name, config_name, folder, cache_dir, image_column, caption_column, buffer):
-    """Open a data set as data.load_rows does, without fetching it. Returns Rows, of which `buffer` are shuffled
+    """Open a dataset as data.load_rows does, without fetching it. Returns Rows, of which `buffer` are shuffled
     together. What is found out about its files is kept in the folder of downloads. Raises UserError."""
     title = f"--train_data_dir {folder}" if dataset_name is None else f"--dataset_name {dataset_name}"
     urls, kind = _urls(title, dataset_name, config_name, folder, cache_dir)
@@ -686,10 +686,10 @@ def load_rows(dataset_name, config_name, folder, cache_dir, image_column, captio
         for begin, end, rows, size in facts["chunks"]:
             chunks.append(Chunk(at, begin, end, rows, first, size))
             first += rows
-        findings.pictures += facts["pictures"]
+        findings.images += facts["pictures"]
         findings.unnamed += facts["unnamed"]
     if not chunks:
-        lack = "captions beside its pictures, in a .txt, .caption or .json" if findings.pictures else "pictures"
+        lack = "captions beside its images, in a .txt, .caption or .json" if findings.images else "images"
         raise UserError(f"{title} holds no {lack}")
     source = Source(files, chunks, fetch, root, buffer)
     free = shutil.disk_usage(root).free
@@ -698,24 +698,24 @@ def load_rows(dataset_name, config_name, folder, cache_dir, image_column, captio
             f"the chunks that a stream needs at the same time take about {_told(source.most())} in {root}, where "
             f"{_told(free)} are free; make room there, name another folder with --cache_dir, or lower --shuffle_buffer"
         )
-    rows = Rows(source, caption_column, findings)
+    rows = ImageDataset(source, caption_column, findings)
     say(
-        f"streaming {len(rows):,} pictures in chunks, {source.told()}; about {_told(source.most())} at most are "
-        f"in {root} at a time; captions and pictures are looked at when their turn comes"
+        f"streaming {len(rows):,} images in chunks, {source.told()}; about {_told(source.most())} at most are "
+        f"in {root} at a time; captions and images are looked at when their turn comes"
     )
     return rows
 
 
 def _urls(title, dataset_name, config_name, folder, cache_dir):
-    """The addresses of the files of a data set, a list of paths or URLs, and "shards" or "tables"."""
+    """The addresses of the files of a dataset, a list of paths or URLs, and "shards" or "tables"."""
     import datasets
 
     datasets.disable_progress_bars()
     name, place = dataset_name, folder
     if dataset_name is None:
         found, kind = data.files_of(Path(folder))
-        if kind == "pictures":
-            raise UserError(f"{title} holds single pictures, which are read in place as it is; leave --streaming out")
+        if kind == "images":
+            raise UserError(f"{title} holds single images, which are read in place as it is; leave --streaming out")
         if kind == "shards":
             return [os.path.realpath(path) for path in found], kind
         name, place = str(folder), None
@@ -729,20 +729,20 @@ def _urls(title, dataset_name, config_name, folder, cache_dir):
     if endings not in ({".parquet"}, {".tar"}):
         raise UserError(
             f"{title} holds {', '.join(sorted(endings))} files, and --streaming reads .parquet tables or plain .tar "
-            "shards; leave it out, or write the data set again as one of them"
+            "shards; leave it out, or write the dataset again as one of them"
         )
     return urls, "tables" if endings == {".parquet"} else "shards"
 
 
 def _columns(file, image_column, caption_column):
-    """The columns of pictures and of captions in a table, as data.load_rows finds them."""
+    """The columns of images and of captions in a table, as data.load_rows finds them."""
     schema = _footer(file).schema.to_arrow_schema()
     image_column, caption_column = data.columns_of(schema.names, image_column, caption_column)
     kind = schema.field(image_column).type
     if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
-        raise UserError(f"--image_column {image_column} holds {kind}, not pictures; there are {schema.names}")
+        raise UserError(f"--image_column {image_column} holds {kind}, not images; there are {schema.names}")
     return image_column, caption_column
 
 

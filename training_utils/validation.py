@@ -1,4 +1,4 @@
-"""Looking at a run: pictures for the same prompts from the same noise, and the loss on held-out pictures."""
+"""Looking at a run: images for the same prompts from the same noise, and the loss on validation images."""
 
 import torch
 
@@ -6,11 +6,11 @@ from . import data, engine, reporting
 
 
 @torch.no_grad()
-def draw_pictures(accelerator, draw, count, seed):
-    """`count` PIL pictures, shared out over the processes; every process gets all of them, in order.
+def draw_images(accelerator, draw, count, seed):
+    """`count` PIL images, shared out over the processes; every process gets all of them, in order.
 
     `draw(at, noise)` makes number `at` from a torch.Generator. The noise depends on the seed and on `at` alone and is
-    drawn on the CPU, so that pictures of two updates, or of two machines, differ by the weights alone. All processes
+    drawn on the CPU, so that images of two steps, or of two machines, differ by the weights alone. All processes
     draw equally many, since where they share the weights out each forward needs all of them; what is too many is
     dropped.
     """
@@ -21,8 +21,8 @@ def draw_pictures(accelerator, draw, count, seed):
     return engine.gather_in_order(accelerator, mine)[:count]
 
 
-def stable_diffusion_picture(pipeline, prompt, noise, **options):
-    """What a Stable Diffusion or SDXL pipeline draws for a prompt, a PIL picture. `options` go to the pipeline's call.
+def stable_diffusion_image(pipeline, prompt, noise, **options):
+    """What a Stable Diffusion or SDXL pipeline draws for a prompt, a PIL image. `options` go to the pipeline's call.
 
     Each network runs in the precision that it trains in: the VAE is therefore called here, since a VAE that is kept in
     float32 overflows where an autocast around the whole pipeline would put it in half precision.
@@ -34,14 +34,14 @@ def stable_diffusion_picture(pipeline, prompt, noise, **options):
 
 
 @torch.no_grad()
-def held_out_loss(accelerator, samples, batch_size, loss_of):
-    """Mean of `loss_of(batch)`, losses of shape (B,), over all held-out samples of all processes.
+def validation_loss(accelerator, samples, batch_size, loss_of):
+    """Mean of `loss_of(batch)`, losses of shape (B,), over all validation samples of all processes.
 
-    All of them compute equally many batches, for the reason in `draw_pictures`; what is too many counts nothing.
+    All of them compute equally many batches, for the reason in `draw_images`; what is too many counts nothing.
     """
     world, total = accelerator.num_processes, torch.zeros((), device=accelerator.device)
     shares = [
-        data.held_out_samples(len(samples), batch_size, rank, world, samples.rows.sizes) for rank in range(world)
+        data.validation_batches(len(samples), batch_size, rank, world, samples.rows.sizes) for rank in range(world)
     ]
     longest, mine = max(shares, key=len), shares[accelerator.process_index]
     counted = len(mine)
@@ -50,18 +50,18 @@ def held_out_loss(accelerator, samples, batch_size, loss_of):
     return accelerator.reduce(total, "sum").item() / len(samples)
 
 
-def log_held_out_loss(accelerator, samples, batch_size, loss_of, step):
-    """Compute the held-out loss, print it and hand it to the trackers as val_loss."""
-    loss = held_out_loss(accelerator, samples, batch_size, loss_of)
+def log_validation_loss(accelerator, samples, batch_size, loss_of, step):
+    """Compute the validation loss, print it and hand it to the trackers as val_loss."""
+    loss = validation_loss(accelerator, samples, batch_size, loss_of)
     engine.log(accelerator, {"val_loss": loss}, step)
-    reporting.say(f"update {step}: val_loss {loss:.4f}")
+    reporting.say(f"step {step}: val_loss {loss:.4f}")
 
 
-def show_pictures(accelerator, draw, prompts, state, output_dir):
-    """Draw a picture a prompt with `draw`, as in `draw_pictures`, write them as one captioned grid under
+def show_images(accelerator, draw, prompts, state, output_dir):
+    """Draw an image a prompt with `draw`, as in `draw_images`, write them as one captioned grid under
     `output_dir`/validation, hand them to the trackers. Returns the grid's path inside `output_dir`, which carries the
-    update."""
-    pictures = draw_pictures(accelerator, draw, len(prompts), state.seed)
+    step."""
+    images = draw_images(accelerator, draw, len(prompts), state.seed)
     if accelerator.is_main_process:
-        reporting.publish_pictures(accelerator.trackers, pictures, prompts, state.step, output_dir)
+        reporting.publish_images(accelerator.trackers, images, prompts, state.step, output_dir)
     return reporting.grid_name(state.step)

@@ -20,7 +20,7 @@ SIZES = ["reduce_bucket_size", "allgather_bucket_size", "overlap_comm"]
 @contextmanager
 def hidden():
     """Within this context accelerate does not see that it was launched with DeepSpeed, nor an accumulation that may be
-    "auto"; the flags say how many passes an update has."""
+    "auto"; the flags say how many passes a step has."""
     names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     told = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -30,7 +30,7 @@ def hidden():
 
 
 def prepare(accelerator, model, optimizer):
-    """What `accelerator.prepare` returns of a model and its torch AdamW, for processes that share the updates out."""
+    """What `accelerator.prepare` returns of a model and its torch AdamW, for processes that share the steps out."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}  # else it compiles for minutes, for processes that meet on a CPU
@@ -65,7 +65,7 @@ class Network(torch.nn.Module):
 
     @contextmanager
     def no_sync(self):
-        """What accelerate enters for the passes of an update before the last, as with DistributedDataParallel."""
+        """What accelerate enters for the passes of a step before the last, as with DistributedDataParallel."""
         self.engine.set_gradient_accumulation_boundary(False)
         try:
             yield
@@ -74,7 +74,7 @@ class Network(torch.nn.Module):
 
 
 class Parameters(list):
-    """The parameters of a model whose updates are shared out, and `optimizer`, which has their gradient."""
+    """The parameters of a model whose steps are shared out, and `optimizer`, which has their gradient."""
 
     def __init__(self, parameters, optimizer):
         super().__init__(parameters)
@@ -99,7 +99,7 @@ class Optimizer:
 
     def clip(self, max_norm):
         """The norm of the whole gradient, a scalar tensor, which is then clipped to `max_norm`; 0 means no clipping. A
-        collective call, between the last backward pass of an update and `step`."""
+        collective call, between the last backward pass of a step and `step`."""
         parts = self.engine.optimizer.averaged_gradients[0]
         square = torch.nn.utils.get_total_norm(parts).square()
         dist.all_reduce(square)
@@ -109,7 +109,7 @@ class Optimizer:
         return norm
 
     def step(self):
-        """Update the slice, and gather all of them; after the other passes of an update nothing."""
+        """Step the slice, and gather all of them; after the other passes of a step nothing."""
         if self.accelerator.sync_gradients:
             self.engine.step()
 
