@@ -4,7 +4,7 @@
 accelerate launch train_text_to_image_decoder.py --train_data_dir IMAGES
 """
 
-from training_utils import flags
+from training_utils.cli import flags
 
 
 def parse_args(argv=None):
@@ -40,10 +40,10 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take ten seconds.
     flags.hide_secrets(parse_args())
 
-from training_utils import libraries  # noqa: E402
+from training_utils.base import startup  # noqa: E402
 
-libraries.begin()
-libraries.prepare()
+startup.begin()
+startup.prepare()
 
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -62,26 +62,33 @@ from diffusers.optimization import get_scheduler  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection  # noqa: E402
 
-from training_utils import (  # noqa: E402
-    buckets,
-    checkpoints,
-    data,
-    draws,
+from training_utils.base import draws, losses  # noqa: E402
+from training_utils.base.console import warn  # noqa: E402
+from training_utils.base.errors import UserError  # noqa: E402
+from training_utils.data import buckets, checking, image_ops, inspection, opening, selection  # noqa: E402
+from training_utils.data.plan import BatchPlan  # noqa: E402
+from training_utils.data.samples import Samples  # noqa: E402
+from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary, trackers  # noqa: E402
+from training_utils.run.dry_run import STEPS  # noqa: E402
+from training_utils.run.grids import standing_grids  # noqa: E402
+from training_utils.run.hub import card, upload  # noqa: E402
+from training_utils.run.metrics import Metrics  # noqa: E402
+from training_utils.run.progress import validation_due  # noqa: E402
+from training_utils.run.signals import Interruption  # noqa: E402
+from training_utils.torch_backend import (  # noqa: E402
     dry_run,
-    engine,
     frozen,
-    hub,
-    inspection,
+    gradient,
     kandinsky,
-    losses,
-    metrics,
-    reporting,
+    loader,
+    models,
+    optimizers,
+    processes,
     validation,
 )
-from training_utils.ema import EMAWeights, averaged  # noqa: E402
-from training_utils.interruption import Interruption  # noqa: E402
-from training_utils.optimizers import FusedBackward, to_bfloat16  # noqa: E402
-from training_utils.reporting import UserError, warn  # noqa: E402
+from training_utils.torch_backend.ema import EMAWeights, averaged  # noqa: E402
+from training_utils.torch_backend.gradient import FiniteGuard, FusedBackward  # noqa: E402
+from training_utils.torch_backend.state import TrainingState, gather_full_weights, load_model, save_model  # noqa: E402
 
 PARTS = ["movq", "scheduler", "unet"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -112,17 +119,17 @@ class SampleTransform:
         args, image = self.args, rows.image(index)
         if mirrored:
             image = ImageOps.mirror(image)
-        cut, _ = data.crop(image, data.largest_within(image.size, size), corner)
-        pixels = cut.resize(size, data.FILTERS[args.image_interpolation_mode], reducing_gap=args.reducing_gap)
+        cut, _ = image_ops.crop(image, image_ops.largest_within(image.size, size), corner)
+        pixels = cut.resize(size, image_ops.FILTERS[args.image_interpolation_mode], reducing_gap=args.reducing_gap)
         seen = image if corner is None else cut  # CLIP's processor takes the middle of the image by itself
         clip_pixels = self.image_processor(seen, return_tensors="np").pixel_values[0]
-        return {"pixels": data.to_array(pixels), "clip_pixels": clip_pixels}
+        return {"pixels": image_ops.to_array(pixels), "clip_pixels": clip_pixels}
 
     def blank(self):
         """What a cache holds for no image: CLIP sees zeros, the pipeline's condition for that; MOVQ sees black."""
         black = Image.new("RGB", (self.args.resolution, self.args.resolution))
         clip_pixels = self.image_processor(black, return_tensors="np").pixel_values[0]
-        return {"pixels": data.to_array(black), "clip_pixels": np.zeros_like(clip_pixels)}
+        return {"pixels": image_ops.to_array(black), "clip_pixels": np.zeros_like(clip_pixels)}
 
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.val_samples
@@ -193,7 +200,7 @@ def load_models(args, accelerator, draws_images):
     sees images is fetched, unless it `draws_images`.
     """
     variant, options = args.variant, (args.variant, args.cache_dir)
-    prior_base = engine.model_folder(
+    prior_base = models.model_folder(
         args.pretrained_prior_model_name_or_path,
         KandinskyV22PriorPipeline,
         args.prior_revision,
@@ -201,30 +208,30 @@ def load_models(args, accelerator, draws_images):
         left_out=[] if draws_images else ["prior", "scheduler", "text_encoder", "tokenizer"],
         trained=False,
     )
-    base = engine.model_folder(
+    base = models.model_folder(
         args.pretrained_decoder_model_name_or_path, KandinskyV22Pipeline, args.decoder_revision, *options
     )
-    schedule = engine.load_part(DDPMScheduler, base, "scheduler")
+    schedule = models.load_part(DDPMScheduler, base, "scheduler")
     if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"the decoder predicts '{schedule.config.prediction_type}'; this script trains epsilon and v")
-    image_processor = engine.load_part(CLIPImageProcessorPil, prior_base, "image_processor")
-    half = engine.frozen_type(accelerator)
-    image_encoder = engine.load_part(CLIPVisionModelWithProjection, prior_base, "image_encoder", variant, dtype=half)
-    movq = engine.load_part(VQModel, base, "movq", variant, dtype=half)
-    unet = engine.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
+    image_processor = models.load_part(CLIPImageProcessorPil, prior_base, "image_processor")
+    half = processes.frozen_dtype(accelerator)
+    image_encoder = models.load_part(CLIPVisionModelWithProjection, prior_base, "image_encoder", variant, dtype=half)
+    movq = models.load_part(VQModel, base, "movq", variant, dtype=half)
+    unet = models.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for network in (image_encoder, movq):
         network.requires_grad_(False).eval()
-    engine.check_channels(unet, movq)
+    models.check_channels(unet, movq)
     unet.train()
     if args.full_bf16:
-        to_bfloat16(unet)
+        optimizers.to_bfloat16(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
-        engine.enable_xformers(unet)
-    return prior_base, base, image_processor, image_encoder, movq, unet, schedule, engine.sampling_scheduler(base, {})
+        models.enable_xformers(unet)
+    return prior_base, base, image_processor, image_encoder, movq, unet, schedule, models.sampling_scheduler(base, {})
 
 
 def latents_of(movq, unet, **sides):
@@ -241,14 +248,16 @@ def latents_of(movq, unet, **sides):
 
 def save_result(args, base, unet):
     """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
-    precision = engine.stored_types(base, args.variant)
+    precision = models.stored_dtypes(base, args.variant)
     pipeline = KandinskyV22Pipeline.from_pretrained(base, unet=unet, variant=args.variant, dtype=precision)
-    engine.save_pipeline(pipeline, args.output_dir)
+    models.save_pipeline(pipeline, args.output_dir)
 
 
 def usage(args, model, public=False):
     """The lines that draw with the result in the folder or repository `model`."""
-    prior = hub.loader(args.pretrained_prior_model_name_or_path, args.prior_revision, args.variant, public=public)
+    prior = card.loading_call(
+        args.pretrained_prior_model_name_or_path, args.prior_revision, args.variant, public=public
+    )
     return USAGE.format(prior=prior, model=model)
 
 
@@ -259,24 +268,24 @@ def main(argv=None):
         return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
-    accelerator = engine.make_accelerator(**flags.machine(args))
-    from_main = partial(engine.from_main, accelerator)  # what a function returns in the main process
+    accelerator = processes.make_accelerator(**flags.machine(args))
+    from_main = partial(processes.from_main, accelerator)  # what a function returns in the main process
     args.mixed_precision = accelerator.mixed_precision
     for notice in args.notices:
         warn(notice)
     resume_from, state = from_main(
-        lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
+        lambda: resume.begin_run(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
     )
-    from_main(lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="KandinskyV22Pipeline"))
-    repository, uploads = hub.start(from_main, accelerator.is_main_process, **flags.hub(args))
+    from_main(lambda: output_folder.refuse_another_result(args.output_dir, pipeline="KandinskyV22Pipeline"))
+    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, **flags.hub(args))
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = data.load_rows(**flags.data_source(args))
-    rows = data.take(rows, args.max_train_samples, state.seed)
-    unusable = from_main(lambda: data.check(rows, args.on_bad_sample))
+    rows = opening.load_dataset(**flags.data_source(args))
+    rows = selection.take_subset(rows, args.max_train_samples, state.seed)
+    unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
     rows = rows.without(unusable)
     rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args)))
-    rows, val_dataset = data.split_validation(rows, args.validation_split, state.seed)
+    rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
     prompts = args.validation_prompts or []
     prior_base, base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(
         args, accelerator, draws_images=bool(prompts)
@@ -289,12 +298,12 @@ def main(argv=None):
     if args.aspect_ratio_bucketing:
         latents_of(movq, unet, bucket_reso_steps=args.bucket_reso_steps)
     prepare = SampleTransform(args, image_processor, latents, schedule.config.num_train_timesteps)
-    samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
+    samples = Samples(rows, prepare, state.seed, args.on_bad_sample)
     if val_dataset is not None:
         prepare = SampleTransform(
             args, image_processor, latents, schedule.config.num_train_timesteps, len(val_dataset)
         )
-        val_samples = data.Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
+        val_samples = Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     sets = [samples, val_samples] if val_dataset is not None else [samples]
@@ -320,13 +329,13 @@ def main(argv=None):
         return batch if args.cache_latents else batch | encode_images((movq, image_encoder), batch)
 
     # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = data.BatchPlan.of(
+    updates = BatchPlan.of(
         rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = list(unet.parameters())
-    optimizer = engine.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         parameters,
         **flags.optimizer(args, updates.window),
         loss_scaling=accelerator.scaler is not None,
@@ -334,16 +343,16 @@ def main(argv=None):
     )
     lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
     # The loop calls `network`; `unet` stays the bare model.
-    network, optimizer, parameters = engine.prepare(accelerator, unet, optimizer)
+    network, optimizer, parameters = gradient.prepare_network(accelerator, unet, optimizer)
     ema = EMAWeights([unet], args.ema_decay, args.offload_ema) if args.use_ema else None
 
     # --- resume ------------------------------------------------------------------------------------------------------
-    saved = engine.TrainingState(
+    saved = TrainingState(
         accelerator,
         optimizer,
         lr_scheduler,
-        lambda folder: engine.save_model(folder, "unet", unet, ema),
-        lambda folder: engine.load_model(folder, "unet", unet, ema),
+        lambda folder: save_model(folder, "unet", unet, ema),
+        lambda folder: load_model(folder, "unet", unet, ema),
     )
     about = {
         "script": Path(__file__).name,
@@ -352,15 +361,15 @@ def main(argv=None):
         "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
     }
     if resume_from:
-        from_main(lambda: checkpoints.warn_of_differences(resume_from, about))
+        from_main(lambda: resume.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
-    engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    named = (about, args.pretrained_decoder_model_name_or_path, engine.device_name(accelerator), args.output_dir)
-    facts = reporting.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
+    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(flags.public(args)))
+    named = (about, args.pretrained_decoder_model_name_or_path, processes.device_name(accelerator), args.output_dir)
+    facts = summary.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
     if accelerator.is_main_process and not args.dry_run:
-        checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
-        accelerator.trackers.append(metrics.Metrics(args.output_dir, state.step, facts))
-    guard = engine.FiniteGuard(
+        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
+        accelerator.trackers.append(Metrics(args.output_dir, state.step, facts))
+    guard = FiniteGuard(
         accelerator,
         optimizer,
         args.on_nan == "stop",
@@ -371,8 +380,8 @@ def main(argv=None):
         lambda before: updates.names(rows, before.position),
     )
     fused = FusedBackward(optimizer, guard) if args.fused_backward_pass else None
-    progress = engine.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
-    grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
+    progress = processes.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
+    grids = standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
 
     def loss_of(batch):
         """The loss of each sample of a held-out batch, shape (B,)."""
@@ -403,14 +412,14 @@ def main(argv=None):
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     keep = None if args.dry_run else checkpoint
-    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
+    batches = loader.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
     looks = prompts or val_dataset is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     step_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
     if args.dry_run:
-        batches = engine.begin_dry_run(accelerator, batches, samples, updates)
-        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.STEPS), None
-    with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        batches = dry_run.begin_dry_run(accelerator, batches, samples, updates)
+        args.max_train_steps, args.output_dir = min(planned, state.step + STEPS), None
+    with Interruption(processes.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
         if args.validation_at_start and looks and state.step == 0:
             validate()
         while state.step < args.max_train_steps and not stopped_by:
@@ -427,7 +436,9 @@ def main(argv=None):
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     grad_norm = (
-                        fused.gradient_norm() if fused else engine.clip(accelerator, parameters, args.max_grad_norm)
+                        fused.gradient_norm()
+                        if fused
+                        else gradient.clip_gradient(accelerator, parameters, args.max_grad_norm)
                     )
                     guard.look_at(grad_norm)
                 optimizer.step()
@@ -447,29 +458,31 @@ def main(argv=None):
             else:
                 progress.skip(checkpoint)
             stopped_by = interruption.signal()
-            if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
+            if stopped_by or (
+                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
+            ):
                 newest = checkpoint()
-            if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
+            if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
                 validate()
         if stopped_by:
             uploads.finish(from_main)
     progress.close()
     if args.dry_run:
         plan = (rows, val_dataset, updates, planned, progress)
-        engine.report_dry_run(accelerator, plan, {"unet": unet}, [movq, image_encoder], optimizer, ema, fused)
+        dry_run.report_dry_run(accelerator, plan, {"unet": unet}, [movq, image_encoder], optimizer, ema, fused)
         return stopped_by and 128 + stopped_by
     if stopped_by:
-        engine.finish(accelerator)
-        return reporting.stopped(stopped_by, state.step, newest, command)
-    engine.say_skipped(rows.findings.skipped)
+        processes.end_training(accelerator)
+        return commands.say_stopped(stopped_by, state.step, newest, command)
+    processes.say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
-    unet, ema = engine.whole(unet, ema)
+    unet, ema = gather_full_weights(unet, ema)
     if accelerator.is_main_process:
-        with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
+        with output_folder.rescue_weights(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):
                 save_result(args, base, unet)
-            hub.write_card(
+            card.write_card(
                 args.output_dir,
                 repository,
                 base_model=args.pretrained_decoder_model_name_or_path,
@@ -481,13 +494,13 @@ def main(argv=None):
                 images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
-        reporting.conclude(args.output_dir, progress, usage(args, args.output_dir))
+        summary.conclude(args.output_dir, progress, usage(args, args.output_dir))
         if repository:
             uploads.finish()
-            hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
-    engine.finish(accelerator)
+            upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)
+    processes.end_training(accelerator)
     return 0
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    exit.run_main(main)

@@ -4,7 +4,7 @@
 python train_text_to_image_flax.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
 """
 
-from training_utils import flags
+from training_utils.cli import flags
 
 OWN_MODEL_FLAGS = [
     flags.Flag("from_pt", bool, False, "accepted for old command lines: safetensors are read in any case")
@@ -55,9 +55,9 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take seconds.
     flags.hide_secrets(parse_args())
 
-from training_utils import libraries  # noqa: E402
+from training_utils.base import startup  # noqa: E402
 
-libraries.begin()
+startup.begin()
 
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -67,10 +67,42 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from flax_diffusion import FlaxDDPMScheduler  # noqa: E402
-from training_utils import checkpoints, data, dry_run, hub, inspection, losses, metrics, reporting  # noqa: E402
-from training_utils import jax_engine as engine  # noqa: E402
-from training_utils.interruption import Interruption  # noqa: E402
-from training_utils.reporting import UserError, say, warn  # noqa: E402
+from training_utils.base import losses  # noqa: E402
+from training_utils.base.console import say, warn  # noqa: E402
+from training_utils.base.errors import UserError  # noqa: E402
+from training_utils.data import captions, checking, image_ops, inspection, opening, selection  # noqa: E402
+from training_utils.data.plan import BatchPlan  # noqa: E402
+from training_utils.data.samples import Samples  # noqa: E402
+from training_utils.jax_backend import dry_run, loader, models, optimizers, validation  # noqa: E402
+from training_utils.jax_backend.devices import (  # noqa: E402
+    AXIS,
+    Pace,
+    any_process,
+    cast,
+    check_precision,
+    connect_hosts,
+    device_name,
+    from_main,
+    gather,
+    is_main,
+    keep_compiled,
+    largest_of_processes,
+    local_mesh,
+    map_over_devices,
+    memory_metrics,
+    replicate,
+)
+from training_utils.jax_backend.frozen import Encoder, cache_captions, cache_images  # noqa: E402
+from training_utils.jax_backend.state import load_state, save_state  # noqa: E402
+from training_utils.jax_backend.trackers import end_training, log_metrics, make_trackers, say_skipped  # noqa: E402
+from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary  # noqa: E402
+from training_utils.run.dry_run import STEPS  # noqa: E402
+from training_utils.run.grids import grid_name, publish_images, standing_grids  # noqa: E402
+from training_utils.run.hub import card, upload  # noqa: E402
+from training_utils.run.metrics import Metrics  # noqa: E402
+from training_utils.run.progress import Progress, report_not_finite, validation_due  # noqa: E402
+from training_utils.run.signals import Interruption  # noqa: E402
+from training_utils.run.trackers import tracker_config  # noqa: E402
 
 PARTS = ["feature_extractor", "safety_checker", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -103,9 +135,9 @@ class SampleTransform:
 
     def show(self, rows, index, mirrored, corner, size):
         """One view of an image, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
-        image = data.resize(rows.image(index), size, self.args.image_interpolation_mode)
-        image, _ = data.crop(image, size, corner)
-        pixels = data.to_array(image)
+        image = image_ops.resize(rows.image(index), size, self.args.image_interpolation_mode)
+        image, _ = image_ops.crop(image, size, corner)
+        pixels = image_ops.to_array(image)
         return {"pixels": np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)}
 
     def tokenize(self, caption):
@@ -119,9 +151,9 @@ class SampleTransform:
         latent_shape = (self.channels, height // self.factor, width // self.factor)
         mirrored = self.mirrors and draw("flip").random() < 0.5
         corner = draw("crop") if self.cropped else None
-        caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        caption = captions.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
-            caption = data.shuffle_tags(caption, draw, args.keep_tokens)
+            caption = captions.shuffle_tags(caption, draw, args.keep_tokens)
         image = self.images.read if self.images else partial(self.show, rows)
         text = self.tokenize(caption or "")
         if train:
@@ -202,23 +234,23 @@ def train_step(
         weight = micro_batch["weight"]
         return scale * (sample_losses(params, micro_batch, unet, schedule, scaling_factor, snr_gamma) * weight).sum()
 
-    loss, gradients = engine.accumulated(jax.value_and_grad(scaled_loss), params, batch)
-    loss, gradients = jax.lax.pmean((loss, gradients), engine.AXIS)
+    loss, gradients = optimizers.accumulated(jax.value_and_grad(scaled_loss), params, batch)
+    loss, gradients = jax.lax.pmean((loss, gradients), AXIS)
     loss, gradients = jax.tree.map(lambda value: value / scale, (loss, gradients))
-    gradients, norm = engine.clip(gradients, max_grad_norm)
+    gradients, norm = optimizers.clip_gradient(gradients, max_grad_norm)
     steps, optimizer_state = optimizer.update(gradients, trained["optimizer"], params)
     params = jax.tree.map(lambda value, step: value - learning_rate * step, params, steps)
     after = {"params": params, "optimizer": optimizer_state}
     if "average" in trained:
-        after["average"] = engine.move_average(trained["average"], params, ema_decay)
+        after["average"] = optimizers.move_average(trained["average"], params, ema_decay)
     applied = jnp.isfinite(norm)
     if "held" in trained:
         applied &= ~trained["held"]
-    after = engine.where(applied, after, {key: trained[key] for key in after})
+    after = optimizers.where(applied, after, {key: trained[key] for key in after})
     if "held" in trained:
         after["held"] = ~applied
     if "loss_scale" in trained:
-        after["loss_scale"] = engine.move_loss_scale(trained["loss_scale"], applied)
+        after["loss_scale"] = optimizers.move_loss_scale(trained["loss_scale"], applied)
     return after, {"loss": loss, "grad_norm": norm, "applied": applied}
 
 
@@ -226,7 +258,7 @@ def validation_step(params, batch, *, unet, schedule, scaling_factor):
     """The sum of a held-out batch's losses over the devices; arrays (1, B, ...)."""
     batch = jax.tree.map(lambda array: array[0], batch)
     loss = sample_losses(params, batch, unet, schedule, scaling_factor) * batch["weight"]
-    return jax.lax.psum(loss.sum(), engine.AXIS)
+    return jax.lax.psum(loss.sum(), AXIS)
 
 
 def load_models(args):
@@ -235,21 +267,21 @@ def load_models(args):
     `pipeline` holds the networks and the model's own sampler, `parameters` is a dict by part, `schedule` the noise
     schedule of the training.
     """
-    base = engine.model_folder(
+    base = models.model_folder(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, args.single_file_config
     )
     changes = flags.schedule_changes(args)
-    config = engine.load_scheduler_config(base)
+    config = models.load_scheduler_config(base)
     schedule = FlaxDDPMScheduler.from_config(config | changes)
     check_prediction_type(args, schedule.config)
     steps = args.validation_num_inference_steps if args.validation_prompts else None
-    parts = {"scheduler": engine.sampling_scheduler(config, changes, steps), "tokenizer": engine.load_tokenizer(base)}
-    parameters, half = {}, engine.TYPES[args.mixed_precision]
+    parts = {"scheduler": models.sampling_scheduler(config, changes, steps), "tokenizer": models.load_tokenizer(base)}
+    parameters, half = {}, models.TYPES[args.mixed_precision]
     for part in ("unet", "vae", "text_encoder"):
-        parts[part], parameters[part] = engine.load_part(base, part, half, args.variant)
+        parts[part], parameters[part] = models.load_part(base, part, half, args.variant)
     if args.gradient_checkpointing:
         parts["unet"] = parts["unet"].clone(gradient_checkpointing=True)
-    return engine.make_pipeline(base, args.variant, parts), parameters, schedule
+    return models.make_pipeline(base, args.variant, parts), parameters, schedule
 
 
 def check_prediction_type(args, config):
@@ -271,54 +303,54 @@ def main(argv=None):
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
     if args.compilation_cache_dir:
-        engine.keep_compiled(args.compilation_cache_dir)
-    engine.connect_hosts()
-    engine.check_precision(args.mixed_precision)
-    mesh = engine.local_mesh()
+        keep_compiled(args.compilation_cache_dir)
+    connect_hosts()
+    check_precision(args.mixed_precision)
+    mesh = local_mesh()
     devices = mesh.size * jax.process_count()
     for notice in args.notices:
         warn(notice)
     seed = args.seed if "seed" in args.given else None
-    resume_from, state = engine.from_main(
-        lambda: checkpoints.start(
+    resume_from, state = from_main(
+        lambda: resume.begin_run(
             args.output_dir, args.resume_from_checkpoint, seed, otherwise=args.seed, writes=not args.dry_run
         )
     )
-    engine.from_main(lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="StableDiffusionPipeline"))
-    repository, uploads = hub.start(engine.from_main, engine.is_main(), **flags.hub(args))
+    from_main(lambda: output_folder.refuse_another_result(args.output_dir, pipeline="StableDiffusionPipeline"))
+    repository, uploads = upload.open_uploads(from_main, is_main(), **flags.hub(args))
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = data.load_rows(**flags.data_source(args))
-    rows = data.take(rows, args.max_train_samples, state.seed)
-    unusable = engine.from_main(lambda: data.check(rows, args.on_bad_sample))
+    rows = opening.load_dataset(**flags.data_source(args))
+    rows = selection.take_subset(rows, args.max_train_samples, state.seed)
+    unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
     rows = rows.without(unusable)
     rows.sizes = np.full((len(rows), 2), args.resolution)
-    rows, val_dataset = data.split_validation(rows, args.validation_split, state.seed)
+    rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
     pipeline, parameters, schedule = load_models(args)
     tokenizer, text_encoder, vae, unet = pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet
-    if engine.is_main():
-        data.warn_of_long_captions(rows, tokenizer)
+    if is_main():
+        captions.warn_of_long_captions(rows, tokenizer)
     latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
     prepare = SampleTransform(args, tokenizer, latents, schedule.config.num_train_timesteps)
-    samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
+    samples = Samples(rows, prepare, state.seed, args.on_bad_sample)
     if val_dataset is not None:
         prepare = SampleTransform(args, tokenizer, latents, schedule.config.num_train_timesteps, len(val_dataset))
-        val_samples = data.Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
+        val_samples = Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     sets = [samples, val_samples] if val_dataset is not None else [samples]
     keeping = (flags.encoding_folder(args), sets, args.train_batch_size, mesh)
-    frozen = {part: engine.cast(parameters[part], vae.dtype) for part in ("vae", "text_encoder")}
-    see, read = engine.Encoder(encode_images, vae, "pixels"), engine.Encoder(encode_captions, text_encoder, "tokens")
+    frozen = {part: cast(parameters[part], vae.dtype) for part in ("vae", "text_encoder")}
+    see, read = Encoder(encode_images, vae, "pixels"), Encoder(encode_captions, text_encoder, "tokens")
     if args.cache_latents:
         settings = ["stable diffusion", args.resolution, args.image_interpolation_mode]
-        engine.cache_images(*keeping, see, frozen["vae"], settings, args.cached_crops)
+        cache_images(*keeping, see, frozen["vae"], settings, args.cached_crops)
     else:
-        frozen["vae"] = engine.on_every_device(frozen["vae"], mesh)
+        frozen["vae"] = replicate(frozen["vae"], mesh)
     if args.cache_text_embeddings:
-        engine.cache_captions(*keeping, read, frozen["text_encoder"], bool(args.caption_dropout))
+        cache_captions(*keeping, read, frozen["text_encoder"], bool(args.caption_dropout))
     else:
-        frozen["text_encoder"] = engine.on_every_device(frozen["text_encoder"], mesh)
+        frozen["text_encoder"] = replicate(frozen["text_encoder"], mesh)
 
     def encode(batch):
         """A batch with what the frozen networks make of it; caches have put it there already."""
@@ -326,11 +358,13 @@ def main(argv=None):
         return batch if args.cache_text_embeddings else read(frozen["text_encoder"], batch)
 
     # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = data.BatchPlan.of(rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
+    updates = BatchPlan.of(rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
-    optimizer = engine.make_optimizer((args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon)
-    learning_rate = engine.learning_rate_curve(
+    optimizer = optimizers.make_optimizer(
+        (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon
+    )
+    learning_rate = optimizers.learning_rate_curve(
         args.lr_scheduler,
         args.learning_rate * (updates.window if args.scale_lr else 1),
         args.lr_warmup_steps,
@@ -340,73 +374,73 @@ def main(argv=None):
     )
     fp16 = args.mixed_precision == "fp16"  # whose overflows are no fault: they lower the scale of the loss
     hold = args.on_nan == "stop" and not fp16
-    trained = engine.new_state(parameters.pop("unet"), optimizer, args.use_ema, fp16, hold)
+    trained = optimizers.new_state(parameters.pop("unet"), optimizer, args.use_ema, fp16, hold)
 
     # --- resume ------------------------------------------------------------------------------------------------------
     about = {
         "script": Path(__file__).name,
         "world_size": devices,
         "flags": flags.mathematics(args),
-        "data": {"samples": len(rows), "sha256": engine.from_main(rows.fingerprint)},
+        "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
     }
     if resume_from:
-        engine.from_main(lambda: checkpoints.warn_of_differences(resume_from, about))
-        checkpoints.require_everywhere(resume_from, engine.gather)
-        trained = engine.load_state(resume_from, trained, unet)
-    trained = engine.on_every_device(trained, mesh)
-    trackers = engine.make_trackers(
+        from_main(lambda: resume.warn_of_differences(resume_from, about))
+        resume.require_everywhere(resume_from, gather)
+        trained = load_state(resume_from, trained, unet)
+    trained = replicate(trained, mesh)
+    trackers = make_trackers(
         args.report_to,
         Path(args.output_dir) / args.logging_dir,
         args.tracker_project_name,
-        reporting.tracker_config(flags.public(args)),
+        tracker_config(flags.public(args)),
     )
 
-    named = (about, args.pretrained_model_name_or_path, engine.device_name(), args.output_dir)
-    facts = reporting.announce(
+    named = (about, args.pretrained_model_name_or_path, device_name(), args.output_dir)
+    facts = summary.announce(
         *named, jax.tree.leaves(trained["params"]), updates, val_dataset, args.max_train_steps, state
     )
-    if engine.is_main() and not args.dry_run:
-        checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
-        trackers.append(metrics.Metrics(args.output_dir, state.step, facts))
+    if is_main() and not args.dry_run:
+        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
+        trackers.append(Metrics(args.output_dir, state.step, facts))
 
     def save(state):
         """Write a checkpoint of a RunState. Returns its folder, or None where it could not be written."""
-        folder = checkpoints.save(
+        folder = checkpoints.save_checkpoint(
             args.output_dir,
             state,
-            lambda folder: engine.save_state(folder, trained, unet),
+            lambda folder: save_state(folder, trained, unet),
             about,
             args.checkpoints_total_limit,
-            engine.is_main(),
-            engine.any_process,
+            is_main(),
+            any_process,
         )
         return uploads.add(folder)
 
     def not_finite(step, loss, before):
         def keep():
             folder = save(before)
-            uploads.finish(engine.from_main)
-            engine.finish(trackers)
+            uploads.finish(from_main)
+            end_training(trackers)
             return folder
 
         names = updates.names(rows, before.position)
-        reporting.not_finite(step, loss, names, args.on_nan == "stop", keep)
+        report_not_finite(step, loss, names, args.on_nan == "stop", keep)
 
-    progress = reporting.Progress(
+    progress = Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
         updates.samples,
         lambda scalars: [float(scalar) for scalar in jax.device_get(scalars)],
-        lambda values, step: engine.log(trackers, values, step),
+        lambda values, step: log_metrics(trackers, values, step),
         not_finite,
-        engine.memory,
+        memory_metrics,
     )
 
     prompts = args.validation_prompts or []
-    grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
+    grids = standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
     objective = dict(unet=unet, schedule=schedule, scaling_factor=vae.config.scaling_factor)
-    evaluate = engine.over_devices(partial(validation_step, **objective), in_axes=(None, 0))
+    evaluate = map_over_devices(partial(validation_step, **objective), in_axes=(None, 0))
 
     def result_weights():
         """The weights that would be saved now."""
@@ -416,14 +450,14 @@ def main(argv=None):
         """Validation loss and images with the weights that would be saved now."""
         progress.flush()
         if val_dataset is not None:
-            loss = engine.validation_loss(
+            loss = validation.validation_loss(
                 lambda batch: evaluate(result_weights(), encode(batch)), val_samples, args.train_batch_size, mesh
             )
-            engine.log(trackers, {"val_loss": loss}, state.step)
+            log_metrics(trackers, {"val_loss": loss}, state.step)
             say(f"step {state.step}: val_loss {loss:.4f}")
         if prompts:
-            if engine.is_main():
-                images = engine.draw_images(
+            if is_main():
+                images = validation.draw_images(
                     pipeline,
                     frozen | {"unet": result_weights()},
                     prompts,
@@ -431,8 +465,8 @@ def main(argv=None):
                     (latents[0], args.resolution // latents[1], args.resolution // latents[1]),
                     **flags.drawing(args),
                 )
-                reporting.publish_images(trackers, images, prompts, state.step, args.output_dir)
-            grids[:] = [reporting.grid_name(state.step)]
+                publish_images(trackers, images, prompts, state.step, args.output_dir)
+            grids[:] = [grid_name(state.step)]
         progress.pause()
 
     def checkpoint():
@@ -442,7 +476,7 @@ def main(argv=None):
         return folder
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    step = engine.over_devices(
+    step = map_over_devices(
         partial(
             train_step,
             **objective,
@@ -455,14 +489,14 @@ def main(argv=None):
         donate=(0,),
     )
     keep = None if args.dry_run else checkpoint
-    batches = engine.training_batches(samples, updates, state, mesh, args.dataloader_num_workers, keep)
+    batches = loader.training_batches(samples, updates, state, mesh, args.dataloader_num_workers, keep)
     looks = prompts or val_dataset is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    pace, stopped_by, planned = engine.Pace(), 0, args.max_train_steps
+    pace, stopped_by, planned = Pace(), 0, args.max_train_steps
     if args.dry_run:
-        batches = engine.begin_dry_run(batches, samples)
-        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.STEPS), None
-    with Interruption(engine.largest_of_processes(mesh)) as interruption:
+        batches = dry_run.begin_dry_run(batches, samples)
+        args.max_train_steps, args.output_dir = min(planned, state.step + STEPS), None
+    with Interruption(largest_of_processes(mesh)) as interruption:
         if args.validation_at_start and looks and state.step == 0:
             validate()
         while state.step < args.max_train_steps and not stopped_by:
@@ -479,29 +513,31 @@ def main(argv=None):
             else:
                 progress.skip(checkpoint)
             stopped_by = interruption.signal()
-            if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
+            if stopped_by or (
+                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
+            ):
                 newest = checkpoint()
-            if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
+            if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
                 validate()
         if stopped_by:
-            uploads.finish(engine.from_main)
+            uploads.finish(from_main)
     progress.close()
     if args.dry_run:
         plan = (rows, val_dataset, updates, planned, progress)
-        engine.report_dry_run(plan, "unet", trained, frozen)
+        dry_run.report_dry_run(plan, "unet", trained, frozen)
         return stopped_by and 128 + stopped_by
     if stopped_by:
-        engine.finish(trackers)
-        return reporting.stopped(stopped_by, state.step, newest, command)
-    engine.say_skipped(rows.findings.skipped)
+        end_training(trackers)
+        return commands.say_stopped(stopped_by, state.step, newest, command)
+    say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
-    if engine.is_main():
-        with checkpoints.rescue(
-            args.output_dir, state, about, lambda folder: engine.save_state(folder, trained, unet)
+    if is_main():
+        with output_folder.rescue_weights(
+            args.output_dir, state, about, lambda folder: save_state(folder, trained, unet)
         ):
-            engine.save_pipeline(args.output_dir, pipeline, parameters | {"unet": jax.device_get(result_weights())})
-            hub.write_card(
+            models.save_pipeline(args.output_dir, pipeline, parameters | {"unet": jax.device_get(result_weights())})
+            card.write_card(
                 args.output_dir,
                 repository,
                 base_model=args.pretrained_model_name_or_path,
@@ -512,13 +548,13 @@ def main(argv=None):
                 images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
-        reporting.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
+        summary.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
         if repository:
             uploads.finish()
-            hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
-    engine.finish(trackers)
+            upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)
+    end_training(trackers)
     return 0
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    exit.run_main(main)

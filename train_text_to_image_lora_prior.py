@@ -4,7 +4,7 @@
 accelerate launch train_text_to_image_lora_prior.py --train_data_dir IMAGES
 """
 
-from training_utils import flags
+from training_utils.cli import flags
 
 
 def parse_args(argv=None):
@@ -36,10 +36,10 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take ten seconds.
     flags.hide_secrets(parse_args())
 
-from training_utils import libraries  # noqa: E402
+from training_utils.base import startup  # noqa: E402
 
-libraries.begin()
-libraries.prepare()
+startup.begin()
+startup.prepare()
 
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -57,25 +57,35 @@ from transformers import (  # noqa: E402
     CLIPVisionModelWithProjection,
 )
 
-from training_utils import (  # noqa: E402
-    checkpoints,
-    data,
-    draws,
+from training_utils.base import draws, losses  # noqa: E402
+from training_utils.base.console import warn  # noqa: E402
+from training_utils.base.errors import UserError  # noqa: E402
+from training_utils.data import checking, inspection, opening, selection  # noqa: E402
+from training_utils.data.captions import choose_caption, shuffle_tags, warn_of_long_captions  # noqa: E402
+from training_utils.data.plan import BatchPlan  # noqa: E402
+from training_utils.data.samples import Samples  # noqa: E402
+from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary, trackers  # noqa: E402
+from training_utils.run.dry_run import STEPS  # noqa: E402
+from training_utils.run.grids import standing_grids  # noqa: E402
+from training_utils.run.hub import card, upload  # noqa: E402
+from training_utils.run.metrics import Metrics  # noqa: E402
+from training_utils.run.progress import validation_due  # noqa: E402
+from training_utils.run.signals import Interruption  # noqa: E402
+from training_utils.torch_backend import (  # noqa: E402
     dry_run,
-    engine,
     frozen,
-    hub,
-    inspection,
+    gradient,
     kandinsky,
+    loader,
     lora,
-    losses,
-    metrics,
-    reporting,
+    models,
+    optimizers,
+    processes,
     validation,
 )
-from training_utils.ema import EMAWeights, averaged  # noqa: E402
-from training_utils.interruption import Interruption  # noqa: E402
-from training_utils.reporting import UserError, warn  # noqa: E402
+from training_utils.torch_backend.ema import EMAWeights, averaged  # noqa: E402
+from training_utils.torch_backend.gradient import FiniteGuard  # noqa: E402
+from training_utils.torch_backend.state import TrainingState  # noqa: E402
 
 UPLOADED = ["README.md", "pytorch_lora_weights.safetensors", "validation/*.png"]
 USAGE = """
@@ -118,9 +128,9 @@ class SampleTransform:
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.val_samples
         mirrored = self.mirrors and draw("flip").random() < 0.5
-        caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        caption = choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
-            caption = data.shuffle_tags(caption, draw, args.keep_tokens)
+            caption = shuffle_tags(caption, draw, args.keep_tokens)
         image = self.images.read if self.images else partial(self.show, rows)
         text = self.tokenize(caption or "")
         if train:
@@ -178,20 +188,20 @@ def load_models(args, accelerator, seed):
     standard deviation of CLIP's embeddings, float32, which the prior's file holds.
     """
     name, variant = args.pretrained_prior_model_name_or_path, args.variant
-    base = engine.model_folder(name, KandinskyV22PriorPipeline, args.prior_revision, variant, args.cache_dir)
-    sampler = engine.load_part(UnCLIPScheduler, base, "scheduler")
+    base = models.model_folder(name, KandinskyV22PriorPipeline, args.prior_revision, variant, args.cache_dir)
+    sampler = models.load_part(UnCLIPScheduler, base, "scheduler")
     check_prediction_type(sampler.config)
     schedule = DDPMScheduler(
         num_train_timesteps=sampler.config.num_train_timesteps,
         beta_schedule="squaredcos_cap_v2",
         prediction_type="sample",
     )
-    tokenizer = engine.load_part(CLIPTokenizer, base, "tokenizer")
-    image_processor = engine.load_part(CLIPImageProcessorPil, base, "image_processor")
-    half = engine.frozen_type(accelerator)
-    text_encoder = engine.load_part(CLIPTextModelWithProjection, base, "text_encoder", variant, dtype=half)
-    image_encoder = engine.load_part(CLIPVisionModelWithProjection, base, "image_encoder", variant, dtype=half)
-    prior = engine.load_part(PriorTransformer, base, "prior", variant, dtype=torch.float32)
+    tokenizer = models.load_part(CLIPTokenizer, base, "tokenizer")
+    image_processor = models.load_part(CLIPImageProcessorPil, base, "image_processor")
+    half = processes.frozen_dtype(accelerator)
+    text_encoder = models.load_part(CLIPTextModelWithProjection, base, "text_encoder", variant, dtype=half)
+    image_encoder = models.load_part(CLIPVisionModelWithProjection, base, "image_encoder", variant, dtype=half)
+    prior = models.load_part(PriorTransformer, base, "prior", variant, dtype=torch.float32)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for network in (text_encoder, image_encoder):
@@ -203,9 +213,9 @@ def load_models(args, accelerator, seed):
     statistics = embedding_statistics(prior)
     lora.add_adapter(prior, lora.UNET_LAYERS, args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)
     if args.gradient_checkpointing:
-        engine.checkpoint_blocks(prior.transformer_blocks)
+        models.checkpoint_blocks(prior.transformer_blocks)
     if args.enable_xformers_memory_efficient_attention:
-        engine.enable_xformers(prior)
+        models.enable_xformers(prior)
     return tokenizer, image_processor, text_encoder, image_encoder, prior, statistics, schedule, sampler
 
 
@@ -229,8 +239,10 @@ def check_prediction_type(config):
 
 def usage(args, model, public=False):
     """The lines that draw with the result in the folder or repository `model`."""
-    prior = hub.loader(args.pretrained_prior_model_name_or_path, args.prior_revision, args.variant, public=public)
-    decoder = hub.loader(
+    prior = card.loading_call(
+        args.pretrained_prior_model_name_or_path, args.prior_revision, args.variant, public=public
+    )
+    decoder = card.loading_call(
         args.pretrained_decoder_model_name_or_path, args.decoder_revision, args.variant, public=public
     )
     return USAGE.format(prior=prior, decoder=decoder, model=model)
@@ -243,23 +255,23 @@ def main(argv=None):
         return inspection.check_data(flags.data_source(args), None)
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
-    accelerator = engine.make_accelerator(**flags.machine(args))
-    from_main = partial(engine.from_main, accelerator)  # what a function returns in the main process
+    accelerator = processes.make_accelerator(**flags.machine(args))
+    from_main = partial(processes.from_main, accelerator)  # what a function returns in the main process
     args.mixed_precision = accelerator.mixed_precision
     for notice in args.notices:
         warn(notice)
     resume_from, state = from_main(
-        lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
+        lambda: resume.begin_run(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
     )
-    from_main(lambda: checkpoints.refuse_another_result(args.output_dir, adapted=["prior"]))
-    repository, uploads = hub.start(from_main, accelerator.is_main_process, **flags.hub(args))
+    from_main(lambda: output_folder.refuse_another_result(args.output_dir, adapted=["prior"]))
+    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, **flags.hub(args))
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = data.load_rows(**flags.data_source(args))
-    rows = data.take(rows, args.max_train_samples, state.seed)
-    unusable = from_main(lambda: data.check(rows, args.on_bad_sample))
+    rows = opening.load_dataset(**flags.data_source(args))
+    rows = selection.take_subset(rows, args.max_train_samples, state.seed)
+    unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
     rows = rows.without(unusable)
-    rows, val_dataset = data.split_validation(rows, args.validation_split, state.seed)
+    rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
     tokenizer, image_processor, text_encoder, image_encoder, prior, statistics, schedule, sampler = load_models(
         args, accelerator, state.seed
     )
@@ -271,17 +283,17 @@ def main(argv=None):
             args.decoder_revision,
             args.variant,
             args.cache_dir,
-            engine.frozen_type(accelerator),
+            processes.frozen_dtype(accelerator),
         )
     drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
     if accelerator.is_main_process:
-        data.warn_of_long_captions(rows, tokenizer)
+        warn_of_long_captions(rows, tokenizer)
     facts = (tokenizer, image_processor, prior.config.embedding_dim)
     prepare = SampleTransform(args, *facts, schedule.config.num_train_timesteps)
-    samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
+    samples = Samples(rows, prepare, state.seed, args.on_bad_sample)
     if val_dataset is not None:
         prepare = SampleTransform(args, *facts, schedule.config.num_train_timesteps, len(val_dataset))
-        val_samples = data.Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
+        val_samples = Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     sets = [samples, val_samples] if val_dataset is not None else [samples]
@@ -305,13 +317,13 @@ def main(argv=None):
         return batch | images | captions
 
     # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = data.BatchPlan.of(
+    updates = BatchPlan.of(
         rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = lora.parameters([prior])
-    optimizer = engine.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         parameters,
         **flags.optimizer(args, updates.window),
         loss_scaling=accelerator.scaler is not None,
@@ -319,10 +331,10 @@ def main(argv=None):
     lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
     ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
     # The loop calls `network`; `prior` stays the bare model.
-    network, optimizer, parameters = engine.prepare(accelerator, prior, optimizer)
+    network, optimizer, parameters = gradient.prepare_network(accelerator, prior, optimizer)
 
     # --- resume ------------------------------------------------------------------------------------------------------
-    saved = engine.TrainingState(
+    saved = TrainingState(
         accelerator,
         optimizer,
         lr_scheduler,
@@ -336,15 +348,15 @@ def main(argv=None):
         "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
     }
     if resume_from:
-        from_main(lambda: checkpoints.warn_of_differences(resume_from, about))
+        from_main(lambda: resume.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
-    engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    named = (about, args.pretrained_prior_model_name_or_path, engine.device_name(accelerator), args.output_dir)
-    facts = reporting.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
+    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(flags.public(args)))
+    named = (about, args.pretrained_prior_model_name_or_path, processes.device_name(accelerator), args.output_dir)
+    facts = summary.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
     if accelerator.is_main_process and not args.dry_run:
-        checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
-        accelerator.trackers.append(metrics.Metrics(args.output_dir, state.step, facts))
-    guard = engine.FiniteGuard(
+        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
+        accelerator.trackers.append(Metrics(args.output_dir, state.step, facts))
+    guard = FiniteGuard(
         accelerator,
         optimizer,
         args.on_nan == "stop",
@@ -354,8 +366,8 @@ def main(argv=None):
         ),
         lambda before: updates.names(rows, before.position),
     )
-    progress = engine.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
-    grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
+    progress = processes.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
+    grids = standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
 
     def loss_of(batch):
         """The loss of each sample of a held-out batch, shape (B,)."""
@@ -389,14 +401,14 @@ def main(argv=None):
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     keep = None if args.dry_run else checkpoint
-    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
+    batches = loader.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
     looks = prompts or val_dataset is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     step_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
     if args.dry_run:
-        batches = engine.begin_dry_run(accelerator, batches, samples, updates)
-        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.STEPS), None
-    with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        batches = dry_run.begin_dry_run(accelerator, batches, samples, updates)
+        args.max_train_steps, args.output_dir = min(planned, state.step + STEPS), None
+    with Interruption(processes.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
         if args.validation_at_start and looks and state.step == 0:
             validate()
         while state.step < args.max_train_steps and not stopped_by:
@@ -410,7 +422,7 @@ def main(argv=None):
                 accelerator.backward(loss)
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = engine.clip(accelerator, parameters, args.max_grad_norm)
+                    grad_norm = gradient.clip_gradient(accelerator, parameters, args.max_grad_norm)
                     guard.look_at(grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -429,28 +441,30 @@ def main(argv=None):
             else:
                 progress.skip(checkpoint)
             stopped_by = interruption.signal()
-            if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
+            if stopped_by or (
+                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
+            ):
                 newest = checkpoint()
-            if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
+            if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
                 validate()
         if stopped_by:
             uploads.finish(from_main)
     progress.close()
     if args.dry_run:
         plan = (rows, val_dataset, updates, planned, progress)
-        engine.report_dry_run(accelerator, plan, adapted, [image_encoder, text_encoder], optimizer, ema)
+        dry_run.report_dry_run(accelerator, plan, adapted, [image_encoder, text_encoder], optimizer, ema)
         return stopped_by and 128 + stopped_by
     if stopped_by:
-        engine.finish(accelerator)
-        return reporting.stopped(stopped_by, state.step, newest, command)
-    engine.say_skipped(rows.findings.skipped)
+        processes.end_training(accelerator)
+        return commands.say_stopped(stopped_by, state.step, newest, command)
+    processes.say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
+        with output_folder.rescue_weights(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):
                 lora.save(args.output_dir, adapted)
-            hub.write_card(
+            card.write_card(
                 args.output_dir,
                 repository,
                 base_model=args.pretrained_prior_model_name_or_path,
@@ -461,13 +475,13 @@ def main(argv=None):
                 images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
-        reporting.conclude(args.output_dir, progress, usage(args, args.output_dir))
+        summary.conclude(args.output_dir, progress, usage(args, args.output_dir))
         if repository:
             uploads.finish()
-            hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
-    engine.finish(accelerator)
+            upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)
+    processes.end_training(accelerator)
     return 0
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    exit.run_main(main)

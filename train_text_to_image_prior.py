@@ -4,7 +4,7 @@
 accelerate launch train_text_to_image_prior.py --train_data_dir IMAGES
 """
 
-from training_utils import flags
+from training_utils.cli import flags
 
 
 def parse_args(argv=None):
@@ -35,10 +35,10 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take ten seconds.
     flags.hide_secrets(parse_args())
 
-from training_utils import libraries  # noqa: E402
+from training_utils.base import startup  # noqa: E402
 
-libraries.begin()
-libraries.prepare()
+startup.begin()
+startup.prepare()
 
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -56,25 +56,34 @@ from transformers import (  # noqa: E402
     CLIPVisionModelWithProjection,
 )
 
-from training_utils import (  # noqa: E402
-    checkpoints,
-    data,
-    draws,
+from training_utils.base import draws, losses  # noqa: E402
+from training_utils.base.console import warn  # noqa: E402
+from training_utils.base.errors import UserError  # noqa: E402
+from training_utils.data import checking, inspection, opening, selection  # noqa: E402
+from training_utils.data.captions import choose_caption, shuffle_tags, warn_of_long_captions  # noqa: E402
+from training_utils.data.plan import BatchPlan  # noqa: E402
+from training_utils.data.samples import Samples  # noqa: E402
+from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary, trackers  # noqa: E402
+from training_utils.run.dry_run import STEPS  # noqa: E402
+from training_utils.run.grids import standing_grids  # noqa: E402
+from training_utils.run.hub import card, upload  # noqa: E402
+from training_utils.run.metrics import Metrics  # noqa: E402
+from training_utils.run.progress import validation_due  # noqa: E402
+from training_utils.run.signals import Interruption  # noqa: E402
+from training_utils.torch_backend import (  # noqa: E402
     dry_run,
-    engine,
     frozen,
-    hub,
-    inspection,
+    gradient,
     kandinsky,
-    losses,
-    metrics,
-    reporting,
+    loader,
+    models,
+    optimizers,
+    processes,
     validation,
 )
-from training_utils.ema import EMAWeights, averaged  # noqa: E402
-from training_utils.interruption import Interruption  # noqa: E402
-from training_utils.optimizers import FusedBackward, to_bfloat16  # noqa: E402
-from training_utils.reporting import UserError, warn  # noqa: E402
+from training_utils.torch_backend.ema import EMAWeights, averaged  # noqa: E402
+from training_utils.torch_backend.gradient import FiniteGuard, FusedBackward  # noqa: E402
+from training_utils.torch_backend.state import TrainingState, gather_full_weights, load_model, save_model  # noqa: E402
 
 PARTS = ["image_encoder", "image_processor", "prior", "scheduler", "text_encoder", "tokenizer"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -117,9 +126,9 @@ class SampleTransform:
     def __call__(self, rows, index, draw):
         args, train = self.args, not self.val_samples
         mirrored = self.mirrors and draw("flip").random() < 0.5
-        caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        caption = choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
-            caption = data.shuffle_tags(caption, draw, args.keep_tokens)
+            caption = shuffle_tags(caption, draw, args.keep_tokens)
         image = self.images.read if self.images else partial(self.show, rows)
         text = self.tokenize(caption or "")
         if train:
@@ -177,20 +186,20 @@ def load_models(args, accelerator):
     standard deviation of CLIP's embeddings, float32, which the prior's file holds.
     """
     name, variant = args.pretrained_prior_model_name_or_path, args.variant
-    base = engine.model_folder(name, KandinskyV22PriorPipeline, args.prior_revision, variant, args.cache_dir)
-    sampler = engine.load_part(UnCLIPScheduler, base, "scheduler")
+    base = models.model_folder(name, KandinskyV22PriorPipeline, args.prior_revision, variant, args.cache_dir)
+    sampler = models.load_part(UnCLIPScheduler, base, "scheduler")
     check_prediction_type(sampler.config)
     schedule = DDPMScheduler(
         num_train_timesteps=sampler.config.num_train_timesteps,
         beta_schedule="squaredcos_cap_v2",
         prediction_type="sample",
     )
-    tokenizer = engine.load_part(CLIPTokenizer, base, "tokenizer")
-    image_processor = engine.load_part(CLIPImageProcessorPil, base, "image_processor")
-    half = engine.frozen_type(accelerator)
-    text_encoder = engine.load_part(CLIPTextModelWithProjection, base, "text_encoder", variant, dtype=half)
-    image_encoder = engine.load_part(CLIPVisionModelWithProjection, base, "image_encoder", variant, dtype=half)
-    prior = engine.load_part(PriorTransformer, base, "prior", variant, dtype=torch.float32)
+    tokenizer = models.load_part(CLIPTokenizer, base, "tokenizer")
+    image_processor = models.load_part(CLIPImageProcessorPil, base, "image_processor")
+    half = processes.frozen_dtype(accelerator)
+    text_encoder = models.load_part(CLIPTextModelWithProjection, base, "text_encoder", variant, dtype=half)
+    image_encoder = models.load_part(CLIPVisionModelWithProjection, base, "image_encoder", variant, dtype=half)
+    prior = models.load_part(PriorTransformer, base, "prior", variant, dtype=torch.float32)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for network in (text_encoder, image_encoder):
@@ -198,11 +207,11 @@ def load_models(args, accelerator):
     prior.train()
     statistics = embedding_statistics(prior)
     if args.full_bf16:
-        to_bfloat16(prior)  # but for the statistics, which are not trained
+        optimizers.to_bfloat16(prior)  # but for the statistics, which are not trained
     if args.gradient_checkpointing:
-        engine.checkpoint_blocks(prior.transformer_blocks)
+        models.checkpoint_blocks(prior.transformer_blocks)
     if args.enable_xformers_memory_efficient_attention:
-        engine.enable_xformers(prior)
+        models.enable_xformers(prior)
     return base, tokenizer, image_processor, text_encoder, image_encoder, prior, statistics, schedule, sampler
 
 
@@ -226,14 +235,14 @@ def check_prediction_type(config):
 
 def save_result(args, base, prior):
     """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
-    precision = engine.stored_types(base, args.variant)
+    precision = models.stored_dtypes(base, args.variant)
     pipeline = KandinskyV22PriorPipeline.from_pretrained(base, prior=prior, variant=args.variant, dtype=precision)
-    engine.save_pipeline(pipeline, args.output_dir)
+    models.save_pipeline(pipeline, args.output_dir)
 
 
 def usage(args, model, public=False):
     """The lines that draw with the result in the folder or repository `model`."""
-    decoder = hub.loader(
+    decoder = card.loading_call(
         args.pretrained_decoder_model_name_or_path, args.decoder_revision, args.variant, public=public
     )
     return USAGE.format(decoder=decoder, model=model)
@@ -246,23 +255,23 @@ def main(argv=None):
         return inspection.check_data(flags.data_source(args), None)
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
-    accelerator = engine.make_accelerator(**flags.machine(args))
-    from_main = partial(engine.from_main, accelerator)  # what a function returns in the main process
+    accelerator = processes.make_accelerator(**flags.machine(args))
+    from_main = partial(processes.from_main, accelerator)  # what a function returns in the main process
     args.mixed_precision = accelerator.mixed_precision
     for notice in args.notices:
         warn(notice)
     resume_from, state = from_main(
-        lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
+        lambda: resume.begin_run(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
     )
-    from_main(lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="KandinskyV22PriorPipeline"))
-    repository, uploads = hub.start(from_main, accelerator.is_main_process, **flags.hub(args))
+    from_main(lambda: output_folder.refuse_another_result(args.output_dir, pipeline="KandinskyV22PriorPipeline"))
+    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, **flags.hub(args))
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = data.load_rows(**flags.data_source(args))
-    rows = data.take(rows, args.max_train_samples, state.seed)
-    unusable = from_main(lambda: data.check(rows, args.on_bad_sample))
+    rows = opening.load_dataset(**flags.data_source(args))
+    rows = selection.take_subset(rows, args.max_train_samples, state.seed)
+    unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
     rows = rows.without(unusable)
-    rows, val_dataset = data.split_validation(rows, args.validation_split, state.seed)
+    rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
     base, tokenizer, image_processor, text_encoder, image_encoder, prior, statistics, schedule, sampler = load_models(
         args, accelerator
     )
@@ -273,17 +282,17 @@ def main(argv=None):
             args.decoder_revision,
             args.variant,
             args.cache_dir,
-            engine.frozen_type(accelerator),
+            processes.frozen_dtype(accelerator),
         )
     drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
     if accelerator.is_main_process:
-        data.warn_of_long_captions(rows, tokenizer)
+        warn_of_long_captions(rows, tokenizer)
     facts = (tokenizer, image_processor, prior.config.embedding_dim)
     prepare = SampleTransform(args, *facts, schedule.config.num_train_timesteps)
-    samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
+    samples = Samples(rows, prepare, state.seed, args.on_bad_sample)
     if val_dataset is not None:
         prepare = SampleTransform(args, *facts, schedule.config.num_train_timesteps, len(val_dataset))
-        val_samples = data.Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
+        val_samples = Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     sets = [samples, val_samples] if val_dataset is not None else [samples]
@@ -307,13 +316,13 @@ def main(argv=None):
         return batch | images | captions
 
     # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = data.BatchPlan.of(
+    updates = BatchPlan.of(
         rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = list(prior.parameters())  # with the two statistics, as in the original's optimizer state
-    optimizer = engine.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         parameters,
         **flags.optimizer(args, updates.window),
         loss_scaling=accelerator.scaler is not None,
@@ -321,16 +330,16 @@ def main(argv=None):
     )
     lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
     # The loop calls `network`; `prior` stays the bare model.
-    network, optimizer, parameters = engine.prepare(accelerator, prior, optimizer)
+    network, optimizer, parameters = gradient.prepare_network(accelerator, prior, optimizer)
     ema = EMAWeights([prior], args.ema_decay, args.offload_ema) if args.use_ema else None
 
     # --- resume ------------------------------------------------------------------------------------------------------
-    saved = engine.TrainingState(
+    saved = TrainingState(
         accelerator,
         optimizer,
         lr_scheduler,
-        lambda folder: engine.save_model(folder, "prior", prior, ema),
-        lambda folder: engine.load_model(folder, "prior", prior, ema),
+        lambda folder: save_model(folder, "prior", prior, ema),
+        lambda folder: load_model(folder, "prior", prior, ema),
     )
     about = {
         "script": Path(__file__).name,
@@ -339,15 +348,15 @@ def main(argv=None):
         "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
     }
     if resume_from:
-        from_main(lambda: checkpoints.warn_of_differences(resume_from, about))
+        from_main(lambda: resume.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
-    engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    named = (about, args.pretrained_prior_model_name_or_path, engine.device_name(accelerator), args.output_dir)
-    facts = reporting.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
+    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(flags.public(args)))
+    named = (about, args.pretrained_prior_model_name_or_path, processes.device_name(accelerator), args.output_dir)
+    facts = summary.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
     if accelerator.is_main_process and not args.dry_run:
-        checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
-        accelerator.trackers.append(metrics.Metrics(args.output_dir, state.step, facts))
-    guard = engine.FiniteGuard(
+        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
+        accelerator.trackers.append(Metrics(args.output_dir, state.step, facts))
+    guard = FiniteGuard(
         accelerator,
         optimizer,
         args.on_nan == "stop",
@@ -358,8 +367,8 @@ def main(argv=None):
         lambda before: updates.names(rows, before.position),
     )
     fused = FusedBackward(optimizer, guard) if args.fused_backward_pass else None
-    progress = engine.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
-    grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
+    progress = processes.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
+    grids = standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
 
     def loss_of(batch):
         """The loss of each sample of a held-out batch, shape (B,)."""
@@ -393,14 +402,14 @@ def main(argv=None):
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     keep = None if args.dry_run else checkpoint
-    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
+    batches = loader.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
     looks = prompts or val_dataset is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     step_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
     if args.dry_run:
-        batches = engine.begin_dry_run(accelerator, batches, samples, updates)
-        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.STEPS), None
-    with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        batches = dry_run.begin_dry_run(accelerator, batches, samples, updates)
+        args.max_train_steps, args.output_dir = min(planned, state.step + STEPS), None
+    with Interruption(processes.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
         if args.validation_at_start and looks and state.step == 0:
             validate()
         while state.step < args.max_train_steps and not stopped_by:
@@ -417,7 +426,9 @@ def main(argv=None):
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     grad_norm = (
-                        fused.gradient_norm() if fused else engine.clip(accelerator, parameters, args.max_grad_norm)
+                        fused.gradient_norm()
+                        if fused
+                        else gradient.clip_gradient(accelerator, parameters, args.max_grad_norm)
                     )
                     guard.look_at(grad_norm)
                 optimizer.step()
@@ -437,31 +448,33 @@ def main(argv=None):
             else:
                 progress.skip(checkpoint)
             stopped_by = interruption.signal()
-            if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
+            if stopped_by or (
+                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
+            ):
                 newest = checkpoint()
-            if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
+            if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
                 validate()
         if stopped_by:
             uploads.finish(from_main)
     progress.close()
     if args.dry_run:
         plan = (rows, val_dataset, updates, planned, progress)
-        engine.report_dry_run(
+        dry_run.report_dry_run(
             accelerator, plan, {"prior": prior}, [image_encoder, text_encoder], optimizer, ema, fused
         )
         return stopped_by and 128 + stopped_by
     if stopped_by:
-        engine.finish(accelerator)
-        return reporting.stopped(stopped_by, state.step, newest, command)
-    engine.say_skipped(rows.findings.skipped)
+        processes.end_training(accelerator)
+        return commands.say_stopped(stopped_by, state.step, newest, command)
+    processes.say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
-    prior, ema = engine.whole(prior, ema)
+    prior, ema = gather_full_weights(prior, ema)
     if accelerator.is_main_process:
-        with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
+        with output_folder.rescue_weights(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):
                 save_result(args, base, prior)
-            hub.write_card(
+            card.write_card(
                 args.output_dir,
                 repository,
                 base_model=args.pretrained_prior_model_name_or_path,
@@ -472,13 +485,13 @@ def main(argv=None):
                 images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
-        reporting.conclude(args.output_dir, progress, usage(args, args.output_dir))
+        summary.conclude(args.output_dir, progress, usage(args, args.output_dir))
         if repository:
             uploads.finish()
-            hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
-    engine.finish(accelerator)
+            upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)
+    processes.end_training(accelerator)
     return 0
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    exit.run_main(main)

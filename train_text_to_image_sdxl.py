@@ -4,7 +4,7 @@
 accelerate launch train_text_to_image_sdxl.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
 """
 
-from training_utils import flags
+from training_utils.cli import flags
 
 
 def parse_args(argv=None):
@@ -30,10 +30,10 @@ if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take ten seconds.
     flags.hide_secrets(parse_args())
 
-from training_utils import libraries  # noqa: E402
+from training_utils.base import startup  # noqa: E402
 
-libraries.begin()
-libraries.prepare()
+startup.begin()
+startup.prepare()
 
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -46,25 +46,24 @@ from diffusers.optimization import get_scheduler  # noqa: E402
 from PIL import ImageOps  # noqa: E402
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
-from training_utils import (  # noqa: E402
-    buckets,
-    checkpoints,
-    data,
-    draws,
-    dry_run,
-    engine,
-    frozen,
-    hub,
-    inspection,
-    losses,
-    metrics,
-    reporting,
-    validation,
-)
-from training_utils.ema import EMAWeights, averaged  # noqa: E402
-from training_utils.interruption import Interruption  # noqa: E402
-from training_utils.optimizers import FusedBackward, to_bfloat16  # noqa: E402
-from training_utils.reporting import UserError, warn  # noqa: E402
+from training_utils.base import draws, losses  # noqa: E402
+from training_utils.base.console import warn  # noqa: E402
+from training_utils.base.errors import UserError  # noqa: E402
+from training_utils.data import buckets, checking, image_ops, inspection, opening, selection  # noqa: E402
+from training_utils.data.captions import choose_caption, shuffle_tags, warn_of_long_captions  # noqa: E402
+from training_utils.data.plan import BatchPlan  # noqa: E402
+from training_utils.data.samples import Samples  # noqa: E402
+from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary, trackers  # noqa: E402
+from training_utils.run.dry_run import STEPS  # noqa: E402
+from training_utils.run.grids import standing_grids  # noqa: E402
+from training_utils.run.hub import card, upload  # noqa: E402
+from training_utils.run.metrics import Metrics  # noqa: E402
+from training_utils.run.progress import validation_due  # noqa: E402
+from training_utils.run.signals import Interruption  # noqa: E402
+from training_utils.torch_backend import dry_run, frozen, gradient, loader, models, optimizers, processes, validation  # noqa: E402
+from training_utils.torch_backend.ema import EMAWeights, averaged  # noqa: E402
+from training_utils.torch_backend.gradient import FiniteGuard, FusedBackward  # noqa: E402
+from training_utils.torch_backend.state import TrainingState, gather_full_weights, load_model, save_model  # noqa: E402
 
 PARTS = ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -92,12 +91,12 @@ class SampleTransform:
         crop, None takes the middle."""
         image = rows.image(index)
         original_size = (image.height, image.width)
-        image = data.resize(image, size, self.args.image_interpolation_mode)
+        image = image_ops.resize(image, size, self.args.image_interpolation_mode)
         if mirrored:
             image = ImageOps.mirror(image)  # before the crop, whose corner the network is told
-        image, corner = data.crop(image, size, corner)
+        image, corner = image_ops.crop(image, size, corner)
         time_ids = np.array([*original_size, *corner, image.height, image.width], dtype=np.float32)
-        return {"pixels": data.to_array(image), "time_ids": time_ids}
+        return {"pixels": image_ops.to_array(image), "time_ids": time_ids}
 
     def tokenize(self, caption):
         tokens = {}
@@ -112,9 +111,9 @@ class SampleTransform:
         latent_shape = (self.channels, height // self.factor, width // self.factor)
         mirrored = self.mirrors and draw("flip").random() < 0.5
         corner = draw("crop") if self.cropped else None
-        caption = data.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        caption = choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
-            caption = data.shuffle_tags(caption, draw, args.keep_tokens)
+            caption = shuffle_tags(caption, draw, args.keep_tokens)
         image = self.images.read if self.images else partial(self.show, rows)
         text = self.tokenize(caption or "")
         sample = {
@@ -125,7 +124,7 @@ class SampleTransform:
             "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
         }
         if train:
-            sample["timestep"] = np.int64(data.choose_timestep(draw, self.timesteps, self.probabilities))
+            sample["timestep"] = np.int64(draws.choose_timestep(draw, self.timesteps, self.probabilities))
         else:  # spread over the whole schedule, so that few images make a steady loss
             sample["timestep"] = np.int64((index + 0.5) / self.val_samples * self.timesteps)
         if train and args.noise_offset:
@@ -194,34 +193,34 @@ def load_models(args, accelerator):
     `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
     """
     name, variant = args.pretrained_model_name_or_path, args.variant
-    base = engine.model_folder(
+    base = models.model_folder(
         name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
     )
     changes = flags.schedule_changes(args)
-    schedule = engine.load_part(DDPMScheduler, base, "scheduler", **changes)
+    schedule = models.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(args, schedule.config)
     timestep_probabilities(args, schedule.config.num_train_timesteps)  # what it refuses is refused before weights load
-    sampler = engine.sampling_scheduler(base, changes)
-    half = engine.frozen_type(accelerator)
-    tokenizers = [engine.load_part(CLIPTokenizer, base, part) for part in ("tokenizer", "tokenizer_2")]
+    sampler = models.sampling_scheduler(base, changes)
+    half = processes.frozen_dtype(accelerator)
+    tokenizers = [models.load_part(CLIPTokenizer, base, part) for part in ("tokenizer", "tokenizer_2")]
     text_encoders = [
-        engine.load_part(CLIPTextModel, base, "text_encoder", variant, dtype=half),
-        engine.load_part(CLIPTextModelWithProjection, base, "text_encoder_2", variant, dtype=half),
+        models.load_part(CLIPTextModel, base, "text_encoder", variant, dtype=half),
+        models.load_part(CLIPTextModelWithProjection, base, "text_encoder_2", variant, dtype=half),
     ]
-    vae = engine.load_sdxl_vae(base, variant, half, args.pretrained_vae_model_name_or_path, args.cache_dir)
-    unet = engine.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
+    vae = models.load_sdxl_vae(base, variant, half, args.pretrained_vae_model_name_or_path, args.cache_dir)
+    unet = models.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
 
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
     for network in (vae, *text_encoders):
         network.requires_grad_(False).eval()
-    engine.check_channels(unet, vae)
+    models.check_channels(unet, vae)
     unet.train()
     if args.full_bf16:
-        to_bfloat16(unet)
+        optimizers.to_bfloat16(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
-        engine.enable_xformers(unet)
+        models.enable_xformers(unet)
     if args.enable_npu_flash_attention:
         unet.enable_npu_flash_attention()
     return base, tokenizers, text_encoders, vae, unet, schedule, sampler
@@ -255,15 +254,15 @@ def timestep_probabilities(args, timesteps):
 
 def save_result(args, base, unet, sampler):
     """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
-    precision = engine.stored_types(base, args.variant)
+    precision = models.stored_dtypes(base, args.variant)
     vae = {}
     if args.pretrained_vae_model_name_or_path is not None:
         other = args.pretrained_vae_model_name_or_path
-        vae["vae"] = engine.load_instead(AutoencoderKL, other, base, "vae", args.cache_dir)
+        vae["vae"] = models.load_replacement(AutoencoderKL, other, base, "vae", args.cache_dir)
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         base, unet=unet, scheduler=sampler, variant=args.variant, dtype=precision, **vae
     )
-    engine.save_pipeline(pipeline, args.output_dir)
+    models.save_pipeline(pipeline, args.output_dir)
 
 
 def main(argv=None):
@@ -273,36 +272,36 @@ def main(argv=None):
         return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
-    accelerator = engine.make_accelerator(**flags.machine(args))
-    from_main = partial(engine.from_main, accelerator)  # what a function returns in the main process
+    accelerator = processes.make_accelerator(**flags.machine(args))
+    from_main = partial(processes.from_main, accelerator)  # what a function returns in the main process
     args.mixed_precision = accelerator.mixed_precision
     for notice in args.notices:
         warn(notice)
     resume_from, state = from_main(
-        lambda: checkpoints.start(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
+        lambda: resume.begin_run(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
     )
-    from_main(lambda: checkpoints.refuse_another_result(args.output_dir, pipeline="StableDiffusionXLPipeline"))
-    repository, uploads = hub.start(from_main, accelerator.is_main_process, **flags.hub(args))
+    from_main(lambda: output_folder.refuse_another_result(args.output_dir, pipeline="StableDiffusionXLPipeline"))
+    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, **flags.hub(args))
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = data.load_rows(**flags.data_source(args))
-    rows = data.take(rows, args.max_train_samples, state.seed)
-    unusable = from_main(lambda: data.check(rows, args.on_bad_sample))
+    rows = opening.load_dataset(**flags.data_source(args))
+    rows = selection.take_subset(rows, args.max_train_samples, state.seed)
+    unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
     rows = rows.without(unusable)
     rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args)))
-    rows, val_dataset = data.split_validation(rows, args.validation_split, state.seed)
+    rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
     base, tokenizers, text_encoders, vae, unet, schedule, sampler = load_models(args, accelerator)
     zero_dropped = StableDiffusionXLPipeline.load_config(base).get("force_zeros_for_empty_prompt", True)
     if accelerator.is_main_process:
-        data.warn_of_long_captions(rows, tokenizers[0])
+        warn_of_long_captions(rows, tokenizers[0])
     latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
     timesteps = schedule.config.num_train_timesteps
     probabilities = timestep_probabilities(args, timesteps)
     prepare = SampleTransform(args, tokenizers, latents, probabilities, timesteps)
-    samples = data.Samples(rows, prepare, state.seed, args.on_bad_sample)
+    samples = Samples(rows, prepare, state.seed, args.on_bad_sample)
     if val_dataset is not None:
         prepare = SampleTransform(args, tokenizers, latents, None, timesteps, len(val_dataset))
-        val_samples = data.Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
+        val_samples = Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
@@ -330,13 +329,13 @@ def main(argv=None):
         return batch | images | captions
 
     # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = data.BatchPlan.of(
+    updates = BatchPlan.of(
         rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
     parameters = list(unet.parameters())
-    optimizer = engine.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         parameters,
         **flags.optimizer(args, updates.window),
         loss_scaling=accelerator.scaler is not None,
@@ -344,16 +343,16 @@ def main(argv=None):
     )
     lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
     # The loop calls `network`; `unet` stays the bare model.
-    network, optimizer, parameters = engine.prepare(accelerator, unet, optimizer)
+    network, optimizer, parameters = gradient.prepare_network(accelerator, unet, optimizer)
     ema = EMAWeights([unet], args.ema_decay, args.offload_ema) if args.use_ema else None
 
     # --- resume ------------------------------------------------------------------------------------------------------
-    saved = engine.TrainingState(
+    saved = TrainingState(
         accelerator,
         optimizer,
         lr_scheduler,
-        lambda folder: engine.save_model(folder, "unet", unet, ema),
-        lambda folder: engine.load_model(folder, "unet", unet, ema),
+        lambda folder: save_model(folder, "unet", unet, ema),
+        lambda folder: load_model(folder, "unet", unet, ema),
     )
     about = {
         "script": Path(__file__).name,
@@ -362,15 +361,15 @@ def main(argv=None):
         "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
     }
     if resume_from:
-        from_main(lambda: checkpoints.warn_of_differences(resume_from, about))
+        from_main(lambda: resume.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
-    engine.start_trackers(accelerator, args.tracker_project_name, reporting.tracker_config(flags.public(args)))
-    named = (about, args.pretrained_model_name_or_path, engine.device_name(accelerator), args.output_dir)
-    facts = reporting.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
+    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(flags.public(args)))
+    named = (about, args.pretrained_model_name_or_path, processes.device_name(accelerator), args.output_dir)
+    facts = summary.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
     if accelerator.is_main_process and not args.dry_run:
-        checkpoints.keep_flags(args.output_dir, flags.as_file(args, about["script"], state.seed))
-        accelerator.trackers.append(metrics.Metrics(args.output_dir, state.step, facts))
-    guard = engine.FiniteGuard(
+        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
+        accelerator.trackers.append(Metrics(args.output_dir, state.step, facts))
+    guard = FiniteGuard(
         accelerator,
         optimizer,
         args.on_nan == "stop",
@@ -381,8 +380,8 @@ def main(argv=None):
         lambda before: updates.names(rows, before.position),
     )
     fused = FusedBackward(optimizer, guard) if args.fused_backward_pass else None
-    progress = engine.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
-    grids = reporting.standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
+    progress = processes.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
+    grids = standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
 
     def loss_of(batch):
         """The loss of each sample of a held-out batch, shape (B,)."""
@@ -416,14 +415,14 @@ def main(argv=None):
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     keep = None if args.dry_run else checkpoint
-    batches = engine.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
+    batches = loader.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
     looks = prompts or val_dataset is not None
     cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
     step_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
     if args.dry_run:
-        batches = engine.begin_dry_run(accelerator, batches, samples, updates)
-        args.max_train_steps, args.output_dir = min(planned, state.step + dry_run.STEPS), None
-    with Interruption(engine.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
+        batches = dry_run.begin_dry_run(accelerator, batches, samples, updates)
+        args.max_train_steps, args.output_dir = min(planned, state.step + STEPS), None
+    with Interruption(processes.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
         if args.validation_at_start and looks and state.step == 0:
             validate()
         while state.step < args.max_train_steps and not stopped_by:
@@ -440,7 +439,9 @@ def main(argv=None):
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     grad_norm = (
-                        fused.gradient_norm() if fused else engine.clip(accelerator, parameters, args.max_grad_norm)
+                        fused.gradient_norm()
+                        if fused
+                        else gradient.clip_gradient(accelerator, parameters, args.max_grad_norm)
                     )
                     guard.look_at(grad_norm)
                 optimizer.step()
@@ -460,29 +461,31 @@ def main(argv=None):
             else:
                 progress.skip(checkpoint)
             stopped_by = interruption.signal()
-            if stopped_by or (updated and checkpoints.due(state, args.checkpointing_steps, args.max_train_steps)):
+            if stopped_by or (
+                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
+            ):
                 newest = checkpoint()
-            if updated and not stopped_by and reporting.due(state, *cadence, args.max_train_steps):
+            if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
                 validate()
         if stopped_by:
             uploads.finish(from_main)
     progress.close()
     if args.dry_run:
         plan = (rows, val_dataset, updates, planned, progress)
-        engine.report_dry_run(accelerator, plan, {"unet": unet}, [vae, *text_encoders], optimizer, ema, fused)
+        dry_run.report_dry_run(accelerator, plan, {"unet": unet}, [vae, *text_encoders], optimizer, ema, fused)
         return stopped_by and 128 + stopped_by
     if stopped_by:
-        engine.finish(accelerator)
-        return reporting.stopped(stopped_by, state.step, newest, command)
-    engine.say_skipped(rows.findings.skipped)
+        processes.end_training(accelerator)
+        return commands.say_stopped(stopped_by, state.step, newest, command)
+    processes.say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
-    unet, ema = engine.whole(unet, ema)
+    unet, ema = gather_full_weights(unet, ema)
     if accelerator.is_main_process:
-        with checkpoints.rescue(args.output_dir, state, about, saved.save_weights):
+        with output_folder.rescue_weights(args.output_dir, state, about, saved.save_weights):
             with averaged(ema):
                 save_result(args, base, unet, sampler)
-            hub.write_card(
+            card.write_card(
                 args.output_dir,
                 repository,
                 base_model=args.pretrained_model_name_or_path,
@@ -493,13 +496,13 @@ def main(argv=None):
                 images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
-        reporting.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
+        summary.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
         if repository:
             uploads.finish()
-            hub.upload(args.output_dir, repository, args.hub_token, UPLOADED)
-    engine.finish(accelerator)
+            upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)
+    processes.end_training(accelerator)
     return 0
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    exit.run_main(main)

@@ -36,9 +36,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
-from training_utils import engine, flags, lora  # noqa: E402
-from training_utils.ema import EMAWeights  # noqa: E402
-from training_utils.optimizers import FusedBackward, to_bfloat16  # noqa: E402
+from training_utils.cli import flags  # noqa: E402
+from training_utils.torch_backend import lora, optimizers, processes  # noqa: E402
+from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
+from training_utils.torch_backend.gradient import FusedBackward  # noqa: E402
+from training_utils.torch_backend.models import checkpoint_blocks  # noqa: E402
 
 GIB = 2**30
 MARGIN = 1.5 * GIB  # a convention: the CUDA context with its kernels, their scratch space, the allocator's gaps
@@ -209,7 +211,7 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
 
     parameters = lora.parameters([trained])
     full_bf16, offloaded = getattr(args, "full_bf16", False), getattr(args, "offload_ema", False)
-    optimizer = engine.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         parameters,
         **flags.optimizer(args, window=1),
         rounding_seed=(lambda index: index) if full_bf16 else None,
@@ -276,7 +278,7 @@ def _cast(network, dtype):
 
 def _load(family, adapted, args, size, device):
     """The trained network, and the frozen ones by name, as the script's `load_models` leaves them."""
-    half = engine.PRECISIONS.get(args.mixed_precision, torch.float32)
+    half = processes.PRECISIONS.get(args.mixed_precision, torch.float32)
     frozen = {}
     with torch.device(device):
         makers = models.networks(family, size)
@@ -292,9 +294,9 @@ def _load(family, adapted, args, size, device):
         layers = lora.UNET_LAYERS + (lora.ADDED_KV_LAYERS if family == "decoder" else [])
         lora.add_adapter(trained, layers, args.rank)
     elif args.full_bf16:
-        to_bfloat16(trained)
+        optimizers.to_bfloat16(trained)
     if args.gradient_checkpointing and family == "prior":
-        engine.checkpoint_blocks(trained.transformer_blocks)
+        checkpoint_blocks(trained.transformer_blocks)
     elif args.gradient_checkpointing:
         trained.enable_gradient_checkpointing()
     return trained, frozen

@@ -9,9 +9,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from training_utils import libraries
+from training_utils.base import startup
+from training_utils.torch_backend import lora
 
-libraries.prepare()
+startup.prepare()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -39,8 +40,6 @@ from transformers import (  # noqa: E402
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
-
-from training_utils import lora  # noqa: E402
 
 sys.path.append(str(Path(__file__).parent.parent / "quickstart"))
 from make_base import build_scheduler, build_tokenizer  # noqa: E402

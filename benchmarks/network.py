@@ -24,7 +24,8 @@ from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
 from diffusers.models.transformers.transformer_2d import Transformer2DModel  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
-from training_utils import lora  # noqa: E402
+from training_utils.torch_backend import lora  # noqa: E402
+from training_utils.torch_backend.lora import FewerPasses  # noqa: E402
 
 
 def unet_of(size, device):
@@ -74,7 +75,7 @@ def _wait(device):
 def use_own_forward(unet, own):
     """Give adapters the forward of lora.py, or PEFT's."""
     for layer in (module for module in unet.modules() if isinstance(module, LoraLayer)):
-        layer.lora_variant = {"default": lora.FewerPasses} if own else {}
+        layer.lora_variant = {"default": FewerPasses} if own else {}
         layer.cast_input_dtype_enabled = not own
 
 

@@ -53,9 +53,9 @@ def resident_peak():
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        from training_utils import dry_run
+        from training_utils.base import environment
 
-        return dry_run.resident_peak()
+        return environment.peak_memory()
     # Not ru_maxrss, which a process inherits: it is never below the memory of the one that started it.
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
@@ -102,7 +102,7 @@ class BatchPlan:
         self.dialogue, self.left, self.began, self.step = dialogue, WARM_UP, None, None
 
     def watch(self):
-        from training_utils.reporting import Progress
+        from training_utils.run.progress import Progress
 
         original, begin = Progress.update, Progress.__init__
 
@@ -123,7 +123,7 @@ class BatchPlan:
     def watch_frozen(self):
         """Have all of each frozen network in memory that a step needs, as a GPU has it: a CPU maps weights from their
         files, and of what no step reads, such as the VAE's decoder, nothing would count."""
-        from training_utils import frozen
+        from training_utils.torch_backend import frozen
 
         original = frozen.place_frozen
 
@@ -181,16 +181,14 @@ class Building:
     meet the same machine, whatever it does beside. On a GPU the bare calls follow when the cache stands.
     """
 
-    KEEPERS = ("cache_images", "cache_captions")
-
     def __init__(self, dialogue):
         self.dialogue, self.calls, self.inside, self.bare = dialogue, {}, False, 0.0
 
     def watch(self):
-        from training_utils import cache
+        from training_utils.cache import captions, images
 
-        for name in self.KEEPERS:
-            setattr(cache, name, partial(self.keep, getattr(cache, name), name))
+        for module, name in ((images, "cache_images"), (captions, "cache_captions")):
+            setattr(module, name, partial(self.keep, getattr(module, name), name))
 
     def watch_encoders(self):
         import diffusers
@@ -264,9 +262,9 @@ def main(kind, script, *argv):
         watchers[0].watch_network()
         if kind == "building":
             watchers[1].watch_encoders()
-    from training_utils import reporting
+    from training_utils.run import exit
 
-    reporting.run(module.main)
+    exit.run_main(module.main)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def serve(root, folder, pipe):
 
 def read(updates, rows, look=None):
     """Read and decode an epoch. Returns (seconds to the first batch, seconds for all, images)."""
-    from training_utils.data import Position
+    from training_utils.data.plan import Position
 
     began, first, count = time.perf_counter(), None, 0
     for at, batch in enumerate(updates.batches(Position())):
@@ -108,13 +108,15 @@ def main(argv=None):
 
 
 def measure(folder, buffer, pipe):
-    from training_utils import data, streams
+    from training_utils.data import opening
+    from training_utils.data.plan import BatchPlan
+    from training_utils.data.streaming import stream
 
     def sent():
         pipe.send("sent")
         return pipe.recv()
 
-    streams.CHUNK = 2**21
+    stream.CHUNK = 2**21
     most = 0
 
     def look():
@@ -123,16 +125,16 @@ def measure(folder, buffer, pipe):
         most = max(most, sum(sizes))
 
     began = time.perf_counter()
-    rows = data.load_rows(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
+    rows = opening.load_dataset(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
     opened, walked = time.perf_counter() - began, sent()
     began = time.perf_counter()
-    data.load_rows(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
+    opening.load_dataset(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
     again, before = time.perf_counter() - began, sent()
-    streams.LATE = 0
-    first, seconds, count = read(data.BatchPlan(len(rows), 1, 16, stream=rows), rows, look)
+    stream.LATE = 0
+    first, seconds, count = read(BatchPlan(len(rows), 1, 16, stream=rows), rows, look)
     whole = sum(chunk.bytes for chunk in rows.source.chunks)
-    plain = data.load_rows(folder=folder / "set", cache_dir=str(folder / "cache"))
-    _, local, _ = read(data.BatchPlan(len(plain), 1, 16), plain)
+    plain = opening.load_dataset(folder=folder / "set", cache_dir=str(folder / "cache"))
+    _, local, _ = read(BatchPlan(len(plain), 1, 16), plain)
     print(
         f"images            {len(rows):,}, {whole / 1e6:.0f} MB, in {len(rows.source.chunks)} chunks\n"
         f"first start         {opened:.2f} s, which downloads {walked / 1e6:.1f} MB\n"

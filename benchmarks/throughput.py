@@ -264,11 +264,11 @@ def _each(pairs, work):
 
 def seconds_to_read(repeats=200):
     """The seconds that reading the cached moments of an image of 1024 pixels takes, 4 x 128 x 128 in float32 each."""
-    from training_utils import cache
+    from training_utils.cache.store import Store
 
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        store = cache.Store(folder, "images", "benchmark")
+        store = Store(folder, "images", "benchmark")
         store.folder.mkdir(parents=True)
         keys = [f"image {number}" for number in range(64)]
         moments = {name: draw.standard_normal((64, 4, 128, 128), dtype=np.float32) for name in ("mean", "std")}

@@ -19,17 +19,16 @@ from statistics import mean
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from training_utils import libraries
+from tools.charts import Line, draw
+from training_utils.base import startup
+from training_utils.run.metrics import Log
 
-libraries.prepare()
+startup.prepare()
 
 import numpy as np  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
 from make_data import WORDS  # noqa: E402
 from score import draw_digits, fit_reader, load_pipeline, read_digits  # noqa: E402
-
-from training_utils.charts import Line, draw  # noqa: E402
-from training_utils.metrics import Log  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TRAIN = """

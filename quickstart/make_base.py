@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from training_utils import libraries
+from training_utils.base import startup
 
-libraries.prepare()
+startup.prepare()
 
 import torch  # noqa: E402
 from diffusers import (  # noqa: E402

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from training_utils import libraries
+from training_utils.base import startup
 
-libraries.prepare()
+startup.prepare()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

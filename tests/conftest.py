@@ -19,7 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started: sums o
 from forked import Forked  # noqa: E402
 from tiny import build_kandinsky_decoder, build_kandinsky_prior, build_sd, build_sdxl, write_images  # noqa: E402
 
-from training_utils.reporting import UserError  # noqa: E402
+from training_utils.base.errors import UserError  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):

@@ -8,7 +8,7 @@ import jax
 from conftest import Runner
 from flax_tiny import COMPILED
 
-from training_utils import jax_engine
+from training_utils.jax_backend import devices, optimizers
 
 
 class FlaxRunner(Runner):
@@ -28,7 +28,7 @@ class CompiledOnce:
     tracing takes longer than these runs. `traced` counts how often each was traced."""
 
     def __init__(self):
-        self.real, self.mapped, self.traced = jax_engine.over_devices, {}, {}
+        self.real, self.mapped, self.traced = devices.map_over_devices, {}, {}
 
     def __call__(self, function, in_axes, **options):
         if not isinstance(function, functools.partial):
@@ -50,15 +50,15 @@ def _told(value):
     return repr(value if isinstance(value, flax.linen.Module) else getattr(value, "config", value))
 
 
-_compiled, _make_optimizer = CompiledOnce(), jax_engine.make_optimizer
+_compiled, _make_optimizer = CompiledOnce(), optimizers.make_optimizer
 _one_optimizer = functools.cache(_make_optimizer)
 
 
 @contextmanager
 def compiled_once():
     """Within this context all runs of this process share what they compile; yields the CompiledOnce."""
-    jax_engine.over_devices, jax_engine.make_optimizer = _compiled, _one_optimizer
+    devices.map_over_devices, optimizers.make_optimizer = _compiled, _one_optimizer
     try:
         yield _compiled
     finally:
-        jax_engine.over_devices, jax_engine.make_optimizer = _compiled.real, _make_optimizer
+        devices.map_over_devices, optimizers.make_optimizer = _compiled.real, _make_optimizer

@@ -12,10 +12,12 @@ from conftest import relative_difference, result_bytes
 from PIL import Image
 from tiny import image, png, write_images
 
-from training_utils import data, draws, inspection
-from training_utils.draws import SampleDraws
-from training_utils.problems import BadSample
-from training_utils.reporting import UserError
+from training_utils.base import draws
+from training_utils.base.draws import SampleDraws
+from training_utils.base.errors import UserError
+from training_utils.data import checking, image_ops, inspection, opening, selection
+from training_utils.data.problems import BadSample
+from training_utils.data.samples import Samples, collate, note_skipped
 
 
 def cut_off(path):
@@ -65,8 +67,8 @@ def test_an_error_names_every_kind_at_once(run, spoiled, tmp_path):
 
 
 def test_what_can_be_found_before_training_is_left_out(spoiled, capsys):
-    rows = data.load_rows(folder=spoiled)
-    rows = rows.without(data.check(rows, "skip"))
+    rows = opening.load_dataset(folder=spoiled)
+    rows = rows.without(checking.check_dataset(rows, "skip"))
     assert [rows.name(at)[-5:] for at in range(len(rows))] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
     said = capsys.readouterr().err
     assert "warning: 9 of 14 samples are left out: " in said
@@ -80,19 +82,19 @@ def test_only_ten_of_a_kind_are_named_in_a_sentence(tmp_path):
         add_line(tmp_path, file_name=f"absent{at}.png", text="x")
     long = "13 images named.*absent9.png and 3 more; fix or remove them.*--check_data lists all"
     with pytest.raises(UserError, match=long):
-        data.check(data.load_rows(folder=tmp_path))
+        checking.check_dataset(opening.load_dataset(folder=tmp_path))
 
 
 def test_nothing_that_can_be_used_is_an_error(tmp_path):
     write_images(tmp_path, 2)
     for index in range(2):
         (tmp_path / f"{index}.png").write_bytes(b"")
-    rows = data.load_rows(folder=tmp_path)
+    rows = opening.load_dataset(folder=tmp_path)
     with pytest.raises(UserError, match="not one sample can be used: 2 files"):
-        data.check(rows, "skip")
+        checking.check_dataset(rows, "skip")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": null}\n')
     with pytest.raises(UserError, match="not one sample can be used: 1 captions"):
-        data.check(data.load_rows(folder=tmp_path), "skip")
+        checking.check_dataset(opening.load_dataset(folder=tmp_path), "skip")
 
 
 def test_malformed_metadata_stay_an_error(tmp_path):
@@ -100,7 +102,7 @@ def test_malformed_metadata_stay_an_error(tmp_path):
     with open(tmp_path / "metadata.jsonl", "a") as file:
         file.write('{"file_name": \n[]\n')
     with pytest.raises(UserError, match=r"line 3 is not JSON.* \(and 1 more such lines, which --check_data lists\)"):
-        data.check(data.load_rows(folder=tmp_path), "skip")
+        checking.check_dataset(opening.load_dataset(folder=tmp_path), "skip")
 
 
 # --- what only shows in training ------------------------------------------------------------------------------------
@@ -108,10 +110,10 @@ def test_malformed_metadata_stay_an_error(tmp_path):
 
 def samples_of(folder, on_bad_sample="skip"):
     def prepare(rows, index, draw):
-        return {"pixels": data.to_array(rows.image(index)), "noise": draw("noise").standard_normal(3)}
+        return {"pixels": image_ops.to_array(rows.image(index)), "noise": draw("noise").standard_normal(3)}
 
-    rows = data.load_rows(folder=folder)
-    return data.Samples(rows.without(data.check(rows, "skip")), prepare, 7, on_bad_sample)
+    rows = opening.load_dataset(folder=folder)
+    return Samples(rows.without(checking.check_dataset(rows, "skip")), prepare, 7, on_bad_sample)
 
 
 def test_the_next_image_stands_in_with_the_draws_of_the_place(tmp_path):
@@ -121,7 +123,7 @@ def test_the_next_image_stands_in_with_the_draws_of_the_place(tmp_path):
     samples = samples_of(tmp_path)
     for index, shown in {0: 0, 2: 4, 3: 4, 4: 4, 5: 0}.items():  # after the last comes the first
         sample = samples[3, index, 0.5]
-        assert np.array_equal(sample["pixels"], data.to_array(image(shown)))
+        assert np.array_equal(sample["pixels"], image_ops.to_array(image(shown)))
         assert np.array_equal(sample["noise"], SampleDraws(7, 3, index)("noise").standard_normal(3))
         assert sample["weight"] == 0.5
         assert len(sample.get("skipped", [])) == {2: 2, 3: 1, 5: 1}.get(index, 0)
@@ -131,7 +133,7 @@ def test_a_batch_without_skipped_samples_looks_as_ever(tmp_path):
     write_images(tmp_path, 4)
     cut_off(tmp_path / "1.png")
     samples = samples_of(tmp_path)
-    whole, mended = (data.collate([samples[0, index, 1.0] for index in some]) for some in ([0, 2], [0, 1]))
+    whole, mended = (collate([samples[0, index, 1.0] for index in some]) for some in ([0, 2], [0, 1]))
     assert whole.keys() == {"pixels", "noise", "weight"}
     assert mended.keys() == {*whole, "skipped"} and len(mended["skipped"]) == 1
     assert all(value.shape == whole[key].shape for key, value in mended.items() if key != "skipped")
@@ -204,7 +206,7 @@ def test_a_held_out_image_ends_no_run(run, tmp_path, capsys):
     """It is met at the first look, when there is training to lose."""
     write_images(tmp_path / "set", 10)
     flags = ["--train_data_dir", tmp_path / "set", "--validation_split", "0.2", "--validation_steps", "2"]
-    _, val_samples = data.split_validation(data.load_rows(folder=tmp_path / "set"), 0.2, seed=7)
+    _, val_samples = selection.split_validation(opening.load_dataset(folder=tmp_path / "set"), 0.2, seed=7)
     cut_off(Path(val_samples.name(0)))
     assert run(tmp_path / "out", *flags) == 0
     said = capsys.readouterr().err
@@ -221,9 +223,9 @@ def test_held_out_images_are_skipped_too(run, partly_damaged, tmp_path, capsys):
 def test_other_processes_name_what_they_skip(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("RANK", "1")
     write_images(tmp_path, 2)
-    rows = data.load_rows(folder=tmp_path)
+    rows = opening.load_dataset(folder=tmp_path)
     for _ in range(2):
-        data.note_skipped(rows.select([0]), ["1.png cannot be read as an image (cut off)"])
+        note_skipped(rows.select([0]), ["1.png cannot be read as an image (cut off)"])
     assert capsys.readouterr().err.count("1.png cannot be read as an image (cut off); the next image") == 1
     assert len(rows.findings.skipped) == 1
 
@@ -379,14 +381,14 @@ def test_a_report_on_a_table(tmp_path, capsys):
     ):
         assert part in report
     assert "damaged: 1\n      row 4  (" in report and "empty captions, trained as such: 1\n      row 4" in report
-    rows = data.load_rows(**source)
-    unusable = data.check(rows, "skip")
+    rows = opening.load_dataset(**source)
+    unusable = checking.check_dataset(rows, "skip")
     assert unusable == [1, 3]  # the rest shows when an image is read
     rest = rows.without(unusable)
     assert [rest.name(index) for index in range(len(rest))] == ["row 0", "row 2", "row 4", "row 5"]
     with pytest.raises(UserError, match="1 rows hold no image: row 1; 1 captions are .*: row 3 .nothing."):
-        data.check(rows)
-    assert data.check(rows.select([0, 5])) == []
+        checking.check_dataset(rows)
+    assert checking.check_dataset(rows.select([0, 5])) == []
 
 
 def test_names_cannot_break_a_report(tmp_path, capsys):

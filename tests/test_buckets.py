@@ -19,8 +19,10 @@ from tiny import image, write_images
 
 import train_text_to_image_lora_sdxl
 import train_text_to_image_sdxl
-from training_utils import buckets, data, draws
-from training_utils.data import BatchPlan, Position
+from training_utils.base import draws
+from training_utils.base.draws import SampleDraws
+from training_utils.data import buckets, checking, image_ops, opening, plan
+from training_utils.data.plan import BatchPlan, Position
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -125,7 +127,7 @@ def test_held_out_samples_come_once_in_batches_of_one_shape(shapes, batch_size, 
     batches = [
         batch
         for rank in range(world)
-        for batch in data.validation_batches(len(shapes), batch_size, rank, world, shapes)
+        for batch in plan.validation_batches(len(shapes), batch_size, rank, world, shapes)
     ]
     assert sorted(key for batch in batches for key in batch) == [
         (draws.VALIDATION_EPOCH, i, 1.0) for i in range(len(shapes))
@@ -184,10 +186,10 @@ def test_sizes_are_those_of_the_upright_image(tmp_path):
             image(0, (30, 20)).save(paths[-1], exif=tags)
     for path in paths:
         with Image.open(path) as opened:
-            expected = data.upright_rgb(opened).size
+            expected = image_ops.upright_rgb(opened).size
             assert expected == ((20, 30) if path.stem in "68" else (30, 20))
         with Image.open(path) as opened:
-            assert data.upright_size(opened) == expected, path.name
+            assert image_ops.upright_size(opened) == expected, path.name
 
 
 def rows_of(folder, sizes, **broken):
@@ -201,7 +203,7 @@ def rows_of(folder, sizes, **broken):
         cells.append({"bytes": broken.get(f"p{index}", content.getvalue()), "path": f"{index}.png"})
     table = datasets.Dataset.from_dict({"image": cells, "text": [str(at) for at in range(len(cells))]})
     table.to_parquet(folder / "train.parquet")
-    return data.load_rows(dataset_name=str(folder), cache_dir=str(folder / "cache"))
+    return opening.load_dataset(dataset_name=str(folder), cache_dir=str(folder / "cache"))
 
 
 LIMITS = {"resolution": 64, "smallest": 32, "largest": 128, "step": 16}
@@ -210,7 +212,7 @@ LIMITS = {"resolution": 64, "smallest": 32, "largest": 128, "step": 16}
 def test_the_report_tells_of_images_that_no_bucket_suits(tmp_path, capsys):
     sizes = [(64, 64), (128, 32), (600, 60), (20, 20), (96, 54), (90, 90)]
     rows = rows_of(tmp_path, sizes, p5=b"no image")
-    assert data.image_sizes(rows).tolist() == [*map(list, sizes[:5]), [0, 0]]
+    assert checking.image_sizes(rows).tolist() == [*map(list, sizes[:5]), [0, 0]]
     chosen, lines, remarks = buckets.assign(rows, **LIMITS)
     assert chosen.tolist() == [[64, 64], [128, 32], [128, 32], [64, 64], [80, 48], [64, 64]]
     table = [line.split() for line in lines[1:]]
@@ -237,15 +239,15 @@ def test_a_image_just_covers_its_bucket_unstretched(size, bucket, drawn):
     """To the pixel: the longer side that an unstretched image would have is rounded down to a whole one."""
     if max(size) > 50 * min(size):  # such images are refused
         return
-    covering = data.resize(Image.new("L", size), bucket, "nearest")
+    covering = image_ops.resize(Image.new("L", size), bucket, "nearest")
     exact = [side * max(bucket[0] / size[0], bucket[1] / size[1]) for side in size]
     assert all(side - 1 < got <= side + 1e-9 for side, got in zip(exact, covering.size))
     assert any(got == side for got, side in zip(covering.size, bucket))
     generator = np.random.default_rng(0) if drawn else None
-    cut, (top, left) = data.crop(covering, bucket, generator)
+    cut, (top, left) = image_ops.crop(covering, bucket, generator)
     assert cut.size == bucket
     assert 0 <= top <= covering.height - bucket[1] and 0 <= left <= covering.width - bucket[0]
-    width, height = data.largest_within(size, bucket)  # as the decoders cut before they resize
+    width, height = image_ops.largest_within(size, bucket)  # as the decoders cut before they resize
     assert (width == size[0] and height <= size[1]) or (height == size[1] and width <= size[0])
     assert (
         abs(width - height * bucket[0] / bucket[1]) <= 0.5
@@ -350,9 +352,9 @@ def test_time_ids_name_the_image_the_corner_and_the_bucket(script, run_sdxl, tmp
             got = sample(epoch, index)
             first_height, first_width, top, left, *told = map(int, got["time_ids"])
             assert (first_height, first_width) == (height, width) and told == target
-            resized = data.resize(rows.image(index), tuple(target[::-1]), "lanczos")
-            mirrored = draws.SampleDraws(7, epoch, index)("flip").random() < 0.5
-            whole = data.to_array(resized)[:, :, :: -1 if mirrored else 1]
+            resized = image_ops.resize(rows.image(index), tuple(target[::-1]), "lanczos")
+            mirrored = SampleDraws(7, epoch, index)("flip").random() < 0.5
+            whole = image_ops.to_array(resized)[:, :, :: -1 if mirrored else 1]
             cut = whole[:, top : top + target[0], left : left + target[1]]
             assert np.array_equal(got["pixels"], cut)
             assert got["noise"].shape == got["latent_noise"].shape == (4, target[0] // 2, target[1] // 2)

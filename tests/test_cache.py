@@ -18,8 +18,14 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionM
 
 import train_text_to_image
 import train_text_to_image_sdxl
-from training_utils import cache, draws, frozen
-from training_utils.reporting import UserError
+from training_utils.base import draws
+from training_utils.base.errors import UserError
+from training_utils.cache import fill
+from training_utils.cache import store as store_module
+from training_utils.cache.fill import Team
+from training_utils.cache.images import CachedImages
+from training_utils.cache.store import Store
+from training_utils.torch_backend import frozen
 
 BOTH = ["--cache_latents", "--cache_text_embeddings"]
 DRAWS = ["--random_flip", "--caption_dropout", "0.3", "--validation_split", "0.2", "--validation_steps", "3"]
@@ -192,14 +198,14 @@ def test_adapters_find_what_full_fine_tuning_kept(run, run_lora, tmp_path, never
 
 def encoded_by(run, out, *flags):
     """How many images and how many captions a run puts into its stores."""
-    written, real = [], cache.Store.write
+    written, real = [], Store.write
 
     def write(store, keys, arrays):
         written.extend([store.folder.name.split("-")[0]] * len(keys))
         real(store, keys, arrays)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache.Store, "write", write)
+        patch.setattr(Store, "write", write)
         run(out, *flags)
     return written.count("pictures"), written.count("captions")
 
@@ -239,7 +245,7 @@ def test_a_caption_of_several_rows_is_read_once(run, tmp_path):
 
 def test_a_killed_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
     flags = ["--center_crop", *switches(run, tmp_path / "kept"), "--train_batch_size", "2"]
-    monkeypatch.setattr(cache, "SHARD_BYTES", 1)  # a shard a batch
+    monkeypatch.setattr(store_module, "SHARD_BYTES", 1)  # a shard a batch
     real, count = train_text_to_image.encode_images, [0]
 
     def dies(*arguments):
@@ -277,7 +283,7 @@ def test_a_damaged_shard_is_made_again(run, tmp_path, damage, capsys):
 
 def test_a_shard_that_cannot_be_opened_is_no_damaged_one(tmp_path, monkeypatch):
     """safetensors says of it that there is no such file; to drop it would cost what it holds."""
-    store = cache.Store(tmp_path, "images", {"a": 1})
+    store = Store(tmp_path, "images", {"a": 1})
     store.make_folder()
     store.write(["key"], {"x": ("float32", np.ones((1, 4), np.float32))})
     (shard,) = store.folder.glob("*.safetensors")
@@ -287,27 +293,27 @@ def test_a_shard_that_cannot_be_opened_is_no_damaged_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match="cannot be read .*Permission denied"):
-        cache.open_store(cache.Store(tmp_path, "images", {"a": 1}), ["key"], cache.Team(0, 1, 0, 1, lambda x: x))
+        fill.open_store(Store(tmp_path, "images", {"a": 1}), ["key"], Team(0, 1, 0, 1, lambda x: x))
     monkeypatch.undo()
     assert shard.exists()
 
 
 def test_only_shards_that_are_wanted_are_read_through(tmp_path, monkeypatch):
     """Other datasets may be kept in the same store."""
-    store = cache.Store(tmp_path, "images", ["test"])
-    cache.open_store(store, [], alone())
+    store = Store(tmp_path, "images", ["test"])
+    fill.open_store(store, [], alone())
     for key in "abc":
         store.write([key], {"mean": ("float32", np.ones((1, 3), dtype=np.float32))})
-    checked, real = [], cache.Store.is_damaged
-    monkeypatch.setattr(cache.Store, "is_damaged", lambda store, path: checked.append(path) or real(store, path))
-    again = cache.Store(tmp_path, "images", ["test"])
-    cache.open_store(again, ["b", "d"], alone())
+    checked, real = [], Store.is_damaged
+    monkeypatch.setattr(Store, "is_damaged", lambda store, path: checked.append(path) or real(store, path))
+    again = Store(tmp_path, "images", ["test"])
+    fill.open_store(again, ["b", "d"], alone())
     assert checked == [again.places["b"][0]] and "d" not in again
 
 
 def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
-    store = cache.Store(tmp_path, "images", ["test"])
-    cache.open_store(store, [], alone())
+    store = Store(tmp_path, "images", ["test"])
+    fill.open_store(store, [], alone())
     store.write(["one", "two"], {"mean": ("float32", np.arange(6, dtype=np.float32).reshape(2, 3))})
     path = next(store.folder.glob("*.safetensors"))
     whole = path.read_bytes()
@@ -316,8 +322,8 @@ def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
         changed = bytearray(whole)
         changed[at // 8] ^= 1 << (at % 8)
         path.write_bytes(changed)
-        again = cache.Store(tmp_path, "images", ["test"])
-        cache.open_store(again, ["two"], alone())
+        again = Store(tmp_path, "images", ["test"])
+        fill.open_store(again, ["two"], alone())
         if "two" in again:  # a bit that has no effect, such as of a space in the header
             unseen += 1
             assert again.read("two")["mean"].tolist() == [3, 4, 5]
@@ -325,14 +331,14 @@ def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
 
 
 def alone():
-    return cache.Team(0, 1, 0, 1, lambda items: items)
+    return Team(0, 1, 0, 1, lambda items: items)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 def test_an_entry_comes_back_as_it_was_computed(tmp_path, kind):
     values = torch.randn(3, 4, 5).to(getattr(torch, kind)).float().numpy()
-    store = cache.Store(tmp_path, "images", [kind])
-    cache.open_store(store, [], alone())
+    store = Store(tmp_path, "images", [kind])
+    fill.open_store(store, [], alone())
     store.write(["a", "b", "c"], {"mean": (kind, values)})
     store.look()
     for at, key in enumerate("abc"):
@@ -347,10 +353,10 @@ def test_a_machine_that_does_not_see_the_others_encodes_all(tmp_path):
         made.extend(batch["x"].tolist())
         return {"y": ("float32", batch["x"].astype(np.float32)[:, None])}
 
-    store = cache.Store(tmp_path, "images", ["two"])
-    team = cache.Team(1, 2, 0, 1, lambda items: items * 2)
+    store = Store(tmp_path, "images", ["two"])
+    team = Team(1, 2, 0, 1, lambda items: items * 2)
     wanted = {str(number): number for number in range(7)}
-    cache.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, team, 4, "numbers")
+    fill.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, team, 4, "numbers")
     assert sorted(made) == list(range(7)) and made[:3] == [1, 3, 5]
     assert all(store.read(key)["y"] == number for key, number in wanted.items())
 
@@ -370,10 +376,10 @@ def test_a_cpu_reads_no_image_while_its_networks_run(tmp_path, on_cpu):
         seen.append((before, len(reading)))
         return {"y": ("float32", batch["x"].astype(np.float32)[:, None])}
 
-    store = cache.Store(tmp_path, "images", [on_cpu])
-    team = cache.Team(0, 1, 0, 1, lambda items: items, on_cpu)
+    store = Store(tmp_path, "images", [on_cpu])
+    team = Team(0, 1, 0, 1, lambda items: items, on_cpu)
     wanted = {str(number): number for number in range(100)}
-    cache.fill(store, wanted, make, encode, team, 20, "numbers")
+    fill.fill(store, wanted, make, encode, team, 20, "numbers")
     assert sorted(reading) == list(range(100)) and all(store.read(key)["y"] == wanted[key] for key in wanted)
     if on_cpu:
         assert seen == [(read, read) for read in (20, 40, 60, 80, 100)]
@@ -428,7 +434,7 @@ def test_networks_visit_the_device():
 
 def test_a_full_disk_and_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(cache.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
+        patch.setattr(store_module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
         sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
     assert "0 GB are free" in sentence.replace("1e-09", "0") and "--encoding_cache_dir" in sentence and code == 2
     (tmp_path / "file").write_text("")
@@ -439,7 +445,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(run, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.os, "fsync", full)
+        patch.setattr(store_module.os, "fsync", full)
         sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
     assert "No space left on device" in sentence and code == 1
     assert not list((tmp_path / "kept").rglob("*.unfinished"))
@@ -475,10 +481,10 @@ def test_a_image_that_overflows_can_be_skipped(run, tmp_path, monkeypatch):
 
 
 def test_rounds_of_work_leave_nothing_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "ROUND", 3)
-    store, wanted = cache.Store(tmp_path, "images", ["rounds"]), {str(number): number for number in range(10)}
+    monkeypatch.setattr(fill, "ROUND", 3)
+    store, wanted = Store(tmp_path, "images", ["rounds"]), {str(number): number for number in range(10)}
     encode = lambda batch: {"y": ("float32", batch["x"].astype(np.float32)[:, None])}  # noqa: E731
-    cache.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, alone(), 2, "numbers")
+    fill.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, alone(), 2, "numbers")
     assert all(store.read(key)["y"] == number for key, number in wanted.items())
 
 
@@ -502,7 +508,7 @@ def test_that_one_crop_is_kept_is_said(run, tmp_path, capsys):
 
 
 def test_crops_come_from_the_content(tmp_path):
-    images = cache.Images(None, ["a" * 64, "b" * 64], [False, False], 3)
+    images = CachedImages(None, ["a" * 64, "b" * 64], [False, False], 3)
     drawn = [images.corner(index, crop).integers(1000) for index in (0, 1) for crop in range(3)]
     assert len(set(drawn)) > 3
     assert drawn[0] == draws.generator(int("a" * 15, 16), "cached_crop", 0).integers(1000)
@@ -510,6 +516,6 @@ def test_crops_come_from_the_content(tmp_path):
 
 
 def test_bad_data_raise_what_they_are(tmp_path):
-    store = cache.Store(tmp_path, "images", ["bad"])
+    store = Store(tmp_path, "images", ["bad"])
     with pytest.raises(UserError, match="gone"):
-        cache.fill(store, {"a": 0}, lambda _: UserError("gone"), None, alone(), 1, "numbers")
+        fill.fill(store, {"a": 0}, lambda _: UserError("gone"), None, alone(), 1, "numbers")

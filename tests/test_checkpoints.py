@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, result_bytes
 
-from training_utils import checkpoints
-from training_utils.data import Position
-from training_utils.reporting import UserError
+from training_utils.base.errors import UserError
+from training_utils.data.plan import Position
+from training_utils.run import checkpoints, output_folder, resume
+from training_utils.run.state import RunState
+from training_utils.torch_backend.state import TrainingState
 
 ABOUT = {"script": "s.py", "world_size": 1, "flags": {"optimizer": "adamw"}, "data": {"samples": 3, "sha256": "x"}}
 
@@ -27,11 +29,11 @@ def write_two_files(folder):
 
 
 def state(step):
-    return checkpoints.RunState(seed=1, step=step, micro_step=2 * step, position=Position(1, 3))
+    return RunState(seed=1, step=step, micro_step=2 * step, position=Position(1, 3))
 
 
 def save(root, step, limit=None, write=write_two_files):
-    return checkpoints.save(root, state(step), write, ABOUT, limit)
+    return checkpoints.save_checkpoint(root, state(step), write, ABOUT, limit)
 
 
 def names(root):
@@ -40,8 +42,8 @@ def names(root):
 
 def test_round_trip(tmp_path):
     folder = save(tmp_path, 5)
-    assert checkpoints.damage(folder) is None
-    assert checkpoints.start(tmp_path, "latest", None) == (folder, state(5))
+    assert checkpoints.damage_of(folder) is None
+    assert resume.begin_run(tmp_path, "latest", None) == (folder, state(5))
 
 
 def test_a_clock_that_goes_back_makes_no_old_one_of_the_newest(tmp_path, monkeypatch):
@@ -52,7 +54,7 @@ def test_a_clock_that_goes_back_makes_no_old_one_of_the_newest(tmp_path, monkeyp
         save(tmp_path, step, limit=1)
         assert (
             names(tmp_path) == [f"checkpoint-{step}"]
-            and checkpoints.find(tmp_path, "latest").name == names(tmp_path)[0]
+            and resume.find_checkpoint(tmp_path, "latest").name == names(tmp_path)[0]
         )
 
 
@@ -65,15 +67,15 @@ def test_a_folder_that_is_gone_costs_the_checkpoint_alone(tmp_path, capsys):
 def test_latest_passes_over_a_checkpoint_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     older = save(tmp_path, 5)
     newer = save(tmp_path, 6)
-    real = checkpoints._digests
+    real = checkpoints.file_digests
 
     def refuse(paths):
         if paths[0].is_relative_to(newer):
             raise OSError(5, "Input/output error")
         return real(paths)
 
-    monkeypatch.setattr(checkpoints, "_digests", refuse)
-    assert checkpoints.find(tmp_path, "latest") == older
+    monkeypatch.setattr(checkpoints, "file_digests", refuse)
+    assert resume.find_checkpoint(tmp_path, "latest") == older
     assert "it cannot be read ([Errno 5] Input/output error)" in capsys.readouterr().err
 
 
@@ -83,10 +85,10 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
     with subprocess.Popen([sys.executable, "-c", words], stdin=-1, stdout=-1) as other:
         assert other.stdout.readline() == b"mine\n"
         with pytest.raises(UserError, match="another run is writing into --output_dir"):
-            checkpoints.start(tmp_path, None, 1)
+            resume.begin_run(tmp_path, None, 1)
         other.kill()
-    checkpoints.start(tmp_path, None, 1)  # at once, after a SIGKILL
-    checkpoints.let_go()
+    resume.begin_run(tmp_path, None, 1)  # at once, after a SIGKILL
+    output_folder.release()
 
 
 def test_oldest_go_once_the_new_one_stands(tmp_path):
@@ -116,7 +118,7 @@ def test_the_one_just_written_stays_and_is_the_latest(tmp_path):
         save(tmp_path, step)
     assert save(tmp_path, 3, limit=2).name == "checkpoint-3"
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-5"]
-    assert checkpoints.find(tmp_path, "latest").name == "checkpoint-3"
+    assert resume.find_checkpoint(tmp_path, "latest").name == "checkpoint-3"
 
 
 def test_folders_that_only_look_alike_are_left_alone(tmp_path):
@@ -184,10 +186,10 @@ def test_killed_before_any_single_operation(tmp_path):
             except BaseException:
                 os._exit(1)
         finished = os.waitpid(child, 0)[1] == 0
-        whole = [path for path in checkpoints.listed(folder) if checkpoints.damage(path) is None]
-        assert whole == checkpoints.listed(folder), f"operation {at}: one that is not whole"
+        whole = [path for path in checkpoints.list_checkpoints(folder) if checkpoints.damage_of(path) is None]
+        assert whole == checkpoints.list_checkpoints(folder), f"operation {at}: one that is not whole"
         assert whole, f"operation {at}: none left"
-        newest = checkpoints.find(folder, "latest")
+        newest = resume.find_checkpoint(folder, "latest")
         assert save(folder, 3, limit=1), f"operation {at}: the next save"
         assert newest is not None and names(folder) == ["checkpoint-3"], f"operation {at}: left-overs"
         at += 1
@@ -198,11 +200,11 @@ def test_a_checkpoint_that_was_moved_aside_and_not_replaced_comes_back(tmp_path,
     """A save over a checkpoint of the same step renames twice; the kill, or the disk's failure, comes in between."""
     folder = save(tmp_path, 3)
     os.rename(folder, tmp_path / ".checkpoint-3.old")
-    assert checkpoints.start(tmp_path, "latest", None)[0] == folder
+    assert resume.begin_run(tmp_path, "latest", None)[0] == folder
     half = tmp_path / ".checkpoint-1.old"  # what a kill leaves half-way through rotation
     shutil.copytree(folder, half)
     (half / "manifest.json").unlink()
-    assert checkpoints.start(tmp_path, "latest", None)[0] == folder and not half.exists()
+    assert resume.begin_run(tmp_path, "latest", None)[0] == folder and not half.exists()
     real, calls = os.rename, []
 
     def failing(source, target):
@@ -214,7 +216,7 @@ def test_a_checkpoint_that_was_moved_aside_and_not_replaced_comes_back(tmp_path,
     monkeypatch.setattr(os, "rename", failing)
     assert save(tmp_path, 3) is None
     monkeypatch.undo()
-    assert checkpoints.damage(folder) is None and names(tmp_path) == ["checkpoint-3"]
+    assert checkpoints.damage_of(folder) is None and names(tmp_path) == ["checkpoint-3"]
 
 
 def flip(path):
@@ -239,11 +241,11 @@ def test_a_damaged_one_is_named_skipped_and_kept(tmp_path, how, file, capsys):
     if (how, file) == ("missing", "manifest.json"):
         (damaged / "unet/weights.safetensors").unlink()  # without either it is nobody's checkpoint
     DAMAGE[how](damaged / file)
-    assert checkpoints.find(tmp_path, "latest").name == "checkpoint-1"
+    assert resume.find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
     assert "checkpoint-2 is damaged and is skipped" in capsys.readouterr().err
     assert damaged.is_dir()
     with pytest.raises(UserError, match="is damaged"):
-        checkpoints.find(tmp_path, "checkpoint-2")
+        resume.find_checkpoint(tmp_path, "checkpoint-2")
     save(tmp_path, 3, limit=1)
     assert damaged.is_dir() or how == "flipped"  # rotation looks at sizes, not at contents
 
@@ -252,17 +254,17 @@ def test_every_way_to_name_one(tmp_path, monkeypatch, capsys):
     folder = save(tmp_path / "out", 5)
     monkeypatch.chdir(tmp_path)
     for wanted in ("latest", "checkpoint-5", "checkpoint-5/", "out/checkpoint-5", str(folder), f"{folder}/"):
-        assert checkpoints.find(Path("out"), wanted).resolve() == folder.resolve(), wanted
-    assert checkpoints.find(tmp_path / "elsewhere", str(folder)) == folder
+        assert resume.find_checkpoint(Path("out"), wanted).resolve() == folder.resolve(), wanted
+    assert resume.find_checkpoint(tmp_path / "elsewhere", str(folder)) == folder
     assert capsys.readouterr().err == ""
-    assert checkpoints.find(Path("out"), "elsewhere/checkpoint-5") == Path("out/checkpoint-5")
+    assert resume.find_checkpoint(Path("out"), "elsewhere/checkpoint-5") == Path("out/checkpoint-5")
     assert "elsewhere/checkpoint-5 is no checkpoint; out/checkpoint-5 is taken" in capsys.readouterr().err
 
 
 def test_one_that_is_not_there(tmp_path):
     save(tmp_path, 5)
     with pytest.raises(UserError, match=r"no such checkpoint; .* holds checkpoint-5"):
-        checkpoints.find(tmp_path, "checkpoint-6")
+        resume.find_checkpoint(tmp_path, "checkpoint-6")
 
 
 def test_a_new_run_over_an_old_one_says_so(run, tmp_path, capsys):
@@ -359,7 +361,7 @@ def test_a_half_written_checkpoint_of_the_original_script_is_skipped(run, tmp_pa
     folder = foreign(run, tmp_path)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
-    assert checkpoints.find(tmp_path, "latest") is None
+    assert resume.find_checkpoint(tmp_path, "latest") is None
 
 
 class Bomb:
@@ -392,9 +394,8 @@ def test_left_overs_of_a_killed_run_go(run, tmp_path):
 
 def test_a_full_disk_does_not_end_the_run(run, tmp_path, monkeypatch, capfd):
     """A real full disk: files may not grow beyond 200 kB while a checkpoint is written."""
-    from training_utils import engine
 
-    write, (soft, hard) = engine.TrainingState.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write, (soft, hard) = TrainingState.write, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(self, folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
@@ -404,10 +405,10 @@ def test_a_full_disk_does_not_end_the_run(run, tmp_path, monkeypatch, capfd):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.TrainingState, "write", limited)
+        patch.setattr(TrainingState, "write", limited)
         assert run(tmp_path / "full", "--checkpointing_steps", "3") == 0
     said = capfd.readouterr().err
     assert said.count("could not be written") == 2 and "earlier checkpoints stand" in said
-    assert checkpoints.listed(tmp_path / "full") == []
+    assert checkpoints.list_checkpoints(tmp_path / "full") == []
     run(tmp_path / "whole")
     assert result_bytes(tmp_path / "full") == result_bytes(tmp_path / "whole")

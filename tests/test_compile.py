@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 
-from training_utils import reporting
+from training_utils.run import commands
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +148,10 @@ def test_the_command_that_continues_compiles_too(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert "--mixed_precision no --dynamo_backend inductor train.py" in reporting.resume_command([])
+    assert "--mixed_precision no --dynamo_backend inductor train.py" in commands.resume_command([])
     monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "reduce-overhead")
-    assert "--dynamo_backend inductor --dynamo_mode reduce-overhead" in reporting.resume_command([])
+    assert "--dynamo_backend inductor --dynamo_mode reduce-overhead" in commands.resume_command([])
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
-    assert "--dynamo_use_regional_compilation train.py" in reporting.resume_command([])
+    assert "--dynamo_use_regional_compilation train.py" in commands.resume_command([])
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
-    assert "dynamo" not in reporting.resume_command([])
+    assert "dynamo" not in commands.resume_command([])

@@ -12,9 +12,10 @@ from conftest import result_bytes
 from PIL import Image
 from tiny import image, png, write_images
 
-from training_utils import data
-from training_utils.draws import SampleDraws
-from training_utils.reporting import UserError
+from training_utils.base.draws import SampleDraws
+from training_utils.base.errors import UserError
+from training_utils.data import checking, image_ops, opening, selection
+from training_utils.data.captions import choose_caption, warn_of_long_captions
 
 
 def folder_with(tmp_path, lines, count=3):
@@ -26,8 +27,8 @@ def folder_with(tmp_path, lines, count=3):
 
 
 def rows_of(folder, **options):
-    rows = data.load_rows(folder=folder, **options)
-    data.check(rows)
+    rows = opening.load_dataset(folder=folder, **options)
+    checking.check_dataset(rows)
     return rows
 
 
@@ -326,14 +327,14 @@ def test_csv_and_text_files_and_nested_folders(tmp_path):
 
 def test_caption_lists_are_drawn_from(tmp_path):
     rows = rows_of(folder_with(tmp_path, [entry(0, ["a", "b"]), entry(1, "c")]))
-    drawn = [data.choose_caption(rows.captions(0), SampleDraws(0, epoch, 0)) for epoch in range(40)]
+    drawn = [choose_caption(rows.captions(0), SampleDraws(0, epoch, 0)) for epoch in range(40)]
     assert set(drawn) == {"a", "b"}
     assert rows.captions(1) == ["c"]
 
 
 def test_caption_dropout_is_drawn_anew_each_epoch():
     dropped = np.array(
-        [[data.choose_caption(["x"], SampleDraws(0, e, i), 0.3) is None for i in range(300)] for e in (0, 1)]
+        [[choose_caption(["x"], SampleDraws(0, e, i), 0.3) is None for i in range(300)] for e in (0, 1)]
     )
     assert abs(dropped.mean() - 0.3) < 0.05
     assert (dropped[0] != dropped[1]).any()
@@ -396,10 +397,10 @@ def test_a_data_set_that_is_nowhere(run, tmp_path):
 
 def test_max_train_samples(images, capsys):
     rows = rows_of(images)
-    assert len(data.take(rows, 4, seed=1)) == 4
-    names = lambda seed: [rows.name(i) for i in range(4) for rows in [data.take(rows_of(images), 4, seed)]]  # noqa: E731
+    assert len(selection.take_subset(rows, 4, seed=1)) == 4
+    names = lambda seed: [rows.name(i) for i in range(4) for rows in [selection.take_subset(rows_of(images), 4, seed)]]  # noqa: E731
     assert names(1) == names(1) != names(2)
-    assert len(data.take(rows, 50, seed=1)) == 10
+    assert len(selection.take_subset(rows, 50, seed=1)) == 10
     assert "more than the 10 images" in capsys.readouterr().err
 
 
@@ -407,8 +408,8 @@ def test_max_train_samples(images, capsys):
 def test_a_few_rows_of_many_are_checked_as_themselves(images, most):
     """The datasets library cuts a run of rows out of its table, and keeps a list of indices for other selections."""
     for seed in range(4):
-        rows = data.take(data.load_rows(folder=images), most, seed)
-        assert data.check(rows) == [] and len(rows) == most
+        rows = selection.take_subset(opening.load_dataset(folder=images), most, seed)
+        assert checking.check_dataset(rows) == [] and len(rows) == most
         assert [int(Path(rows.name(index)).stem) for index in range(most)] == list(rows.numbers)
 
 
@@ -416,27 +417,27 @@ def test_long_captions_are_counted(tmp_path, sd, capsys):
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(sd, subfolder="tokenizer")
-    data.warn_of_long_captions(rows_of(folder_with(tmp_path, [entry(0, "a word " * 30), entry(1)])), tokenizer)
+    warn_of_long_captions(rows_of(folder_with(tmp_path, [entry(0, "a word " * 30), entry(1)])), tokenizer)
     assert "1 of 2 captions are longer than 16 tokens" in capsys.readouterr().err
 
 
 def test_hold_out(images):
     rows = rows_of(images)
-    train, held = data.split_validation(rows, 0.3, seed=1)
+    train, held = selection.split_validation(rows, 0.3, seed=1)
     names = [{part.name(index) for index in range(len(part))} for part in (train, held)]
     assert (len(train), len(held)) == (7, 3) and not names[0] & names[1]
     with pytest.raises(UserError, match="leaves none to train on"):
-        data.split_validation(rows.select([0]), 0.5, seed=1)
+        selection.split_validation(rows.select([0]), 0.5, seed=1)
 
 
 def test_all_captions_of_a_image_are_held_out_with_it(tmp_path):
     lines = [{"file_name": f"{at % 20}.png", "text": f"caption {at}"} for at in range(100)]
     folder_with(tmp_path, lines, count=20)
-    parts = data.split_validation(rows_of(tmp_path), 0.1, seed=1)
+    parts = selection.split_validation(rows_of(tmp_path), 0.1, seed=1)
     names = [{part.name(index) for index in range(len(part))} for part in parts]
     assert [len(part) for part in parts] == [90, 10] and len(names[1]) == 2 and not names[0] & names[1]
     with pytest.raises(UserError, match="0.5 of 1 images leaves none"):
-        data.split_validation(rows_of(tmp_path).select([0, 20]), 0.5, seed=1)
+        selection.split_validation(rows_of(tmp_path).select([0, 20]), 0.5, seed=1)
 
 
 def test_so_they_are_where_other_rows_are_no_files(tmp_path):
@@ -449,7 +450,7 @@ def test_so_they_are_where_other_rows_are_no_files(tmp_path):
     (tmp_path / "sets.yaml").write_text(f"- path: {tmp_path}/folder\n- path: {tmp_path}/table\n")
     rows = rows_of(None, config=tmp_path / "sets.yaml")
     assert len(np.unique(rows.images())) == 8 and len(np.unique(rows.images()[:20])) == 4
-    parts = data.split_validation(rows, 0.4, seed=1)
+    parts = selection.split_validation(rows, 0.4, seed=1)
     names = [{part.name(at) for at in range(len(part)) if ".png" in part.name(at)} for part in parts]
     assert names[0] and names[1] and not names[0] & names[1]
     (tmp_path / "folder" / "1.png").write_bytes(b"")
@@ -518,7 +519,7 @@ def test_of_an_animation_the_first_frame_is_seen(tmp_path, ending):
 def test_a_dot_is_a_image(tmp_path):
     got = read(tmp_path, Image.new("RGB", (1, 1), (7, 8, 9)))
     assert got.tolist() == [[[7, 8, 9]]]
-    assert data.resize(Image.fromarray(got), (16, 16), "lanczos").size == (16, 16)
+    assert image_ops.resize(Image.fromarray(got), (16, 16), "lanczos").size == (16, 16)
 
 
 def test_cmyk_grey_and_one_bit(tmp_path):
@@ -536,26 +537,26 @@ def test_exif_orientation_is_honoured(tmp_path):
 
 @pytest.mark.parametrize("size", [(20, 16), (16, 20), (64, 30), (17, 100), (8, 8)])
 def test_shorter_side_then_crop(size):
-    resized = data.resize(image(0, size), (16, 16), "lanczos")
+    resized = image_ops.resize(image(0, size), (16, 16), "lanczos")
     assert min(resized.size) == 16
     assert max(resized.size) == int(16 * max(size) / min(size))
     for draw in (None, SampleDraws(0, 0, 0)):
-        cut, (top, left) = data.crop(resized, (16, 16), draw and draw("crop"))
+        cut, (top, left) = image_ops.crop(resized, (16, 16), draw and draw("crop"))
         assert cut.size == (16, 16)
         assert np.array_equal(np.asarray(cut), np.asarray(resized)[top : top + 16, left : left + 16])
 
 
 def test_random_crops_reach_every_place():
-    places = {data.crop(image(0, (20, 16)), (16, 16), SampleDraws(0, epoch, 0)("crop"))[1] for epoch in range(60)}
+    places = {image_ops.crop(image(0, (20, 16)), (16, 16), SampleDraws(0, epoch, 0)("crop"))[1] for epoch in range(60)}
     assert places == {(0, left) for left in range(5)}
 
 
 def test_values_run_from_minus_one_to_one():
-    array = data.to_array(Image.fromarray(np.array([[[0, 127, 255]]], dtype=np.uint8)))
+    array = image_ops.to_array(Image.fromarray(np.array([[[0, 127, 255]]], dtype=np.uint8)))
     assert array.shape == (3, 1, 1) and array.dtype == np.float32
     np.testing.assert_allclose(array.flatten(), [-1, 127 / 127.5 - 1, 1], atol=1e-7)
 
 
-@pytest.mark.parametrize("mode", data.FILTERS)
+@pytest.mark.parametrize("mode", image_ops.FILTERS)
 def test_every_interpolation_trains(run, tmp_path, mode):
     assert run(tmp_path, "--image_interpolation_mode", mode, "--max_train_steps", "1") == 0

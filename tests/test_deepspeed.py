@@ -21,7 +21,7 @@ from processes import (
     wait_for,
 )
 
-from training_utils import checkpoints, reporting
+from training_utils.run import checkpoints, commands
 
 needs_deepspeed = pytest.mark.skipif(not DEEPSPEED, reason=NEEDS_DEEPSPEED)
 
@@ -114,7 +114,7 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path, stage):
     launch = [*launcher(2, *zero(stage)), str(wrapper)]
     (said,) = ended([run.start(tmp_path / "stopped", *flags, launcher=launch)], code=1)
     assert said.count("step 4 is not finite") == 1, said
-    assert [folder.name for folder in checkpoints.listed(tmp_path / "stopped")] == ["checkpoint-3"]
+    assert [folder.name for folder in checkpoints.list_checkpoints(tmp_path / "stopped")] == ["checkpoint-3"]
     for name, kind in {"zero": zero(stage), "whole": ["--multi_gpu"]}.items():
         launch = [*launcher(2, *kind), str(wrapper)]
         (said,) = ended([run.start(tmp_path / name, *flags, "--on_nan", "skip", launcher=launch)])
@@ -158,7 +158,7 @@ def test_a_signal_stops_a_run_with_zero_in_order(run, tmp_path):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=90)[0]
     stopped_after = int(re.search(r"stopped after step (\d+)", said)[1])
-    assert checkpoints.damage(tmp_path / f"checkpoint-{stopped_after}") is None
+    assert checkpoints.damage_of(tmp_path / f"checkpoint-{stopped_after}") is None
     assert "accelerate launch --use_deepspeed --zero_stage 2 --num_processes 2 --mixed_precision no" in said
 
 
@@ -258,7 +258,7 @@ AGREED = {
 def test_what_agrees_is_let_through_and_a_missing_deepspeed_is_named(run, tmp_path, capsys, launched):
     (tmp_path / "zero.json").write_text(json.dumps(AGREED))
     launched.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
-    launched.setattr("training_utils.flags._missing", lambda package: package == "deepspeed")
+    launched.setattr("training_utils.cli.flags._missing", lambda package: package == "deepspeed")
     assert "pip install deepspeed==0.19.8" in refusal(run, tmp_path / "out", capsys)
 
 
@@ -268,9 +268,9 @@ def test_a_command_names_deepspeed(launched):
         launched.setenv(name, value)
     launched.setattr(sys, "argv", ["train_text_to_image.py"])
     start = "accelerate launch --use_deepspeed --zero_stage 2 --num_processes 4"
-    assert reporting.resume_command([]).startswith(f"{start} --mixed_precision bf16 ")
+    assert commands.resume_command([]).startswith(f"{start} --mixed_precision bf16 ")
     for name, value in {"GROUP_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "10.0.0.1"}.items():
         launched.setenv(name, value)
     assert f"{start} --num_machines 2 --deepspeed_multinode_launcher standard --machine_rank 0" in (
-        reporting.resume_command([])
+        commands.resume_command([])
     )

@@ -36,8 +36,9 @@ from pages import (
 from PIL import Image
 from tiny import image
 
-from training_utils import data, flags
-from training_utils.reporting import UserError
+from training_utils.base.errors import UserError
+from training_utils.cli import flags
+from training_utils.data import checking, opening, selection
 
 COMMANDS = commands()
 TORCH = [command for command in different(COMMANDS) if command.script and "flax" not in command.script]
@@ -320,11 +321,11 @@ def test_listing_of_a_folder(text, run, tmp_path):
         lines = [f'{{"file_name": "{path}", "text": "a"}}\n' for path in images]
         (tmp_path / folder / "metadata.jsonl").write_text("".join(lines))
     repeated = any(path.startswith("10_") for path in paths)
-    rows = data.load_rows(folder=tmp_path / folder, cache_dir=tmp_path / "cache", repeats_from_folders=repeated)
-    assert not data.check(rows) and not rows.findings.unnamed
+    rows = opening.load_dataset(folder=tmp_path / folder, cache_dir=tmp_path / "cache", repeats_from_folders=repeated)
+    assert not checking.check_dataset(rows) and not rows.findings.unnamed
     assert len(rows) == (len(images) or len(paths))  # each shard or table holds one
     if repeated:
-        assert len(data.repeated(rows)) == 21 and ["sks dog"] in [rows.captions(at) for at in range(3)]
+        assert len(selection.repeated(rows)) == 21 and ["sks dog"] in [rows.captions(at) for at in range(3)]
 
 
 @pytest.mark.parametrize("block", blocks("json", "csv"), ids=lambda block: block.language)
@@ -332,8 +333,8 @@ def test_metadata(block, tmp_path):
     for name in re.findall(r"[\w/]+\.(?:png|jpg)", block.text):
         make_file(tmp_path / name)
     (tmp_path / f"metadata.{'jsonl' if block.language == 'json' else 'csv'}").write_text(block.text)
-    rows = data.load_rows(folder=tmp_path)
-    assert not data.check(rows) and len(rows) == 2 and not rows.findings.unnamed
+    rows = opening.load_dataset(folder=tmp_path)
+    assert not checking.check_dataset(rows) and len(rows) == 2 and not rows.findings.unnamed
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.text.splitlines()[0])
@@ -348,8 +349,8 @@ def test_yaml(block, images, tmp_path):
         if "path" in source:
             shutil.copytree(images, tmp_path / source["path"])
     (tmp_path / name).write_text(re.sub(r"dataset_name: \S+", f"dataset_name: {images}", block.text))
-    rows = data.load_rows(config=tmp_path / name, cache_dir=tmp_path / "cache")
-    assert not data.check(rows) and len(rows) == 20
+    rows = opening.load_dataset(config=tmp_path / name, cache_dir=tmp_path / "cache")
+    assert not checking.check_dataset(rows) and len(rows) == 20
 
 
 # --- links, flags, tests, sentences ----------------------------------------------------------------------------------
@@ -481,7 +482,7 @@ def test_tests_that_are_named_exist():
 def sentences():
     """The strings in the source, each as its literal parts, with None for a value between them: a set of tuples."""
     found = set()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("training_utils/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("training_utils/**/*.py"), *ROOT.glob("tools/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             parts = (
                 node.values if isinstance(node, ast.JoinedStr) else [node] if isinstance(node, ast.Constant) else []

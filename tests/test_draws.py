@@ -5,16 +5,17 @@ import itertools
 import numpy as np
 import pytest
 
-from training_utils import draws
-from training_utils.data import BatchPlan, Position
+from training_utils.base import draws
+from training_utils.base.draws import SampleDraws
+from training_utils.data.plan import BatchPlan, Position
 
 
 def test_draws_are_frozen():
     """These numbers are part of every checkpoint ever written: a change would alter runs that are resumed."""
     assert draws.order(0, 0, 8).tolist() == [5, 0, 6, 1, 7, 2, 4, 3]
-    noise = draws.SampleDraws(7, 3, 5)("noise").standard_normal(3, dtype=np.float32)
+    noise = SampleDraws(7, 3, 5)("noise").standard_normal(3, dtype=np.float32)
     np.testing.assert_allclose(noise, [0.7723329067230225, -0.1350177675485611, 0.1773151159286499], rtol=1e-6)
-    assert int(draws.SampleDraws(7, 3, 5)("timestep").integers(0, 1000)) == 54
+    assert int(SampleDraws(7, 3, 5)("timestep").integers(0, 1000)) == 54
     assert draws.network_seed(1, 2, 3) == 6498626229777268288
 
 
@@ -27,15 +28,15 @@ def test_each_purpose_epoch_index_and_seed_is_a_stream_of_its_own():
 
 
 def test_a_draw_does_not_depend_on_what_was_drawn_before():
-    draw = draws.SampleDraws(1, 2, 3)
+    draw = SampleDraws(1, 2, 3)
     draw("noise").standard_normal(1000)
-    assert draw("crop").random() == draws.SampleDraws(1, 2, 3)("crop").random()
+    assert draw("crop").random() == SampleDraws(1, 2, 3)("crop").random()
 
 
 def test_noise_is_standard_normal():
-    values = np.concatenate([draws.SampleDraws(0, 0, i)("noise").standard_normal(4096) for i in range(64)])
+    values = np.concatenate([SampleDraws(0, 0, i)("noise").standard_normal(4096) for i in range(64)])
     assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
-    neighbours = [draws.SampleDraws(0, 0, i)("noise").standard_normal(4096) for i in range(2)]
+    neighbours = [SampleDraws(0, 0, i)("noise").standard_normal(4096) for i in range(2)]
     assert abs(np.corrcoef(neighbours)[0, 1]) < 0.05
 
 

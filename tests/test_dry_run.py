@@ -8,7 +8,11 @@ import numpy as np
 from conftest import result_weights
 from diffusers import PriorTransformer, UNet2DConditionModel
 
-from training_utils import checkpoints, data, dry_run, interruption, reporting
+from training_utils.data.plan import BatchPlan
+from training_utils.run import dry_run
+from training_utils.run.progress import Progress
+from training_utils.run.signals import Interruption
+from training_utils.run.state import RunState
 
 SETTINGS = {
     "run": "--use_ema --report_to tensorboard --validation_prompts one --gradient_accumulation_steps 2",
@@ -101,13 +105,13 @@ def test_a_dry_run_goes_on_from_a_checkpoint(run, tmp_path, capsys):
 def test_the_updates_are_those_of_the_run(run, tmp_path, monkeypatch):
     """Also of one whose frozen networks are cached: it would find on the disk what a dry run computes."""
     seen = []
-    real = reporting.Progress.update
+    real = Progress.update
 
     def update(self, state, loss, grad_norm, learning_rate):
         seen.append((replace(state), float(loss), float(grad_norm), learning_rate))
         real(self, state, loss, grad_norm, learning_rate)
 
-    monkeypatch.setattr(reporting.Progress, "update", update)
+    monkeypatch.setattr(Progress, "update", update)
     words = ["--lr_scheduler", "linear", "--lr_warmup_steps", "2", "--center_crop"]
     run(tmp_path / "out", *words)
     whole, seen[:] = seen[: dry_run.STEPS], []
@@ -121,7 +125,7 @@ def test_a_loss_that_is_no_number_and_a_signal_write_nothing(run, tmp_path, monk
     out = tmp_path / "out"
     sentence, code = run.fails(out, "--dry_run", "--learning_rate", "1e30", "--max_grad_norm", "0")
     assert "is not finite" in sentence and code == 1 and not out.exists()
-    monkeypatch.setattr(interruption.Interruption, "signal", lambda self: signal.SIGTERM)
+    monkeypatch.setattr(Interruption, "signal", lambda self: signal.SIGTERM)
     assert run(out, "--dry_run") == 128 + signal.SIGTERM and not out.exists()
 
 
@@ -134,9 +138,9 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
 
     rows = ImageDataset(range(12))
     rows.sizes = sizes
-    updates = data.BatchPlan(12, 0, 4, 1, 1, sizes)
-    state = checkpoints.RunState(0, step=100)
-    progress = reporting.Progress(state, 10_000, 1, 4, None, None, None)
+    updates = BatchPlan(12, 0, 4, 1, 1, sizes)
+    state = RunState(0, step=100)
+    progress = Progress(state, 10_000, 1, 4, None, None, None)
     progress.seconds.extend([60, 1.5, 2.5])
     dry_run.report(
         rows, None, updates, 10_000, progress, {"unet": {"conv_in": (1, 2), "blocks": (3_000_000, 4)}}, "a GPU",

@@ -18,7 +18,8 @@ from processes import launcher, wait_for
 from safetensors.torch import load_file
 from tiny import build_sd
 
-from training_utils import checkpoints
+from training_utils.cli.flags import HANDED_ON, hide_secrets, public
+from training_utils.run import checkpoints, resume
 
 # --- a loss that is not finite ---------------------------------------------------------------------------------------
 
@@ -47,7 +48,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tm
         sentence, code = run.fails(tmp_path / "out", *flags)
     assert code == 1 and "step 4 is not finite" in sentence
     assert len(re.findall(r"\d\.png", sentence)) == 4 and "checkpoint-3" in sentence
-    assert [folder.name for folder in checkpoints.listed(tmp_path / "out")] == ["checkpoint-3"]
+    assert [folder.name for folder in checkpoints.list_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
     run(tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")
     assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
 
@@ -94,7 +95,7 @@ def test_a_loss_of_one_process_that_is_not_finite_stops_both(run, tmp_path):
     process = run.fork(out, "--train_batch_size", "2", processes=2, through=[wrapper])
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and said.count("step 4 is not finite") == 1, said
-    assert [folder.name for folder in checkpoints.listed(out)] == ["checkpoint-3"]
+    assert [folder.name for folder in checkpoints.list_checkpoints(out)] == ["checkpoint-3"]
     run(out, "--resume_from_checkpoint", "latest")
     run(tmp_path / "whole")
     assert relative_difference(out, tmp_path / "whole") < 1e-5
@@ -106,8 +107,8 @@ def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(run, tmp_path, m
     flags = ["--checkpointing_steps", "2", "--checkpoints_total_limit", "1", "--logging_steps", "100"]
     sentence, code = run.fails(tmp_path, *flags)
     assert code == 1 and "checkpoint-3" in sentence
-    (kept,) = checkpoints.listed(tmp_path)
-    assert kept.name == "checkpoint-3" and checkpoints.damage(kept) is None
+    (kept,) = checkpoints.list_checkpoints(tmp_path)
+    assert kept.name == "checkpoint-3" and checkpoints.damage_of(kept) is None
     weights = load_file(kept / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
 
@@ -169,7 +170,7 @@ def fill(disk):
 
 def around_saves(monkeypatch, before=lambda step: None, after=lambda step: None):
     """Do something before and after each checkpoint of a run, given its step."""
-    real = checkpoints.save
+    real = checkpoints.save_checkpoint
 
     def save(root, state, *rest):
         before(state.step)
@@ -177,7 +178,7 @@ def around_saves(monkeypatch, before=lambda step: None, after=lambda step: None)
         after(state.step)
         return folder
 
-    monkeypatch.setattr(checkpoints, "save", save)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save)
 
 
 def test_a_full_disk_costs_one_checkpoint(each, tmp_path, small_disk, monkeypatch, capsys):
@@ -190,7 +191,9 @@ def test_a_full_disk_costs_one_checkpoint(each, tmp_path, small_disk, monkeypatc
             fill(small_disk)
 
     def after(step):
-        standing.append([folder.name for folder in checkpoints.listed(out) if checkpoints.damage(folder) is None])
+        standing.append(
+            [folder.name for folder in checkpoints.list_checkpoints(out) if checkpoints.damage_of(folder) is None]
+        )
         (small_disk / "filler").unlink(missing_ok=True)
 
     around_saves(monkeypatch, before, after)
@@ -249,14 +252,17 @@ def test_a_disk_that_becomes_read_only(run, small_disk, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "checkpoint-4 could not be written" in said and "step-000005.png could not be written" in said
     assert code == 1 and "its weights, alone, are in" in sentence
-    assert checkpoints.find(small_disk / "out", "latest").name == "checkpoint-2"
+    assert resume.find_checkpoint(small_disk / "out", "latest").name == "checkpoint-2"
 
 
 def test_a_folder_that_is_removed_meanwhile(each, tmp_path, monkeypatch):
     run = each
     around_saves(monkeypatch, before=lambda step: step == 4 and shutil.rmtree(tmp_path / "out"))
     run(tmp_path / "out", "--checkpointing_steps", "2")
-    assert [folder.name for folder in checkpoints.listed(tmp_path / "out")] == ["checkpoint-6", "checkpoint-4"]
+    assert [folder.name for folder in checkpoints.list_checkpoints(tmp_path / "out")] == [
+        "checkpoint-6",
+        "checkpoint-4",
+    ]
     run(tmp_path / "whole")
     assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
 
@@ -404,8 +410,8 @@ def test_a_second_signal_ends_a_run_at_once_and_damages_nothing(run, tmp_path, n
     process.communicate(timeout=50)
     assert process.returncode != 0 and time.monotonic() - began < 55
     assert not running(out)
-    assert [folder.name for folder in checkpoints.listed(out)] == ["checkpoint-20"]
-    assert checkpoints.damage(out / "checkpoint-20") is None
+    assert [folder.name for folder in checkpoints.list_checkpoints(out)] == ["checkpoint-20"]
+    assert checkpoints.damage_of(out / "checkpoint-20") is None
     run(out, "--max_train_steps", "22", "--resume_from_checkpoint", "latest", "--train_batch_size", 4 * processes)
     run(tmp_path / "whole", "--max_train_steps", "22", "--train_batch_size", 4 * processes)
     if processes == 1:
@@ -442,7 +448,7 @@ def test_a_process_that_dies_takes_the_others_with_it_in_order(run, tmp_path):
     assert process.returncode != 0 and time.monotonic() - began < 60
     assert not running(out)
     assert "process 0 lost another process of this run" in said or "stopped after step" in said, said
-    assert checkpoints.find(out, "latest") is not None
+    assert resume.find_checkpoint(out, "latest") is not None
 
 
 ELSEWHERE = """
@@ -465,20 +471,19 @@ def test_what_one_process_alone_meets_is_said(run, tmp_path):
 def test_a_token_that_was_handed_on_is_the_flag(monkeypatch):
     """For the upload and nothing else: under the client's own name it would be used for downloads too."""
     import train_text_to_image
-    from training_utils import flags
 
     asked = {}
     monkeypatch.setattr(os, "execv", lambda program, words: asked.update(words=words))
     monkeypatch.setattr(sys, "orig_argv", ["python", "script.py", "--hub_token", "hf_secret", "--seed", "1"])
-    monkeypatch.setenv(flags.HANDED_ON, "")
+    monkeypatch.setenv(HANDED_ON, "")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     words = ["--pretrained_model_name_or_path", "x", "--train_data_dir", str(ROOT)]
-    flags.hide_secrets(train_text_to_image.parse_args([*words, "--hub_token", "hf_secret"]))
+    hide_secrets(train_text_to_image.parse_args([*words, "--hub_token", "hf_secret"]))
     assert asked["words"] == [sys.executable, "script.py", "--seed", "1"] and "HF_TOKEN" not in os.environ
     args = train_text_to_image.parse_args(words)
-    assert args.hub_token == "hf_secret" and "hf_secret" not in str(flags.public(args))
+    assert args.hub_token == "hf_secret" and "hf_secret" not in str(public(args))
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("once is enough"))
-    flags.hide_secrets(args)
+    hide_secrets(args)
 
 
 def test_the_token_is_not_in_the_list_of_processes(run, tmp_path):
@@ -539,19 +544,19 @@ def test_killed_six_times_and_equal_to_the_bit(each, tmp_path):
         if moment:
             through = [tmp_path / f"{number}.py"]
             through[0].write_text(KILLED_AT.format(root=str(ROOT), moment=moment))
-        stood = {folder.name for folder in checkpoints.listed(out)}
+        stood = {folder.name for folder in checkpoints.list_checkpoints(out)}
         process = run.fork(out, *flags, "--resume_from_checkpoint", "latest", through=through)
         if not moment:
             if name == "in its steps":
-                while stood == {folder.name for folder in checkpoints.listed(out)}:
+                while stood == {folder.name for folder in checkpoints.list_checkpoints(out)}:
                     assert process.poll() is None, process.stdout.read()
                     time.sleep(0.01)
             time.sleep(after.uniform(0, 2))
             process.kill()
         said, _ = process.communicate(timeout=100)
         assert process.returncode == -signal.SIGKILL, f"{name}: {said}"
-        whole = [folder for folder in checkpoints.listed(out) if checkpoints.damage(folder) is None]
-        assert whole == checkpoints.listed(out), f"{name}: a half checkpoint stands"
+        whole = [folder for folder in checkpoints.list_checkpoints(out) if checkpoints.damage_of(folder) is None]
+        assert whole == checkpoints.list_checkpoints(out), f"{name}: a half checkpoint stands"
         assert number == 0 or len(whole) >= 1, f"{name}: fewer than the limit less one"
     process = run.fork(out, *flags, "--resume_from_checkpoint", "latest")
     said, _ = process.communicate(timeout=200)

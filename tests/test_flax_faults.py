@@ -16,7 +16,9 @@ from test_faults import (  # noqa: F401
 from test_fuzz import test_command_lines  # noqa: F401
 from test_security import test_nothing_that_is_written_holds_the_token  # noqa: F401
 
-from training_utils import checkpoints, jax_engine
+from training_utils.jax_backend import loader
+from training_utils.jax_backend.trackers import TensorBoard
+from training_utils.run import checkpoints
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,13 +35,13 @@ def each(sd, images):
 
 def poison(monkeypatch, *updates):
     """Let the noise of these steps, counted from 1, be no number."""
-    real = jax_engine.training_batches
+    real = loader.training_batches
 
     def poisoned(*args):
         for number, batch in enumerate(real(*args), start=1):
             yield batch | {"noise": batch["noise"] * np.nan} if number in updates else batch
 
-    monkeypatch.setattr(jax_engine, "training_batches", poisoned)
+    monkeypatch.setattr(loader, "training_batches", poisoned)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tmp_path, monkeypatch):
@@ -50,7 +52,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tm
         poison(patch, 4)
         sentence, code = each.fails(tmp_path / "out", *flags)
     assert code == 1 and "step 4 is not finite" in sentence and sentence.count(".png") == 4
-    assert [folder.name for folder in checkpoints.listed(tmp_path / "out")] == ["checkpoint-3"]
+    assert [folder.name for folder in checkpoints.list_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
     for part in ("unet", "unet_ema"):
         name = f"checkpoint-3/{part}/diffusion_pytorch_model.safetensors"
         kept, expected = load_file(tmp_path / "out" / name), load_file(tmp_path / "whole" / name)
@@ -88,9 +90,9 @@ def test_a_tracker_that_fails_is_left_behind(each, tmp_path, monkeypatch, capsys
     def refuse(*_, **__):
         raise OSError("503 Service Unavailable")
 
-    monkeypatch.setattr(jax_engine.TensorBoard, "log", refuse)
+    monkeypatch.setattr(TensorBoard, "log", refuse)
     each(tmp_path / "log", "--report_to", "tensorboard")
     assert capsys.readouterr().err.count("tensorboard failed (503 Service Unavailable)") == 1
-    monkeypatch.setattr(jax_engine.TensorBoard, "__init__", refuse)
+    monkeypatch.setattr(TensorBoard, "__init__", refuse)
     sentence, code = each.fails(tmp_path / "never", "--report_to", "tensorboard")
     assert "tensorboard: 503" in sentence and "--report_to none" in sentence and code == 2

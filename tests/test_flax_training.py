@@ -29,8 +29,16 @@ from tiny import UNET
 
 import train_text_to_image_flax as script
 from flax_diffusion import FlaxStableDiffusionPipeline
-from training_utils import charts, checkpoints, draws, jax_engine, report, reporting
-from training_utils.metrics import Log
+from tools import charts
+from tools.report import page, read
+from training_utils.base import draws
+from training_utils.base.errors import UserError
+from training_utils.jax_backend import devices, frozen, models, optimizers, validation
+from training_utils.jax_backend.frozen import Encoder
+from training_utils.jax_backend.state import load_state
+from training_utils.run import checkpoints, exit
+from training_utils.run.metrics import Log
+from training_utils.run.progress import Progress
 
 TRACKED = ["--report_to", "tensorboard"]
 EVERY_DRAW = [
@@ -91,16 +99,16 @@ def test_metrics_and_the_page_of_a_run(every_draw):
     log = Log(every_draw)
     for name in ("train_loss", "lr", "grad_norm", "samples_per_second", "memory_resident_gib", "val_loss"):
         assert log.curves[name] == pytest.approx(logged(every_draw, name), rel=1e-6), name
-    page = report.page([report.read(every_draw)])
-    assert "finished: 6 of 6 steps" in page and "train_text_to_image_flax.py --config" in page
-    assert page.count("<svg") == 6 and charts.number(log.lowest("val_loss")[1]) in page
+    html = page([read(every_draw)])
+    assert "finished: 6 of 6 steps" in html and "train_text_to_image_flax.py --config" in html
+    assert html.count("<svg") == 6 and charts.number(log.lowest("val_loss")[1]) in html
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
 def test_learning_rate_curves(shape):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
     theirs = get_scheduler(shape, optimizer, num_warmup_steps=3, num_training_steps=10, num_cycles=2, power=2)
-    ours = jax_engine.learning_rate_curve(shape, 1e-3, 3, 10, 2, 2)
+    ours = optimizers.learning_rate_curve(shape, 1e-3, 3, 10, 2, 2)
     for step in range(11):
         assert ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-15), step
         optimizer.step()
@@ -114,11 +122,11 @@ def test_clipping_and_its_absence():
         for tensor, array in zip(tensors, gradients.values()):
             tensor.grad = torch.from_numpy(array.copy())
         norm = torch.nn.utils.clip_grad_norm_(tensors, most)
-        ours, our_norm = jax_engine.clip(gradients, most)
+        ours, our_norm = optimizers.clip_gradient(gradients, most)
         assert float(our_norm) == pytest.approx(float(norm))
         for mine, tensor in zip(ours.values(), tensors):
             np.testing.assert_allclose(mine, tensor.grad.numpy(), rtol=1e-6)
-    ours, norm = jax_engine.clip(gradients, 0)
+    ours, norm = optimizers.clip_gradient(gradients, 0)
     assert float(norm) == 5 and all(np.array_equal(ours[name], gradients[name]) for name in gradients)
 
 
@@ -213,8 +221,8 @@ def test_fp16_without_an_accelerator(run_flax, tmp_path):
 @pytest.fixture
 def fp16_on_a_cpu(monkeypatch):
     """The loss scale of fp16 over a computation in float32, which is what a CPU has."""
-    monkeypatch.setattr(jax_engine, "check_precision", lambda name: None)
-    monkeypatch.setitem(jax_engine.TYPES, "fp16", jnp.float32)
+    monkeypatch.setattr(devices, "check_precision", lambda name: None)
+    monkeypatch.setitem(models.TYPES, "fp16", jnp.float32)
 
 
 def far_from(params, noise):
@@ -226,7 +234,7 @@ def test_fp16_overflows_skip_the_update(run_flax, plain, tmp_path, monkeypatch, 
     """Neither step nor schedule moves, only the data; the scale is halved until the gradients are finite. Cut and
     continued in between it comes to the same weights; fifty overflows in a row end the run."""
     scale = {"scale": np.float32(2.0**127), "good": np.int32(0)}
-    monkeypatch.setattr(jax_engine, "new_loss_scale", lambda: scale)
+    monkeypatch.setattr(optimizers, "new_loss_scale", lambda: scale)
     monkeypatch.setattr(script, "sample_losses", lambda params, batch, *_: far_from(params, batch["noise"]))
     flags = ["--mixed_precision", "fp16", *TRACKED, "--lr_scheduler", "linear", "--lr_warmup_steps", "0"]
     run_flax(tmp_path / "some", *flags, "--checkpointing_steps", "1")
@@ -241,14 +249,14 @@ def test_fp16_overflows_skip_the_update(run_flax, plain, tmp_path, monkeypatch, 
     assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "some")
 
     scale["scale"] = np.float32(np.inf)
-    with pytest.raises(reporting.UserError, match="overflowed 50 times in a row"):
+    with pytest.raises(UserError, match="overflowed 50 times in a row"):
         run_flax(tmp_path / "all", *flags)
 
 
 def test_loss_scale():
-    state = {"scale": np.float32(8), "good": np.int32(jax_engine.GROW_AFTER - 1)}
-    assert jax_engine.move_loss_scale(state, np.True_) == {"scale": 16, "good": 0}
-    assert jax_engine.move_loss_scale(state, np.False_) == {"scale": 4, "good": 0}
+    state = {"scale": np.float32(8), "good": np.int32(optimizers.GROW_AFTER - 1)}
+    assert optimizers.move_loss_scale(state, np.True_) == {"scale": 16, "good": 0}
+    assert optimizers.move_loss_scale(state, np.False_) == {"scale": 4, "good": 0}
 
 
 def test_number_of_threads_changes_nothing(run_flax, plain, tmp_path):
@@ -283,8 +291,8 @@ def test_a_base_model_in_one_file(run_flax, sd, tmp_path, monkeypatch):
     for name, more in (("folder", []), ("file", flags)):
         run_flax(tmp_path / name, *more, "--max_train_steps", "2")
     assert result_bytes(tmp_path / "file") == result_bytes(tmp_path / "folder")
-    monkeypatch.setattr(jax_engine, "find_spec", lambda name: None)
-    with pytest.raises(reporting.UserError, match=r"pip install -r requirements\.txt"):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -r requirements\.txt"):
         run_flax(tmp_path / "again", *flags)
 
 
@@ -313,15 +321,15 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(
         if state.step == 3:
             os.kill(os.getpid(), number)
 
-    real = reporting.Progress.update
-    monkeypatch.setattr(reporting.Progress, "update", update)
+    real = Progress.update
+    monkeypatch.setattr(Progress, "update", update)
     monkeypatch.setattr(sys, "argv", ["train_text_to_image_flax.py"])
     assert run_flax(tmp_path, "--hub_token", "hf_secret") == 128 + number
     said = capsys.readouterr().err
     assert "stopped after step 3" in said and "hf_secret" not in said
     command = said.strip().splitlines()[-1].strip()
     assert command.startswith("python train_text_to_image_flax.py --pretrained")
-    monkeypatch.setattr(reporting.Progress, "update", real)
+    monkeypatch.setattr(Progress, "update", real)
     run_flax(tmp_path, "--resume_from_checkpoint", "latest")
     assert result_bytes(tmp_path) == result_bytes(plain)
 
@@ -369,9 +377,9 @@ def test_an_average_can_be_turned_on_later_and_turned_off(run_flax, every_draw, 
         saved = result_weights(tmp_path)[name].numpy()  # the first step of an average takes the weights as they are
         assert np.array_equal(saved, weight), name
 
-    unet, params = jax_engine.load_part(every_draw, "unet")
-    fresh = jax_engine.new_state(params, jax_engine.make_optimizer((0.9, 0.999), 0.01, 1e-8))
-    assert set(jax_engine.load_state(every_draw / "checkpoint-5", fresh, unet)) == {"params", "optimizer"}
+    unet, params = models.load_part(every_draw, "unet")
+    fresh = optimizers.new_state(params, optimizers.make_optimizer((0.9, 0.999), 0.01, 1e-8))
+    assert set(load_state(every_draw / "checkpoint-5", fresh, unet)) == {"params", "optimizer"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,18 +422,18 @@ def test_a_cache_is_found_again_and_its_networks_never_run(run_flax, kept, tmp_p
     def refuse(*_):
         raise AssertionError("a frozen network ran")
 
-    monkeypatch.setattr(jax_engine.Encoder, "__call__", refuse)
+    monkeypatch.setattr(Encoder, "__call__", refuse)
     cut_and_continue(run_flax, cached, 3, tmp_path / "cut", *TRACKED, *EVERY_DRAW, *kept_in(caches))
     assert result_bytes(tmp_path / "cut") == result_bytes(plain)
 
-    words = jax_engine.load_part(sd, "text_encoder")[1]["embeddings.token_embedding"]["embedding"].shape
-    on_the_device, real = [], jax_engine.draw_images
+    words = models.load_part(sd, "text_encoder")[1]["embeddings.token_embedding"]["embedding"].shape
+    on_the_device, real = [], validation.draw_images
 
     def draw(*args, **options):
         on_the_device.append(any(array.shape == words for array in jax.live_arrays()))
         return real(*args, **options)
 
-    monkeypatch.setattr(jax_engine, "draw_images", draw)
+    monkeypatch.setattr(validation, "draw_images", draw)
     flags = [*PROMPTS, "--validation_steps", "6", "--train_batch_size", "2"]
     gc.collect()  # what other tests have left on the device
     run_flax(tmp_path / "drawn", *flags, *kept_in(caches))
@@ -435,12 +443,12 @@ def test_a_cache_is_found_again_and_its_networks_never_run(run_flax, kept, tmp_p
 def test_bits_of_a_sample_depend_on_no_other(sd, monkeypatch):
     """Nor on how many there are: a cache that is filled in batches of one size serves those of another. On other
     devices than a CPU, where a batch runs as such, it comes to the same but for rounding."""
-    module, params = jax_engine.load_part(sd, "text_encoder")
+    module, params = models.load_part(sd, "text_encoder")
     tokens = np.random.default_rng(0).integers(0, 99, (6, 16)).astype(np.int32)
 
     def encoded(*lead):
         count = lead[0] * lead[1]
-        run = jax.jit(partial(jax_engine.in_turn, encode=script.encode_captions, network=module))
+        run = jax.jit(partial(frozen.in_turn, encode=script.encode_captions, network=module))
         made = run(params, {"tokens": tokens[:count].reshape(*lead, 16)}, count)["text_states"]
         assert made.shape[:2] == lead
         return np.asarray(made).reshape(count, 16, -1)
@@ -454,10 +462,10 @@ def test_bits_of_a_sample_depend_on_no_other(sd, monkeypatch):
 
 def test_another_network_has_another_cache(sd):
     def digest(params, dtype=jnp.float32):
-        module, _ = jax_engine.load_part(sd, "text_encoder", dtype)
-        return jax_engine.Encoder(script.encode_captions, module, "tokens").digest(params)
+        module, _ = models.load_part(sd, "text_encoder", dtype)
+        return Encoder(script.encode_captions, module, "tokens").digest(params)
 
-    _, params = jax_engine.load_part(sd, "text_encoder")
+    _, params = models.load_part(sd, "text_encoder")
     changed = jax.tree.map(np.copy, params)
     changed["final_layer_norm"]["bias"][0] += 1
     assert digest(params) == digest(jax.tree.map(np.copy, params))
@@ -536,7 +544,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_in_order(run_flax, tmp_path
     said = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, said
     stopped_after = int(re.search(r"stopped after step (\d+)", said[0])[1])
-    assert checkpoints.damage(tmp_path / f"checkpoint-{stopped_after}") is None
+    assert checkpoints.damage_of(tmp_path / f"checkpoint-{stopped_after}") is None
 
 
 def test_two_processes_equal_one(run_flax, tmp_path):
@@ -758,7 +766,7 @@ def test_memory_that_runs_out_gets_a_sentence(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["train_text_to_image_flax.py"])
     with pytest.raises(SystemExit) as left:
-        reporting.run(main)
+        exit.run_main(main)
     said = capsys.readouterr().err.strip()
     assert left.value.code == 1 and len(said.splitlines()) == 1 and "--gradient_checkpointing" in said
 

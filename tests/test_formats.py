@@ -15,17 +15,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import WORDS, image, write_images
 
-from training_utils import data, draws, inspection
-from training_utils.data import BatchPlan, Position, Source
-from training_utils.reporting import UserError
+from training_utils.base.draws import SampleDraws
+from training_utils.base.errors import UserError
+from training_utils.data import checking, inspection, opening, selection
+from training_utils.data.captions import shuffle_tags
+from training_utils.data.dataset import Source
+from training_utils.data.plan import BatchPlan, Position
 
 FEW = ["--max_train_steps", "3", "--random_flip", "--caption_dropout", "0.3"]
 CAPTIONS = [f"a handwritten {word}" for word in WORDS]
 
 
 def rows_of(folder, **options):
-    rows = data.load_rows(folder=folder, **options)
-    data.check(rows)
+    rows = opening.load_dataset(folder=folder, **options)
+    checking.check_dataset(rows)
     return rows
 
 
@@ -149,10 +152,10 @@ def test_folders_are_not_repeated_unasked(tmp_path, capsys):
     folder = kohya(tmp_path, **{"2_dog": 2, "2024_photos": 1})
     for text in ("2_dog/0.txt", "2_dog/1.txt", "2024_photos/0.txt"):
         (folder / text).write_text("x")
-    rows = data.repeated(rows_of(folder))
+    rows = selection.repeated(rows_of(folder))
     assert len(rows) == 3
     assert "folders named like '2_dog' are not repeated; with --repeats_from_folders" in capsys.readouterr().err
-    assert len(data.repeated(rows_of(folder, repeats_from_folders=True))) == 5
+    assert len(selection.repeated(rows_of(folder, repeats_from_folders=True))) == 5
 
 
 def test_no_folder_is_named_so(tmp_path):
@@ -162,16 +165,16 @@ def test_no_folder_is_named_so(tmp_path):
 
 def test_no_copy_of_a_held_out_image_is_trained(tmp_path):
     rows = rows_of(kohya(tmp_path, **{"4_dog": 6}), repeats_from_folders=True)
-    train, held = data.split_validation(rows, 0.34, seed=3)
+    train, held = selection.split_validation(rows, 0.34, seed=3)
     names = [[part.name(index) for index in range(len(part))] for part in (train, held)]
     assert (len(names[0]), len(names[1])) == (16, 2) and not set(names[0]) & set(names[1])
 
 
 def test_tags_are_shuffled_behind_those_that_are_kept():
-    seen = {data.shuffle_tags("sks, a,b , c,,", draws.SampleDraws(0, epoch, 3), 1) for epoch in range(60)}
+    seen = {shuffle_tags("sks, a,b , c,,", SampleDraws(0, epoch, 3), 1) for epoch in range(60)}
     assert seen == {", ".join(["sks", *order]) for order in itertools.permutations("abc")}
-    assert data.shuffle_tags("a, b", draws.SampleDraws(0, 0, 0), 5) == "a, b"
-    assert data.shuffle_tags("", draws.SampleDraws(0, 0, 0)) == ""
+    assert shuffle_tags("a, b", SampleDraws(0, 0, 0), 5) == "a, b"
+    assert shuffle_tags("", SampleDraws(0, 0, 0)) == ""
 
 
 def test_shuffled_tags_are_trained(run, images, plain, tmp_path):
@@ -179,7 +182,7 @@ def test_shuffled_tags_are_trained(run, images, plain, tmp_path):
     run(tmp_path / "one", *FEW, "--shuffle_tags")
     assert result_bytes(tmp_path / "one") == plain
     tagged = [f"{word}, a, handwritten, digit" for word in WORDS]
-    shuffled = [data.shuffle_tags(text, draws.SampleDraws(7, 0, at), 1) for at, text in enumerate(tagged)]
+    shuffled = [shuffle_tags(text, SampleDraws(7, 0, at), 1) for at, text in enumerate(tagged)]
     flags = [*FEW, "--max_train_steps", "2"]  # one epoch
     for name, captions, more in (("a", tagged, ["--shuffle_tags", "--keep_tokens", "1"]), ("b", shuffled, [])):
         folder = copied(images, tmp_path / name)
@@ -438,7 +441,7 @@ def test_sources_one_after_the_other(run, images, plain, tmp_path):
     run(tmp_path / "out", *FEW, *flags)
     assert result_bytes(tmp_path / "out") == plain
     assert run(tmp_path / "report", *flags, "--check_data") == 0
-    rows = data.load_rows(config=path, cache_dir=str(tmp_path / "cache"))
+    rows = opening.load_dataset(config=path, cache_dir=str(tmp_path / "cache"))
     assert rows.name(8) == f"row 1 of {tmp_path / 'table'}" and rows.name(0) == str(tmp_path / "folder" / "0.png")
 
 
@@ -509,7 +512,7 @@ def test_weights_are_the_shares_of_every_epoch(sources, split, shaped):
     """No image is shown twice oftener than another of its source, and in time each is shown."""
     counts, weights = np.array(sources).T
     origins = np.repeat(np.arange(len(sources)), counts.astype(int))
-    rows = data.repeated(Sized([Source("", 1, weight) for weight in weights], origins))
+    rows = selection.repeated(Sized([Source("", 1, weight) for weight in weights], origins))
     shapes = np.arange(len(rows)) % 3 if shaped else None
     updates = BatchPlan(len(rows), 5, *split, shapes, rows.partly)
     wanted = len(origins) * weights / weights.sum()
@@ -535,7 +538,7 @@ def test_weights_are_the_shares_of_every_epoch(sources, split, shaped):
 
 
 def test_what_is_left_out_is_another_part_in_every_epoch():
-    rows = data.repeated(Sized([Source("", 1, 1.0), Source("", 1, 1.0)], [0] * 30 + [1] * 10))
+    rows = selection.repeated(Sized([Source("", 1, 1.0), Source("", 1, 1.0)], [0] * 30 + [1] * 10))
     assert len(rows) == 50 and [(len(indices), count) for indices, count in rows.partly] == [(30, 20)]
     updates = BatchPlan(len(rows), 1, 40, partly=rows.partly)
     first, second = (set(np.concatenate(updates.shares(Position(epoch)))) for epoch in (0, 1))

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_command_line import table
 
-from training_utils import checkpoints
-from training_utils.reporting import UserError
+from training_utils.base.errors import UserError
+from training_utils.run import checkpoints
 
 # --- command lines ---------------------------------------------------------------------------------------------------
 
@@ -142,11 +142,11 @@ def test_damage_never_loads_silently(whole, data):
     manifest = checkpoints.read_manifest(folder)
     try:
         path.unlink() if after is None else path.write_bytes(after)
-        problem = checkpoints.damage(folder)
+        problem = checkpoints.damage_of(folder)
         if path.name != checkpoints.MANIFEST:
             assert problem is not None or after == contents[path]
         elif problem is None and after is not None:
             assert checkpoints.read_manifest(folder) == manifest
     finally:
         path.write_bytes(contents[path])
-    assert checkpoints.damage(folder) is None
+    assert checkpoints.damage_of(folder) is None

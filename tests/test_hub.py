@@ -17,8 +17,8 @@ from diffusers import StableDiffusionPipeline
 from hub_server import DRAW, Hub, card_problems, front_matter
 from test_result import drawn
 
-from training_utils import checkpoints
-from training_utils.hub import Uploads
+from training_utils.run import checkpoints
+from training_utils.run.hub.upload import Uploads
 
 LOOK = ["--validation_num_inference_steps", "2", "--validation_steps", "6"]
 PROMPTS = ["--validation_prompts", "a handwritten one", "--- : a [two] 'three'", *LOOK]
@@ -286,7 +286,7 @@ def test_checkpoints_are_pushed_and_resumed_from(run, hub, machine, tmp_path):
     assert not [path for path in hub.repositories["models", "me/kept"].files() if "checkpoint" in path]
     assert not (tmp_path / "out" / ".uploads").exists()
     machine.runs("-c", FETCH, "me/kept", "checkpoint-4", tmp_path / "there")
-    assert checkpoints.damage(tmp_path / "there" / "checkpoint-4") is None
+    assert checkpoints.damage_of(tmp_path / "there" / "checkpoint-4") is None
     resumed = ["--use_ema", "--resume_from_checkpoint", "latest", "--cache_dir", tmp_path / "cache"]
     said = machine.runs(*argv(run, tmp_path / "there", *resumed))
     assert "checkpoint-4, after step 4" in said and "warning" not in said

@@ -27,9 +27,12 @@ from tiny import image, write_images
 import train_text_to_image_decoder
 import train_text_to_image_lora_prior
 import train_text_to_image_prior
-from training_utils import buckets, data, draws, engine, lora
-from training_utils.flags import bucket_limits
-from training_utils.reporting import UserError
+from training_utils.base.draws import SampleDraws
+from training_utils.base.errors import UserError
+from training_utils.cli.flags import bucket_limits
+from training_utils.data import buckets, checking, image_ops, opening
+from training_utils.run.hub.card import write_card
+from training_utils.torch_backend import lora, models, optimizers
 
 LARGE = ["--learning_rate", "5e-2"]  # so that what was learned shows in an image
 LOOK = ["--validation_num_inference_steps", "2"]
@@ -185,14 +188,14 @@ def test_learned_variance_gets_no_gradient_of_its_own(kandinsky, stages):
 def prepared(script, run, images, *flags, index=3):
     """A sample as the script prepares it, and its image."""
     args = script.parse_args(run.argv("out", *flags))
-    rows = data.load_rows(folder=images, caption_column=getattr(args, "caption_column", None))
+    rows = opening.load_dataset(folder=images, caption_column=getattr(args, "caption_column", None))
     prior = KandinskyV22PriorPipeline.from_pretrained(run.base[0])
     if "decoder" in script.__name__:
         rows.sizes = buckets.training_sizes(rows, args.resolution, bucket_limits(args))
         prepare = script.SampleTransform(args, prior.image_processor, (4, 2), 1000)
     else:
         prepare = script.SampleTransform(args, prior.tokenizer, prior.image_processor, 16, 1000)
-    return prepare(rows, index, draws.SampleDraws(7, 0, index)), rows.image(index), prior
+    return prepare(rows, index, SampleDraws(7, 0, index)), rows.image(index), prior
 
 
 def test_a_dropped_caption_is_what_the_prior_pipeline_calls_unconditional(run_prior, images):
@@ -214,14 +217,14 @@ def test_the_decoder_sees_the_middle_square_and_clip_the_same(run_decoder, image
     sample, image, prior = prepared(train_text_to_image_decoder, run_decoder, images, "--resolution", "8")
     middle = image.crop((2, 0, 18, 16))  # of 20 x 16
     expected = middle.resize((8, 8), Image.Resampling.BICUBIC, reducing_gap=1)
-    np.testing.assert_array_equal(sample["pixels"], data.to_array(expected))
+    np.testing.assert_array_equal(sample["pixels"], image_ops.to_array(expected))
     np.testing.assert_array_equal(
         sample["clip_pixels"], prior.image_processor(image, return_tensors="np").pixel_values[0]
     )
     flags = ["--resolution", "8", "--reducing_gap", "3", "--image_interpolation_mode", "lanczos"]
     sample, image, _ = prepared(train_text_to_image_decoder, run_decoder, images, *flags)
     expected = image.crop((2, 0, 18, 16)).resize((8, 8), Image.Resampling.LANCZOS, reducing_gap=3)
-    np.testing.assert_array_equal(sample["pixels"], data.to_array(expected))
+    np.testing.assert_array_equal(sample["pixels"], image_ops.to_array(expected))
 
 
 def test_flip_and_crop_reach_both_views_of_the_decoder(run_decoder, images):
@@ -260,12 +263,12 @@ def test_which_images_of_a_folder_the_decoder_sees(tmp_path, capsys):
     (tmp_path / ".checkpoints").mkdir()
     shutil.copy(tmp_path / "0.png", tmp_path / ".checkpoints" / "0-copy.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "2.png"}\n{"file_name": "0.png"}\n')
-    rows = data.load_rows(folder=tmp_path, caption_column=None)
-    data.check(rows)
+    rows = opening.load_dataset(folder=tmp_path, caption_column=None)
+    checking.check_dataset(rows)
     assert [Path(rows.name(index)).name for index in range(len(rows))] == ["2.png", "0.png"]
     assert "1 of 3 images" in capsys.readouterr().err
     (tmp_path / "metadata.jsonl").unlink()
-    rows = data.load_rows(folder=tmp_path, caption_column=None)
+    rows = opening.load_dataset(folder=tmp_path, caption_column=None)
     assert [Path(rows.name(index)).name for index in range(len(rows))] == ["0.png", "1.png", "2.png"]
 
 
@@ -280,7 +283,7 @@ def test_a_table_of_images_alone_is_told_from_another(tmp_path):
         features = datasets.Features({"image": datasets.Image()})
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name / "train.parquet")
         source = dict(dataset_name=str(tmp_path / name), cache_dir=tmp_path / "cache", caption_column=None)
-        prints.append(data.load_rows(**source).fingerprint())
+        prints.append(opening.load_dataset(**source).fingerprint())
     assert prints[0] == prints[2] != prints[1]
 
 
@@ -312,7 +315,7 @@ def test_a_half_precision_base_stays_as_it_was_stored(run_prior, kandinsky, tmp_
     prior.image_encoder.half()
     prior.save_pretrained(tmp_path / "base")
     run_prior(tmp_path / "out", "--pretrained_prior_model_name_or_path", tmp_path / "base")
-    types = {part: engine.stored_type(tmp_path / "out" / part) for part in ("prior", "text_encoder", "image_encoder")}
+    types = {part: models.stored_dtype(tmp_path / "out" / part) for part in ("prior", "text_encoder", "image_encoder")}
     assert types == {"prior": torch.float32, "text_encoder": torch.float16, "image_encoder": torch.float16}
 
 
@@ -415,13 +418,13 @@ def test_adapters_learn(adapters, tmp_path):
 
 def test_adapters_train_in_float32(adapters, tmp_path, monkeypatch):
     seen = {}
-    real = engine.make_optimizer
+    real = optimizers.make_optimizer
 
     def spy(parameters, **options):
         seen["types"] = {parameter.dtype for parameter in parameters}
         return real(parameters, **options)
 
-    monkeypatch.setattr(engine, "make_optimizer", spy)
+    monkeypatch.setattr(optimizers, "make_optimizer", spy)
     adapters(tmp_path, "--mixed_precision", "bf16", "--max_train_steps", "1")
     assert seen["types"] == {torch.float32}
 
@@ -489,7 +492,7 @@ def test_gradient_checkpointing_keeps_less(stages):
 
     prior = copy.deepcopy(stages[0].prior)
     whole = kept(prior)
-    engine.checkpoint_blocks(prior.transformer_blocks)
+    models.checkpoint_blocks(prior.transformer_blocks)
     assert kept(prior) < whole / 2
 
 
@@ -580,12 +583,10 @@ def test_the_card_of_a_decoder_names_its_prior(tmp_path):
     """diffusers assembles both stages from a decoder's id by that entry; a folder of this machine would be no use."""
     from huggingface_hub import ModelCard
 
-    from training_utils import hub
-
     facts = dict(repository=None, base_model="a/decoder", data=None, tags=[], facts={}, usage="")
-    hub.write_card(tmp_path, **facts, prior="kandinsky-community/kandinsky-2-2-prior")
+    write_card(tmp_path, **facts, prior="kandinsky-community/kandinsky-2-2-prior")
     assert ModelCard.load(tmp_path / "README.md").data.prior == ["kandinsky-community/kandinsky-2-2-prior"]
-    hub.write_card(tmp_path, **facts, prior=str(tmp_path))
+    write_card(tmp_path, **facts, prior=str(tmp_path))
     assert "prior" not in (tmp_path / "README.md").read_text()
 
 

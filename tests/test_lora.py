@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from training_utils import lora
+from training_utils.torch_backend import lora, optimizers
 
 LARGE = ["--learning_rate", "5e-2", "--adam_weight_decay", "0"]  # so that the adapters show in an image
 WITH_TEXT = ["--train_text_encoder"]
@@ -180,16 +180,15 @@ def test_our_forward_is_that_of_peft(run_lora, alpha, dropout, precision):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_adapters_learn_in_float32_and_the_base_stays(either, tmp_path, monkeypatch, precision):
     """In bf16 a step of 1e-5 to a weight of 0.25 would be rounded away."""
-    from training_utils import engine
 
     seen = {}
-    real = engine.make_optimizer
+    real = optimizers.make_optimizer
 
     def spy(parameters, **options):
         seen["types"] = {parameter.dtype for parameter in parameters}
         return real(parameters, **options)
 
-    monkeypatch.setattr(engine, "make_optimizer", spy)
+    monkeypatch.setattr(optimizers, "make_optimizer", spy)
     flags = ["--mixed_precision", precision, *WITH_TEXT, "--learning_rate", "1e-6", "--adam_weight_decay", "0"]
     either(tmp_path, *flags, "--checkpointing_steps", "1", "--max_train_steps", "2")
     assert seen["types"] == {torch.float32}

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 import train_text_to_image
-from training_utils import losses
+from training_utils.base import losses
 
 GAMMA = 5.0
 

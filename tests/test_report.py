@@ -13,8 +13,13 @@ import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT, logged
 
-from training_utils import charts, engine, metrics, report, reporting
-from training_utils.metrics import Log
+from tools import charts, report
+from tools.charts import Line
+from training_utils.base import formats
+from training_utils.base.errors import UserError
+from training_utils.run import metrics, summary
+from training_utils.run.metrics import Log, Metrics
+from training_utils.torch_backend import loader, processes
 
 HOSTILE = 'a <script>alert("one")</script> & </style><img src=http://example.com/x.png>'
 LOOKS = [
@@ -56,7 +61,7 @@ class Page(HTMLParser):
 def written(*words):
     """The Page that the command writes, in a process of its own as a user starts it."""
     done = subprocess.run(
-        [sys.executable, "-m", "training_utils.report", *map(str, words)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "tools.report", *map(str, words)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     with open(done.stdout.strip(), encoding="utf-8") as file:
@@ -65,9 +70,9 @@ def written(*words):
 
 def refusal(capsys, *words):
     """The sentence and the exit code of a command that fails."""
-    with pytest.raises((SystemExit, reporting.UserError)) as caught:
+    with pytest.raises((SystemExit, UserError)) as caught:
         report.main([*map(str, words)])
-    if isinstance(caught.value, reporting.UserError):
+    if isinstance(caught.value, UserError):
         return str(caught.value), caught.value.exit_code
     return capsys.readouterr().err, caught.value.code
 
@@ -138,7 +143,7 @@ def test_a_resumed_run_continues_the_curves(run, tmp_path):
 def test_what_could_not_be_written_is_written_later(tmp_path, capsys):
     folder = tmp_path / "out"
     folder.mkdir()
-    log = metrics.Metrics(folder, 0, {"script": "a"})
+    log = Metrics(folder, 0, {"script": "a"})
     (folder / metrics.NAME).rename(tmp_path / "kept")
     folder.rmdir()
     for step in (1, 2):
@@ -153,9 +158,9 @@ def test_what_could_not_be_written_is_written_later(tmp_path, capsys):
 
 def test_memory_of_a_gpu(monkeypatch):
     stats = {"allocated_bytes.all.peak": 3 * 2**30, "reserved_bytes.all.current": 2**32}
-    monkeypatch.setattr(engine.torch.cuda, "memory_stats", lambda device: stats)
-    accelerator = types.SimpleNamespace(device=engine.torch.device("cuda"))
-    assert engine.memory(accelerator) == {"memory_peak_gib": 3.0, "memory_reserved_gib": 4.0}
+    monkeypatch.setattr(loader.torch.cuda, "memory_stats", lambda device: stats)
+    accelerator = types.SimpleNamespace(device=loader.torch.device("cuda"))
+    assert processes.memory_metrics(accelerator) == {"memory_peak_gib": 3.0, "memory_reserved_gib": 4.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,23 +183,23 @@ def test_the_summaries(finished, sd):
     assert f"validation loss    {val_samples[best]:.4f} after step {best}" in end
     for name in ("model_index.json", "checkpoint-12 … 24", "metrics.jsonl", "run.yaml", "README.md", "validation"):
         assert name in end
-    assert f"python -m training_utils.report '{out}'" in end and "StableDiffusionPipeline.from_pretrained" in end
+    assert f"python -m tools.report '{out}'" in end and "StableDiffusionPipeline.from_pretrained" in end
 
 
 def test_an_earlier_look_was_the_best(tmp_path, capsys):
-    log = metrics.Metrics(tmp_path, 0, {})
+    log = Metrics(tmp_path, 0, {})
     for step, loss in ((10, 0.3), (20, 0.25), (30, 0.28)):
         log.log({"val_loss": loss}, step)
     progress = types.SimpleNamespace(step=30, first=10, began=0, last_loss=0.1234, speed=lambda: 12.345)
-    reporting.conclude(tmp_path, progress, "use()")
+    summary.conclude(tmp_path, progress, "use()")
     said = capsys.readouterr().err
     assert "0.2500 after step 20 is the lowest, 0.2800 after step 30 the last" in said
     assert "at 12.3 images/s" in said and "0.1234 in the last step" in said
 
 
 def test_words():
-    assert [reporting.millions(n) for n in (64_796, 859_520_964, 2_567_463_684)] == ["64,796", "860 M", "2,567 M"]
-    assert [reporting.duration(n) for n in (3.9, 126, 5400)] == ["3 s", "2 min 6 s", "1 h 30 min"]
+    assert [formats.millions(n) for n in (64_796, 859_520_964, 2_567_463_684)] == ["64,796", "860 M", "2,567 M"]
+    assert [formats.duration(n) for n in (3.9, 126, 5400)] == ["3 s", "2 min 6 s", "1 h 30 min"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +274,7 @@ def test_several_runs_side_by_side(run, finished, tmp_path):
 
 
 def test_an_update_that_is_not_finite(tmp_path):
-    log = metrics.Metrics(tmp_path, 0, {})
+    log = Metrics(tmp_path, 0, {})
     for step in range(1, 41):
         log.log({"train_loss": float("inf") if step == 7 else 1 / step}, step)
     page = Page(report.page([report.read(tmp_path)]))
@@ -282,7 +287,7 @@ def test_what_is_no_run(tmp_path, capsys):
     assert code == 2 and "is no output folder of a run" in sentence
     said, code = refusal(capsys)
     assert code == 2 and len(said.strip().splitlines()) == 1
-    metrics.Metrics(tmp_path, 0, {})
+    Metrics(tmp_path, 0, {})
     sentence, code = refusal(capsys, tmp_path, "--output", tmp_path / "no" / "page.html")
     assert code == 2 and "cannot be written" in sentence
 
@@ -290,7 +295,7 @@ def test_what_is_no_run(tmp_path, capsys):
 def test_a_grid_that_is_damaged_and_many_grids(finished, tmp_path):
     import shutil
 
-    metrics.Metrics(tmp_path, 0, {}).log({"train_loss": 1.0}, 4000)
+    Metrics(tmp_path, 0, {}).log({"train_loss": 1.0}, 4000)
     (tmp_path / "validation").mkdir()
     grid = finished[0] / "validation" / "step-000008.png"
     for step in range(100, 4100, 100):
@@ -304,7 +309,7 @@ def test_a_grid_that_is_damaged_and_many_grids(finished, tmp_path):
 
 
 def test_no_torch_is_imported():
-    words = "import sys, training_utils.report; sys.exit('torch' in sys.modules or 'jax' in sys.modules)"
+    words = "import sys, tools.report; sys.exit('torch' in sys.modules or 'jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], cwd=ROOT).returncode == 0
 
 
@@ -367,9 +372,9 @@ def test_smoothing_and_thinning():
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_chart_is_xml_and_draws_what_it_is_given(alone):
     lines = [
-        charts.Line("<b> & co", [(0, 1.0), (5, None), (10, 3.0)]),
-        charts.Line("two", [(0, 2.0), (10, 2.5)], 1, "dashed"),
-        charts.Line("three", [(4, 1.5)], 9, "dotted"),
+        Line("<b> & co", [(0, 1.0), (5, None), (10, 3.0)]),
+        Line("two", [(0, 2.0), (10, 2.5)], 1, "dashed"),
+        Line("three", [(4, 1.5)], 9, "dotted"),
     ]
     svg = ElementTree.fromstring(charts.draw(lines, "a <title>", zero=True, mark=(4, 1.5), alone=alone))
     words = [element.text for element in svg.iter() if element.tag.endswith("text")]
@@ -385,7 +390,7 @@ def test_a_chart_is_xml_and_draws_what_it_is_given(alone):
 
 @pytest.mark.parametrize("values", [[], [None], [0.0], [5.0, 5.0], [-1e-9, 1e9], [1e-300, 1.0], [1, 1, 1, 1e6]])
 def test_odd_curves(values):
-    lines = [charts.Line("odd", list(enumerate(values)))]
+    lines = [Line("odd", list(enumerate(values)))]
     for zero in (True, False):
         svg = ElementTree.fromstring(charts.draw(lines, "odd", zero=zero))
         assert "nan" not in ElementTree.tostring(svg, "unicode")

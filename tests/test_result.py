@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline,
 from PIL import Image
 from safetensors.torch import load_file
 
-from training_utils import hub as hub_of_ours
+from training_utils.run import exit
+from training_utils.run.hub.card import loading_call
 
 TRACKED = ["--report_to", "tensorboard"]
 PROMPTS = [
@@ -199,8 +200,6 @@ def test_trackers_do_not_see_the_token(run, tmp_path, monkeypatch):
     """wandb records sys.argv of the process; it must hold no secret while the script runs."""
     import sys
 
-    from training_utils import reporting
-
     monkeypatch.setattr(sys, "argv", ["script.py", *run.argv(tmp_path, "--hub_token", SECRET, "--push_to_hub")])
     seen = {}
 
@@ -208,7 +207,7 @@ def test_trackers_do_not_see_the_token(run, tmp_path, monkeypatch):
         seen.update(argv=argv, recorded=list(sys.argv))
 
     with pytest.raises(SystemExit):
-        reporting.run(main)
+        exit.run_main(main)
     assert SECRET in seen["argv"] and SECRET not in " ".join(seen["recorded"])
 
 
@@ -368,12 +367,12 @@ def test_how_a_base_model_is_loaded(tmp_path):
     (tmp_path / "one.safetensors").touch()
     folder, file = str(tmp_path), str(tmp_path / "one.safetensors")
     given = ("main", "fp16", "sdxl")
-    assert hub_of_ours.loader(folder, *given) == f'from_pretrained("{folder}", variant="fp16")'
-    assert hub_of_ours.loader(folder, "main", "bf16", public=True) == f'from_pretrained("{tmp_path.name}")'
-    assert hub_of_ours.loader(file, *given) == f'from_single_file("{file}", config="sdxl")'
-    assert hub_of_ours.loader(file, public=True) == 'from_single_file("one.safetensors")'
-    assert hub_of_ours.loader("me/model") == 'from_pretrained("me/model")'
-    assert hub_of_ours.loader("me/model", *given) == 'from_pretrained("me/model", revision="main", variant="fp16")'
+    assert loading_call(folder, *given) == f'from_pretrained("{folder}", variant="fp16")'
+    assert loading_call(folder, "main", "bf16", public=True) == f'from_pretrained("{tmp_path.name}")'
+    assert loading_call(file, *given) == f'from_single_file("{file}", config="sdxl")'
+    assert loading_call(file, public=True) == 'from_single_file("one.safetensors")'
+    assert loading_call("me/model") == 'from_pretrained("me/model")'
+    assert loading_call("me/model", *given) == 'from_pretrained("me/model", revision="main", variant="fp16")'
 
 
 def test_preview_leaves_the_training_copies_alone(run, tmp_path):

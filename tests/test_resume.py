@@ -10,7 +10,9 @@ import pytest
 from conftest import EACH, RUNNERS, logged, relative_difference, result_bytes
 from processes import launcher, wait_for
 
-from training_utils import interruption
+from training_utils.run import signals
+from training_utils.run.signals import Interruption
+from training_utils.torch_backend.state import TrainingState
 
 SETTINGS = {
     "plain": [],
@@ -196,14 +198,13 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(run, tmp_pa
 
 def test_a_stop_that_cannot_be_saved_is_a_failure(run, tmp_path, monkeypatch):
     """Then there is nothing to continue from, and the exit code is not that of a good stop."""
-    from training_utils import engine
 
-    monkeypatch.setattr(interruption.Interruption, "signal", lambda self: signal.SIGTERM)
+    monkeypatch.setattr(Interruption, "signal", lambda self: signal.SIGTERM)
 
     def full_disk(self, folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(engine.TrainingState, "write", full_disk)
+    monkeypatch.setattr(TrainingState, "write", full_disk)
     sentence, code = run.fails(tmp_path)
     assert "stopped after step 1, which could not be saved" in sentence and code == 1
 
@@ -227,7 +228,7 @@ def test_fp16_overflows_end_and_obey_signals(run, tmp_path, monkeypatch):
     sentence, code = run.fails(tmp_path / "always")
     assert "overflowed 50 times in a row" in sentence and "the state before them is in" in sentence and code == 1
     assert (tmp_path / "always" / "checkpoint-0").is_dir()
-    monkeypatch.setattr(interruption.Interruption, "signal", lambda self: signal.SIGTERM)
+    monkeypatch.setattr(Interruption, "signal", lambda self: signal.SIGTERM)
     assert run(tmp_path / "stopped") == 128 + signal.SIGTERM
 
 
@@ -264,12 +265,12 @@ def test_a_single_process_follows_its_launcher(run, tmp_path):
 
 def test_the_end_of_the_launcher_is_no_second_request(monkeypatch):
     """Ctrl-C kills it too, and Python may hear of that only after a long call into C."""
-    monkeypatch.setattr(interruption, "SAME_REQUEST", 0.0)
-    for first in (signal.SIGINT, interruption.ORPHANED):
-        with interruption.Interruption(lambda number: number) as noted:
+    monkeypatch.setattr(signals, "SAME_REQUEST", 0.0)
+    for first in (signal.SIGINT, signals.ORPHANED):
+        with Interruption(lambda number: number) as noted:
             signal.raise_signal(first)
             time.sleep(0.01)
-            signal.raise_signal(interruption.ORPHANED)
+            signal.raise_signal(signals.ORPHANED)
             assert noted.signal() == (signal.SIGINT if first == signal.SIGINT else signal.SIGTERM)
 
 

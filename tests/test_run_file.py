@@ -11,7 +11,9 @@ from test_command_line import SCRIPTS, table
 
 import train_text_to_image
 import train_text_to_image_sdxl
-from training_utils import checkpoints, flags, run_file
+from training_utils.cli import flags, run_file
+from training_utils.cli.flags import Flag
+from training_utils.run import output_folder
 
 MODEL = f"pretrained_model_name_or_path: model\ntrain_data_dir: {ROOT}\n"
 
@@ -175,7 +177,7 @@ def test_any_value_is_read_as_it_was_written(text, number, prompts):
     args = train_text_to_image.parse_args([*words, "--learning_rate", repr(number)])
     args.validation_prompts = prompts
     written = flags.as_file(args, "train_text_to_image.py", 7)
-    known = {name: flags.Flag(name, nargs="+" if name == "validation_prompts" else None) for name in vars(args)}
+    known = {name: Flag(name, nargs="+" if name == "validation_prompts" else None) for name in vars(args)}
     ours = run_file_values(written, known)
     assert (ours["cache_dir"], float(ours["learning_rate"]), ours["validation_prompts"]) == (text, number, prompts)
     theirs = yaml.safe_load(written)
@@ -224,7 +226,7 @@ def test_every_flag_is_in_it_once(script, tmp_path, monkeypatch):
 
 
 def test_bytes_that_are_no_text_cost_the_file_and_not_the_run(tmp_path, capsys):
-    checkpoints.keep_flags(tmp_path, "output_dir: \udcff\n")
+    output_folder.write_run_file(tmp_path, "output_dir: \udcff\n")
     assert "run.yaml could not be written" in capsys.readouterr().err
 
 

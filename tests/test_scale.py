@@ -26,8 +26,8 @@ from processes import (
     wait_for,
 )
 
-from training_utils import checkpoints, reporting
-from training_utils.reporting import UserError
+from training_utils.base.errors import UserError
+from training_utils.run import checkpoints, commands, resume
 
 FSDP = ["--use_fsdp", "--fsdp_version", "2"]
 
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_no_process_waiting(run, tmp_path):
     process = run.start(tmp_path / "out", *flags, launcher=[*launcher(2, *FSDP), str(wrapper)])
     (said,) = ended([process], code=1, timeout=120)
     assert "checkpoint-3 could not be written" in said and "the result could not be written" in said, said
-    assert checkpoints.listed(tmp_path / "out") == []
+    assert checkpoints.list_checkpoints(tmp_path / "out") == []
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path):
     flags = ["--train_batch_size", "2", "--use_ema"]
     (said,) = ended([run.start(tmp_path / "stopped", *flags, launcher=[*launcher(2, *FSDP), str(wrapper)])], code=1)
     assert said.count("step 4 is not finite") == 1, said
-    assert [folder.name for folder in checkpoints.listed(tmp_path / "stopped")] == ["checkpoint-3"]
+    assert [folder.name for folder in checkpoints.list_checkpoints(tmp_path / "stopped")] == ["checkpoint-3"]
     for name, kind in {"shared": FSDP, "whole": ["--multi_gpu"]}.items():
         launch = [*launcher(2, *kind), str(wrapper)]
         (said,) = ended([run.start(tmp_path / name, *flags, "--on_nan", "skip", launcher=launch)])
@@ -230,11 +230,9 @@ def test_machines_without_the_checkpoint_are_named(alone, tmp_path):
     }
 
     with pytest.raises(UserError, match="is missing, or another one, on four, three;") as caught:
-        checkpoints.require_everywhere(
-            alone / "checkpoint-3", lambda _: [(host, *what) for host, what in found.items()]
-        )
+        resume.require_everywhere(alone / "checkpoint-3", lambda _: [(host, *what) for host, what in found.items()])
     assert caught.value.everywhere and caught.value.exit_code == 2
-    checkpoints.require_everywhere(alone / "checkpoint-3", lambda mine: 2 * mine)
+    resume.require_everywhere(alone / "checkpoint-3", lambda mine: 2 * mine)
 
 
 @pytest.mark.slow
@@ -256,7 +254,7 @@ def test_a_machine_that_dies_leaves_no_other_waiting(run, tmp_path, kind):
     processes[1].communicate(timeout=90)
     assert processes[0].returncode not in (0, None) and time.monotonic() - began < 60, said
     assert "lost another process of this run" in said or "stopped after step" in said, said
-    assert checkpoints.find(tmp_path, "latest") is not None
+    assert resume.find_checkpoint(tmp_path, "latest") is not None
 
 
 @pytest.mark.slow
@@ -267,7 +265,7 @@ def test_a_signal_to_one_machine_stops_both_in_order(run, tmp_path, kind):
     processes[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=90)[0] for process in processes]
     stopped_after = int(re.search(r"stopped after step (\d+)", said[0])[1])
-    assert checkpoints.damage(tmp_path / f"checkpoint-{stopped_after}") is None
+    assert checkpoints.damage_of(tmp_path / f"checkpoint-{stopped_after}") is None
     command = next(line.strip() for line in said[0].splitlines() if line.strip().startswith("accelerate launch"))
     words = f"{' '.join(kind)} --num_processes 4 --num_machines 2 --machine_rank 0 --main_process_ip 127.0.0.1"
     assert words in command, command
@@ -284,7 +282,7 @@ def test_a_command_names_its_engine_and_machines(monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train_text_to_image.py"])
-    command = reporting.resume_command(["--seed", "1"])
+    command = commands.resume_command(["--seed", "1"])
     assert command == (
         "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 --num_machines 2 --machine_rank 0 "
         "--main_process_ip 10.0.0.1 --main_process_port 29500 --mixed_precision bf16 train_text_to_image.py --seed 1 "
@@ -293,7 +291,7 @@ def test_a_command_names_its_engine_and_machines(monkeypatch):
     for name in ("GROUP_WORLD_SIZE", "ACCELERATE_USE_FSDP"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("WORLD_SIZE", "1")  # without a number accelerate would start one process for each GPU
-    assert reporting.resume_command([]).startswith("accelerate launch --num_processes 1 --mixed_precision bf16 train")
+    assert commands.resume_command([]).startswith("accelerate launch --num_processes 1 --mixed_precision bf16 train")
 
 
 def test_a_command_of_torchrun_names_each_machines_processes(monkeypatch):
@@ -304,7 +302,7 @@ def test_a_command_of_torchrun_names_each_machines_processes(monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train_text_to_image.py"])
-    assert reporting.resume_command([]) == (
+    assert commands.resume_command([]) == (
         "torchrun --nproc_per_node 8 --nnodes 2 --node_rank 0 --master_addr 10.0.0.1 --master_port 29500 "
         "train_text_to_image.py --resume_from_checkpoint latest"
     )
@@ -420,7 +418,7 @@ def test_a_slurm_job_that_is_preempted_goes_on(request, tmp_path, what):
     said = first.communicate(timeout=120)[0]
     assert first.returncode != 0 and (tmp_path / "requeued").read_text() == "4711\n", said
     stopped_after = int(re.search(r"stopped after step (\d+)", said)[1])
-    assert 20 <= stopped_after < 60 and checkpoints.damage(out / f"checkpoint-{stopped_after}") is None
+    assert 20 <= stopped_after < 60 and checkpoints.damage_of(out / f"checkpoint-{stopped_after}") is None
     (said,) = ended([job(out)])
     assert f"resuming from {out}/checkpoint-{stopped_after}" in said
     if what == "two machines":

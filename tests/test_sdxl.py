@@ -14,9 +14,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_text_to_image_lora_sdxl
 import train_text_to_image_sdxl
-from training_utils import buckets, data, losses
-from training_utils.draws import SampleDraws
-from training_utils.flags import bucket_limits
+from training_utils.base import draws, losses
+from training_utils.base.draws import SampleDraws
+from training_utils.cli.flags import bucket_limits
+from training_utils.data import buckets, image_ops, opening
 
 SCRIPTS = [train_text_to_image_sdxl, train_text_to_image_lora_sdxl]
 
@@ -27,7 +28,7 @@ def prepared(script, run, tmp_path, *flags, rows=None, probabilities=None):
 
     args = script.parse_args(run.argv(tmp_path, *flags))
     tokenizers = [CLIPTokenizer.from_pretrained(run.base, subfolder=name) for name in ("tokenizer", "tokenizer_2")]
-    rows = data.load_rows(folder=args.train_data_dir) if rows is None else rows
+    rows = opening.load_dataset(folder=args.train_data_dir) if rows is None else rows
     rows.sizes = buckets.training_sizes(rows, args.resolution, bucket_limits(args))
     prepare = script.SampleTransform(args, tokenizers, (4, 2), probabilities, 1000)
     return rows, lambda epoch, index: prepare(rows, index, SampleDraws(args.seed, epoch, index))
@@ -52,9 +53,9 @@ def test_time_ids_are_those_of_the_crop_that_was_cut(script, run_sdxl, tmp_path)
                 assert got["time_ids"].dtype == np.float32
                 first_height, first_width, top, left, *target = got["time_ids"].tolist()
                 assert (first_height, first_width) == (height, width) and target == [24, 24]
-                resized = data.resize(rows.image(index), (24, 24), "lanczos")
+                resized = image_ops.resize(rows.image(index), (24, 24), "lanczos")
                 mirrored = flip and SampleDraws(7, epoch, index)("flip").random() < 0.5
-                whole = data.to_array(resized)[:, :, :: -1 if mirrored else 1]
+                whole = image_ops.to_array(resized)[:, :, :: -1 if mirrored else 1]
                 cut = whole[:, int(top) : int(top) + 24, int(left) : int(left) + 24]
                 assert np.array_equal(got["pixels"], cut)
                 corners.add((index, top, left))
@@ -171,7 +172,7 @@ def test_an_empty_caption_in_the_data_is_encoded_and_not_dropped(run_sdxl, tmp_p
     folder = tmp_path / "empty"
     write_images(folder, 1)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": ""}\n')
-    rows, sample = prepared(train_text_to_image_sdxl, run_sdxl, tmp_path, rows=data.load_rows(folder=folder))
+    rows, sample = prepared(train_text_to_image_sdxl, run_sdxl, tmp_path, rows=opening.load_dataset(folder=folder))
     assert sample(0, 0)["caption_given"] == 1
 
 
@@ -197,7 +198,7 @@ def test_timestep_bias(case):
     assert np.allclose(got[~inside], got[~inside][0])
     if inside.any():
         assert np.allclose(got[inside], times * got[~inside][0])
-    drawn = [data.choose_timestep(SampleDraws(0, epoch, 0), 1000, got) for epoch in range(2000)]
+    drawn = [draws.choose_timestep(SampleDraws(0, epoch, 0), 1000, got) for epoch in range(2000)]
     share = inside[drawn].mean()
     assert share == pytest.approx(got[inside].sum(), abs=0.04)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training_utils import report
+from tools import report
+from training_utils.run import checkpoints
 
 SECRET = "hf_do_not_leak_me"
 PARTS = {
@@ -134,7 +135,6 @@ def test_captions_are_in_no_file_name_and_in_no_card(run, tmp_path):
 def test_a_checkpoint_is_read_without_running_code(each, tmp_path):
     """Optimizer and averages of a run are tensors and numbers; a bomb in their place is refused. The learning-rate
     schedule is written for other programs and never read: it is a function of the step."""
-    from training_utils import checkpoints
 
     flags = ["--checkpointing_steps", "2", "--max_train_steps", "2", "--use_ema"]
     each(tmp_path, *flags)
@@ -155,5 +155,5 @@ def test_a_checkpoint_is_read_without_running_code(each, tmp_path):
         assert not (tmp_path / "it-ran").exists()
         path.write_bytes(before)
         (tmp_path / "manifest.json").rename(folder / "manifest.json")
-    assert checkpoints.damage(folder) is None
+    assert checkpoints.damage_of(folder) is None
     assert all(load_file(path) for path in folder.rglob("*.safetensors"))

@@ -16,11 +16,11 @@ import train_text_to_image_prior
 import train_text_to_image_sdxl
 
 SAME = [
-    (train_text_to_image, train_text_to_image_flax, ["Prepare"]),
+    (train_text_to_image, train_text_to_image_flax, ["SampleTransform"]),
     (
         train_text_to_image,
         train_text_to_image_lora,
-        ["Prepare", "encode_images", "encode_captions", "training_loss", "check_prediction_type"],
+        ["SampleTransform", "encode_images", "encode_captions", "training_loss", "check_prediction_type"],
     ),
     (
         train_text_to_image_sdxl,
@@ -34,14 +34,14 @@ SAME = [
         train_text_to_image_prior,
         train_text_to_image_lora_prior,
         [
-            *("Prepare", "encode_images", "encode_captions", "training_loss", "embedding_statistics"),
+            *("SampleTransform", "encode_images", "encode_captions", "training_loss", "embedding_statistics"),
             "check_prediction_type",
         ],
     ),
     (
         train_text_to_image_decoder,
         train_text_to_image_lora_decoder,
-        ["Prepare", "encode_images", "training_loss", "latents_of"],
+        ["SampleTransform", "encode_images", "training_loss", "latents_of"],
     ),
 ]
 OTHERS = [

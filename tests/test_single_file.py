@@ -9,7 +9,8 @@ from conftest import Runner, result_bytes
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from training_utils import single_file
+from training_utils.base.errors import UserError
+from training_utils.run import single_file
 
 UNET = [  # diffusers' names to those of the original, for two blocks of one layer
     ("time_embedding.linear_1", "time_embed.0"),
@@ -177,8 +178,6 @@ def test_a_vae_of_one_file_or_of_a_whole_model(sdxl, images, tmp_path):
 
 def refused(path, tmp_path, config):
     from diffusers import StableDiffusionPipeline
-
-    from training_utils.reporting import UserError
 
     with pytest.raises(UserError) as caught:
         single_file.folder_of(path, StableDiffusionPipeline, config, tmp_path / "cache")

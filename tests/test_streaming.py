@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 from test_formats import write_tar
 from tiny import WORDS, image
 
-from training_utils import data, draws, inspection, streams
-from training_utils.data import BatchPlan, Position
-from training_utils.reporting import UserError
+from training_utils.base import draws
+from training_utils.base.errors import UserError
+from training_utils.data import checking, inspection, opening, selection
+from training_utils.data.plan import BatchPlan, Position
+from training_utils.data.streaming import stream
 
 FEW = ["--streaming", "--shuffle_buffer", "8", "--max_train_steps", "4", "--random_flip", "--caption_dropout", "0.3"]
 
@@ -73,8 +75,8 @@ def tars(folder, files=6, rows=5, change=None, ending="txt"):
 
 def rows_of(folder, cache, **options):
     """The rows of a folder, streamed."""
-    rows = data.load_rows(folder=folder, cache_dir=str(cache), **({"shuffle_buffer": 8} | options))
-    data.check(rows)
+    rows = opening.load_dataset(folder=folder, cache_dir=str(cache), **({"shuffle_buffer": 8} | options))
+    checking.check_dataset(rows)
     return rows
 
 
@@ -108,7 +110,7 @@ SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(SIZES, st.integers(1, 400))
 def test_an_epoch_visits_every_row_once(sizes, buffer):
-    orders = [streams.order(3, epoch, np.array(sizes), buffer) for epoch in (0, 0, 1)]
+    orders = [stream.order(3, epoch, np.array(sizes), buffer) for epoch in (0, 0, 1)]
     assert all(sorted(order) == list(range(sum(sizes))) for order in orders)
     assert np.array_equal(orders[0], orders[1])
     if sum(sizes) > 9 and buffer > 99:
@@ -118,7 +120,7 @@ def test_an_epoch_visits_every_row_once(sizes, buffer):
 @pytest.mark.parametrize(("count", "rows", "buffer"), [(200, 50, 640), (200, 50, 3200), (40, 7, 16), (9, 30, 100)])
 def test_rows_that_are_near_in_the_order_lie_in_few_chunks(count, rows, buffer):
     """As many as `Source.most` reckons with, and each is needed once an epoch."""
-    order, lanes = streams.order(1, 2, np.full(count, rows), buffer), min(streams.LANES, count)
+    order, lanes = stream.order(1, 2, np.full(count, rows), buffer), min(stream.LANES, count)
     chunks = order // rows
     most = max(len(set(chunks[at : at + buffer])) for at in range(0, len(order), 7))
     assert most <= 2 * buffer / rows + 2 * lanes
@@ -137,7 +139,7 @@ def test_processes_have_chunks_of_their_own(world):
         ahead = 100
 
         def order(self, seed, epoch):
-            return streams.order(seed, epoch, np.full(80, 12), 160)
+            return stream.order(seed, epoch, np.full(80, 12), 160)
 
         def expect(self, coming, rank, count):
             pass
@@ -180,9 +182,9 @@ def test_processes_fetch_what_they_read(tmp_path):
 def test_a_row_is_the_row_of_the_data_set_that_is_not_streamed(kind, request, tmp_path, monkeypatch):
     """Image, caption and, where it has one, its name; in whatever chunks."""
     folder = request.getfixturevalue(kind)
-    plain = data.load_rows(folder=folder, cache_dir=str(tmp_path))
+    plain = opening.load_dataset(folder=folder, cache_dir=str(tmp_path))
     for size in (1, 5000, 2**26):
-        monkeypatch.setattr(streams, "CHUNK", size)
+        monkeypatch.setattr(stream, "CHUNK", size)
         rows = rows_of(folder, tmp_path)
         assert len(rows.lengths) == ({1: 30, 5000: 18, 2**26: 6}[size] if kind == "shards" else 6)
         assert len(rows) == len(plain) == 30
@@ -219,14 +221,14 @@ def test_columns_and_captions_of_every_kind(tmp_path):
 
 def test_what_is_known_of_a_file_is_looked_up_once(shards, parquet, tmp_path, monkeypatch):
     folder, looked_at = tars(tmp_path / "shards", 3), []
-    real, real_table = streams._look_through_shard, streams._look_through_table
-    monkeypatch.setattr(streams, "_look_through_shard", lambda *words: looked_at.append(words[-1].url) or real(*words))
+    real, real_table = stream._look_through_shard, stream._look_through_table
+    monkeypatch.setattr(stream, "_look_through_shard", lambda *words: looked_at.append(words[-1].url) or real(*words))
     assert len(rows_of(folder, tmp_path)) == len(rows_of(folder, tmp_path)) == 15 and len(looked_at) == 3
     shutil.copy(shards / "003.tar", folder / "001.tar")
     rows = rows_of(folder, tmp_path)
     assert looked_at[3:] == [str(folder / "001.tar")] and rows.captions(5) == [caption(15)]
     monkeypatch.setattr(
-        streams, "_look_through_table", lambda *words: looked_at.append("a table") or real_table(*words)
+        stream, "_look_through_table", lambda *words: looked_at.append("a table") or real_table(*words)
     )
     rows_of(parquet, tmp_path), rows_of(parquet, tmp_path)
     assert looked_at[4:] == ["a table"] * 6
@@ -236,8 +238,8 @@ def test_what_is_known_of_a_file_is_looked_up_once(shards, parquet, tmp_path, mo
 def test_large_images_are_passed_over_and_small_ones_read_in_few_requests(tmp_path, monkeypatch, size, count):
     members = [(f"{i}.{ending}", bytes(n)) for i in range(count) for ending, n in (("png", size), ("txt", 9))]
     path, asked = write_tar(tmp_path / "shards" / "a.tar", members), []
-    real = streams._bytes
-    monkeypatch.setattr(streams, "_bytes", lambda file, *ends: asked.append(ends[1] - ends[0]) or real(file, *ends))
+    real = stream._bytes
+    monkeypatch.setattr(stream, "_bytes", lambda file, *ends: asked.append(ends[1] - ends[0]) or real(file, *ends))
     assert len(rows_of(tmp_path / "shards", tmp_path)) == count
     assert len(asked) <= count + 1 and sum(asked) < 1.01 * path.stat().st_size
     assert len(asked) < 6 if size < 10**6 else sum(asked) < path.stat().st_size / 5
@@ -245,10 +247,10 @@ def test_large_images_are_passed_over_and_small_ones_read_in_few_requests(tmp_pa
 
 def test_subsets_lie_in_few_chunks(tmp_path):
     rows = rows_of(tables(tmp_path / "tables", 12, 5), tmp_path)
-    few = data.take(rows, 11, 3)
+    few = selection.take_subset(rows, 11, 3)
     assert len(few) == 11 and len(few.lengths) == 3 and sorted(few.lengths) == [1, 5, 5]
-    assert not np.array_equal(few.numbers, data.take(rows, 11, 4).numbers)
-    train, val_samples = data.split_validation(rows, 0.2, 3)
+    assert not np.array_equal(few.numbers, selection.take_subset(rows, 11, 4).numbers)
+    train, val_samples = selection.split_validation(rows, 0.2, 3)
     assert len(train) == 48 and len(val_samples) == 12 and len(val_samples.lengths) == 3
     assert sorted(np.concatenate([train.numbers, val_samples.numbers])) == list(range(60))
     assert val_samples.captions(11) == [caption(val_samples.numbers[11])]
@@ -264,7 +266,7 @@ def test_a_spool_holds_what_is_needed_and_goes_with_the_last_who_uses_it(tmp_pat
     (spool,) = spools(tmp_path)
     assert rows.source.spool.folder == twin.source.spool.folder == spool
     updates = BatchPlan(len(rows), 1, 4, stream=rows)
-    monkeypatch.setattr(streams, "LATE", 2)
+    monkeypatch.setattr(stream, "LATE", 2)
     most, batches = 0, updates.batches(Position())
     for _ in range(100):  # of 60 in an epoch
         for _, index, _ in next(batches):
@@ -284,15 +286,15 @@ def test_a_spool_holds_what_is_needed_and_goes_with_the_last_who_uses_it(tmp_pat
 
 def test_a_streamed_run_is_the_same_run_in_its_own_order(run, shards, parquet, cache, tmp_path, monkeypatch):
     """To the bit, with the library that reads tables whole, once that is put into this order."""
-    monkeypatch.setattr(streams, "CHUNK", 1)
+    monkeypatch.setattr(stream, "CHUNK", 1)
     run(tmp_path / "streamed", *FEW, *cache, "--train_data_dir", parquet)
     plain = [word for word in FEW if word not in ("--streaming", "--shuffle_buffer", "8")]
     run(tmp_path / "plain", *plain, *cache, "--train_data_dir", parquet)
     assert result_bytes(tmp_path / "streamed") != result_bytes(tmp_path / "plain")
-    monkeypatch.setattr(draws, "order", lambda seed, epoch, size: streams.order(seed, epoch, np.full(6, 5), 8))
+    monkeypatch.setattr(draws, "order", lambda seed, epoch, size: stream.order(seed, epoch, np.full(6, 5), 8))
     run(tmp_path / "ordered", *plain, *cache, "--train_data_dir", parquet)
     assert result_bytes(tmp_path / "streamed") == result_bytes(tmp_path / "ordered")
-    monkeypatch.setattr(streams, "CHUNK", 2**20)  # a chunk is a file, as it is for the tables
+    monkeypatch.setattr(stream, "CHUNK", 2**20)  # a chunk is a file, as it is for the tables
     run(tmp_path / "shards", *FEW, *cache, "--train_data_dir", shards, "--dataloader_num_workers", "2")
     assert result_bytes(tmp_path / "shards") == result_bytes(tmp_path / "streamed")
     assert spools(cache[1]) == []
@@ -362,8 +364,8 @@ def test_bad_samples_are_met_when_their_turn_comes(run, cache, tmp_path, capsys)
 
 def test_a_report_reads_a_stream_once(parquet, tmp_path, capsys, monkeypatch):
     seen = []
-    real = streams._fetch_of_table
-    monkeypatch.setattr(streams, "_fetch_of_table", lambda *words: seen.append(words[-1].file) or real(*words))
+    real = stream._fetch_of_table
+    monkeypatch.setattr(stream, "_fetch_of_table", lambda *words: seen.append(words[-1].file) or real(*words))
     source = {"dataset_name": None, "folder": parquet, "cache_dir": str(tmp_path), "shuffle_buffer": 8}
     assert inspection.check_data(source, 16) == 0
     said = capsys.readouterr()
@@ -392,9 +394,9 @@ def test_what_cannot_be_streamed(images, parquet, tmp_path):
     assert "holds single images, which are read in place as it is; leave --streaming out" in sentence and code == 2
     options = {"cache_dir": str(tmp_path), "shuffle_buffer": 8}
     with pytest.raises(UserError, match="holds .jsonl, .png files, and --streaming reads .parquet tables or plain"):
-        data.load_rows(dataset_name=images, **options)
+        opening.load_dataset(dataset_name=images, **options)
     with pytest.raises(UserError, match="--dataset_name nowhere/at_all cannot be loaded"):
-        data.load_rows(dataset_name="nowhere/at_all", **options)
+        opening.load_dataset(dataset_name="nowhere/at_all", **options)
     assert "--image_column text holds string, not images" in refused(parquet, image_column="text")[0]
     assert "--caption_column title: there is no such column" in refused(parquet, caption_column="title")[0]
     (tables(tmp_path / "test", 1) / "train-00000-of-00001.parquet").rename(tmp_path / "test" / "test.parquet")
@@ -407,7 +409,7 @@ def test_what_cannot_be_streamed(images, parquet, tmp_path):
 
 def test_damage(parquet, tmp_path, monkeypatch):
     """A file that shows when it is looked through ends a run before it begins, one that shows later ends it then."""
-    monkeypatch.setattr(streams, "WAITS", ())
+    monkeypatch.setattr(stream, "WAITS", ())
     folder = tars(tmp_path / "shards", 2, 3)
     content = (folder / "001.tar").read_bytes()
     (folder / "001.tar").write_bytes(content[:1500])
@@ -432,7 +434,7 @@ def test_damage(parquet, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_too_small(parquet, tmp_path, monkeypatch):
-    monkeypatch.setattr(streams.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000}))
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000}))
     sentence, code = refused(parquet)
     assert "the chunks that a stream needs at the same time take about 0.0" in sentence and code == 2
     assert "name another folder with --cache_dir, or lower --shuffle_buffer" in sentence
@@ -442,7 +444,7 @@ def test_a_disk_that_is_too_small(parquet, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(streams.os, "replace", full)
+    monkeypatch.setattr(stream.os, "replace", full)
     with pytest.raises(UserError, match="cannot be kept in .*No space left on device") as caught:
         rows.captions(0)
     assert caught.value.exit_code == 1

@@ -10,8 +10,8 @@ from pages import blocks, commands, on_tiny_models
 from PIL import Image
 
 import train_text_to_image
-from training_utils import report
-from training_utils.metrics import Log
+from tools import report
+from training_utils.run.metrics import Log
 
 PAGE = (ROOT / "docs" / "watch.md").read_text()
 FEW = (
@@ -42,7 +42,7 @@ def watched(sd, images, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", lines("python", "-m", "training_utils.report"), ids=lambda one: one.words[-1])
+@pytest.mark.parametrize("command", lines("python", "-m", "tools.report"), ids=lambda one: one.words[-1])
 def test_report(command, watched, monkeypatch, capsys):
     monkeypatch.chdir(watched)
     assert report.main(list(command.words[3:])) == 0

@@ -1,6 +1,7 @@
-"""What the nine training scripts share: flags, data, draws, losses, caches, EMA weights, checkpoints, reporting.
+"""What the nine training scripts share, in rooms that import from left to right only:
 
-`engine`, `frozen`, `sharding`, `zero`, `optimizers`, `ema`, `lora`, `kandinsky` and `validation` are for the eight
-torch scripts, `jax_engine` is for the JAX script. The others import no torch when they are imported, so that `--help`
-answers at once and the JAX script can use them without it. `report` is a program of its own.
+base <- cli <- data <- cache <- run <- torch_backend or jax_backend <- the scripts
+
+The rooms up to `run` import neither torch nor JAX, so that `--help` answers at once. `tests/test_layers.py` holds the
+rule.
 """

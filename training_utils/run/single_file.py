@@ -1,0 +1,94 @@
+"""A base model in one .safetensors file, as WebUI and ComfyUI keep it, made into the folder that the scripts read."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from training_utils.base.console import say
+from training_utils.base.errors import UserError, reason_of
+from training_utils.cli import flags
+
+FORMAT = 1  # part of a folder's name; raise it when the conversion changes
+
+
+def folder_of(path, pipeline_class, config=None, cache_dir=None):
+    """The folder, in diffusers' layout, of a model in one file. Converted once and kept beside the downloads, under a
+    name that comes from the file's content; whole or not at all.
+
+    `config` is a folder in that layout whose settings are those of the model; without it diffusers fetches the
+    settings of the model's kind from the hub, or finds them among the downloads. Raises UserError.
+    """
+    from filelock import FileLock
+
+    if Path(path).suffix != ".safetensors":
+        raise UserError(
+            f"base model {path} is a file, but no .safetensors; others are pickles, which could run code: where you "
+            "trust it, load it with diffusers' from_single_file and save it as a folder"
+        )
+    root = Path(flags.downloads(cache_dir)) / "text-to-image-models"
+    folder = root / f"{pipeline_class.__name__}-{_digest(path, config)}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # of several processes one converts, and the others find it
+            if not folder.exists():
+                for left in root.glob(f"unfinished-{folder.name}-*"):  # by a kill
+                    shutil.rmtree(left, ignore_errors=True)
+                say(f"converting {path}, once, into {folder}")
+                _convert(path, pipeline_class, config, cache_dir, folder)
+    except OSError as error:
+        raise UserError(
+            f"base model {path} cannot be kept as {folder} ({reason_of(error)}); --cache_dir names another place"
+        ) from None
+    return folder
+
+
+def _digest(path, config):
+    """What tells one conversion from another: the file's content and the settings'."""
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+    except OSError as error:
+        raise UserError(f"base model {path} cannot be read: {error.strerror}") from None
+    digest.update(str(FORMAT).encode())
+    for setting in _settings(config) if config else []:
+        digest.update(str(setting.relative_to(config)).encode() + b"\0" + setting.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _settings(config):
+    """The files of a model's folder that hold no weights."""
+    return sorted(file for ending in ("json", "txt") for file in Path(config).rglob(f"*.{ending}"))
+
+
+def _convert(path, pipeline_class, config, cache_dir, folder):
+    from safetensors import SafetensorError, safe_open
+
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"unfinished-{folder.name}-") as place:
+        copy = None
+        if config:  # without its weights: where the file lacks a part, diffusers would take that from there
+            copy = os.path.join(place, "settings")
+            for file in _settings(config):
+                target = Path(copy) / file.relative_to(config)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+        try:
+            with safe_open(path, framework="pt") as file:
+                types = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            widest = max((kind for kind in types if kind.is_floating_point), key=lambda kind: kind.itemsize)
+            pipeline = pipeline_class.from_single_file(path, config=copy, cache_dir=cache_dir, dtype=widest)
+        except SafetensorError as error:
+            raise UserError(f"base model {path} cannot be read: {reason_of(error)}") from None
+        except Exception as error:  # diffusers' own, the hub client's, torch's for shapes that do not fit
+            advice = f"its parts do not fit the settings in {config}"
+            if not config:
+                advice = "--single_file_config can name a folder of such a model, to take its settings from"
+            raise UserError(f"base model {path} cannot be converted ({reason_of(error)}); {advice}") from None
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            part = getattr(pipeline, name, None)
+            if (part is None and hasattr(pipeline, name)) or (part and any(p.is_meta for p in part.parameters())):
+                raise UserError(f"base model {path} has no {name}")
+        whole = os.path.join(place, "model")
+        pipeline.save_pretrained(whole)
+        os.replace(whole, folder)

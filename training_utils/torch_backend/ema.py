@@ -1,0 +1,128 @@
+"""Exponential moving average of the weights: diffusers' EMAModel with multi-tensor steps and a host-memory mode."""
+
+import copy
+import json
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+
+from training_utils.torch_backend import sharding
+
+
+class EMAWeights(EMAModel):
+    """The moving average of the parameters that are trained in some models, in float32 whatever their precision: half
+    precision would round its small moves away.
+
+    The decay of a step that has n before it is min(decay, (1 + n) / (10 + n)), and 0 for the first: diffusers'
+    rule. With `offload` the average lies in host memory (pinned where there is a GPU) and visits the device for each
+    step. Where the processes share the parameters out, each of them averages its slices.
+    """
+
+    def __init__(self, models, decay, offload=False):
+        named = [(name, p) for model in models for name, p in model.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        super().__init__(self.slices(), decay=decay, foreach=True)
+        self.shadow_params = [shadow.float() for shadow in self.shadow_params]
+        self.alike = all(parameter.dtype == torch.float32 for parameter in self.parameters)
+        self.offload = offload
+        if offload:
+            self.to("cpu")
+            if torch.cuda.is_available():
+                self.pin_memory()
+
+    def slices(self):
+        """What this process holds of each parameter, plain tensors in the same memory."""
+        return [sharding.local(parameter.detach()) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def step(self, held=None):
+        """Move the average towards the parameters, once per optimizer step.
+
+        `held` is a scalar tensor, 1 where the step was held back and the average is to stay too, else 0; None where
+        no step is held back.
+        """
+        self.optimization_step += 1
+        weight = 1 - self.get_decay(self.optimization_step)
+        parameters = self.slices()
+        if held is not None:
+            weight = weight * (1 - held)
+        if self.alike and not self.offload:
+            weights = weight if held is None else [weight] * len(parameters)
+            torch._foreach_lerp_(self.shadow_params, parameters, weights)
+            return
+        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+            beside = parameter.is_cuda  # from and into pinned memory; the stream keeps the order
+            moved = shadow.to(parameter.device, non_blocking=beside).lerp_(parameter.float(), weight)
+            if self.offload:
+                shadow.copy_(moved, non_blocking=beside)
+
+    def _settle(self):
+        """Wait for copies to the host that are still under way, before the host reads them."""
+        if self.offload and torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    @contextmanager
+    def in_place(self):
+        """Within this context the models hold the averaged weights."""
+        self._settle()
+        self.store(self.slices())
+        self.copy_to(self.slices())
+        try:
+            yield
+        finally:
+            self.restore(self.slices())
+
+    def reset(self):
+        """Begin the average anew at the models' weights, which a checkpoint without an average was loaded into."""
+        for shadow, parameter in zip(self.shadow_params, self.slices(), strict=True):
+            shadow.copy_(parameter)
+
+    def whole(self, model):
+        """The average of all slices, for the model that `sharding.whole_model` returned; None where that is None. A
+        collective call."""
+        self._settle()
+        pairs = zip(self.shadow_params, self.parameters, strict=True)
+        shadows = [sharding.whole(sharding.like(shadow.to(like.device), like)) for shadow, like in pairs]
+        if model is None:
+            return None
+        average, parameters = copy.copy(self), dict(model.named_parameters())
+        average.shadow_params, average.parameters = shadows, [parameters[name] for name in self.names]
+        return average
+
+    def save(self, folder, model):
+        """Write the average as a diffusers model folder, its step and decay in config.json, as EMAModel does."""
+        self._settle()
+        state = model.state_dict() | dict(zip(self.names, self.shadow_params, strict=True))
+        with torch.device("meta"):  # no random initialisation of a model whose weights are at hand
+            average = type(model).from_config(model.config)
+        average.load_state_dict(state, assign=True)
+        facts = {key: value for key, value in self.state_dict().items() if key != "shadow_params"}
+        average.register_to_config(**facts)
+        average.save_pretrained(folder)
+
+    def load(self, folder, model):
+        """Read what `save`, or EMAModel of the original scripts, wrote."""
+        weights = sharding.class_of(model).from_pretrained(folder).state_dict()
+        for name, shadow, parameter in zip(self.names, self.shadow_params, self.parameters, strict=True):
+            shadow.copy_(sharding.slice_for(weights[name], parameter))
+        config = json.loads((Path(folder) / "config.json").read_text())
+        self.optimization_step = config["optimization_step"]
+
+    def write(self, path):
+        """Write the average alone as one file; for models of which only a part is trained."""
+        self._settle()
+        torch.save(self.state_dict(), path)
+
+    def read(self, path):
+        """Read what `write` wrote."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for shadow, saved in zip(self.shadow_params, state["shadow_params"], strict=True):
+            shadow.copy_(saved)
+        self.optimization_step = state["optimization_step"]
+
+
+def averaged(ema):
+    """The context in which the models hold their averaged weights; with None they keep their own."""
+    return nullcontext() if ema is None else ema.in_place()

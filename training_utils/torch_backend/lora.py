@@ -1,0 +1,203 @@
+"""Low-rank adapters through PEFT: adding, saving in the library's layout and in that of WebUI and ComfyUI, loading."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from training_utils.base.console import warn
+from training_utils.base.errors import UserError
+
+FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+AVERAGE = "ema.bin"
+# What kohya's trainers call the base model in a file, by which WebUI sorts it: by the width of the text states.
+BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
+UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+ADDED_KV_LAYERS = ["add_k_proj", "add_v_proj"]  # Kandinsky's UNet: keys and values from the image's embedding
+TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def add_adapter(model, layers, rank, alpha=None, dropout=0.0, use_dora=False, seed=0):
+    """Freeze a model and give the linear layers of these names trainable low-rank terms (Hu et al. 2021, 2106.09685).
+
+    W x becomes W x + (alpha / rank) B A x, with A (rank, in) gaussian and B (out, rank) zero at the start; `alpha`
+    None means alpha = rank. `use_dora` learns the columns' norms too (Liu et al. 2024, 2402.09353). The adapter is
+    float32 whatever the model's precision: half precision would round small steps away.
+    """
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    model.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank if alpha is None else alpha,
+            lora_dropout=dropout,
+            use_dora=use_dora,
+            init_lora_weights="gaussian",
+            target_modules=layers,
+        )
+    )
+    for parameter in parameters([model]):
+        parameter.data = parameter.data.float()
+    if not use_dora:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_variant["default"], module.cast_input_dtype_enabled = FewerPasses, False
+
+
+class FewerPasses(LoraVariant):
+    """PEFT's forward of an adapted layer in fewer skips memory, which are what a low-rank term costs.
+
+    PEFT scales the term at the width of the layer's output, not at the rank's, writes it and its sum with the output
+    to new memory, and makes an input float32 that autocast then makes half precision again. Here the product adds
+    itself to the output, (B, tokens, out). It goes sample by sample: as one product over all tokens the gradient of B
+    (out, rank) is a matrix too small to keep a CPU's cores busy.
+    """
+
+    @staticmethod
+    def forward(module, active_adapter, x, result, **_):
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        if x.dtype != down.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(down.weight.dtype)
+        term, scaling = down(module.lora_dropout[active_adapter](x)), module.scaling[active_adapter]
+        term = (term if scaling == 1 else term * scaling).to(result.dtype)  # autocast leaves in-place calls alone
+        return result.baddbmm_(term, up.weight.to(result.dtype).t().expand(result.shape[0], -1, -1))
+
+
+def parameters(models):
+    """The trainable parameters of some models, a list."""
+    return [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _state(model):
+    """The adapter's weights on the host, under the names that loaders look for.
+
+    A text encoder's begin with text_model, as in every file in the wild: transformers 5 itself has dropped that level,
+    and diffusers reads both. DoRA's norms end in .weight for transformers and do not for diffusers.
+    """
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    prefix = "text_model." if _is_flat_text_encoder(model) else ""
+    suffix = ".weight" if isinstance(model, PreTrainedModel) else ""
+    return {
+        prefix + name + (suffix if name.endswith("lora_magnitude_vector") else ""): value.detach().float().cpu()
+        for name, value in state.items()
+    }
+
+
+def _is_flat_text_encoder(model):
+    return hasattr(model, "embeddings") and hasattr(model, "encoder")
+
+
+def _facts(model):
+    """The adapter's configuration for a file's metadata: sorted, so that equal runs write equal files, and without the
+    path of the base model on this machine."""
+    facts = model.peft_config["default"].to_dict() | {"base_model_name_or_path": None}
+    return {key: sorted(value) if isinstance(value, set | list) else value for key, value in facts.items()}
+
+
+def words_of_sampler(pipeline, sampler, model):
+    """What the lines that use adapters say of their sampler: {"classes": what is imported, "sampler": a line or ""}.
+
+    `pipeline` is the name of a class; `sampler` lies beside the adapters in `model`, a folder or repository, and is
+    None where the base model's own one is right.
+    """
+    if sampler is None:
+        return {"classes": pipeline, "sampler": ""}
+    name = type(sampler).__name__
+    line = f'pipeline.scheduler = {name}.from_pretrained("{model}", subfolder="scheduler")\n'
+    return {"classes": ", ".join(sorted([pipeline, name])), "sampler": line}
+
+
+def save_result(folder, adapted, kohya, sampler=None):
+    """Write the adapters as `save` does, with `kohya` as `save_kohya` too, and beside them a `sampler`, which is None
+    where the base model's own one is right. What an earlier run has left of both goes."""
+    folder = Path(folder)
+    (folder / KOHYA_FILE).unlink(missing_ok=True)
+    if not (folder / "model_index.json").exists():  # else it is the base model's own
+        shutil.rmtree(folder / "scheduler", ignore_errors=True)
+    save(folder, adapted)
+    if kohya:
+        save_kohya(folder, adapted)
+    if sampler is not None:
+        sampler.save_pretrained(folder / "scheduler")
+
+
+def save(folder, adapted):
+    """Write the adapters of `adapted` ({"unet": model, ...}) as one file that `load_lora_weights(folder)` takes.
+
+    Where a pipeline has no such method, its networks do: `load_lora_adapter(folder, prefix="unet")`.
+    Float32, with rank, alpha and layers in the file's metadata: without them a loader takes alpha to be the rank.
+    """
+    LoraBaseMixin._save_lora_weights(  # what every pipeline's save_lora_weights calls; Kandinsky's have none
+        folder,
+        lora_layers={name: _state(model) for name, model in adapted.items()},
+        lora_metadata={name: _facts(model) for name, model in adapted.items()},
+    )
+
+
+def load(folder, adapted):
+    """Put the weights that `save`, or an original script, wrote back into the adapters. Raises UserError."""
+    state = load_file(folder / FILE)
+    if not any(".lora_A." in name for name in state):  # the originals write diffusers' older names
+        state = convert_all_state_dict_to_peft(state)
+    others = {key.split(".")[0] for key in state} - set(adapted)
+    if others and not adapted.keys() - {key.split(".")[0] for key in state}:
+        what = ", ".join(sorted(others))
+        raise UserError(f"{folder} holds adapters of {what} too, which this run does not train; use the same flags")
+    for name, model in adapted.items():
+        part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if _is_flat_text_encoder(model):
+            part = {key.removeprefix("text_model."): value for key, value in part.items()}
+        part = {key.replace("magnitude_vector.weight", "magnitude_vector"): value for key, value in part.items()}
+        rank = model.peft_config["default"].r
+        for key, value in part.items():
+            if ".lora_A." in key and value.shape[0] != rank:
+                raise UserError(f"{folder} holds adapters of rank {value.shape[0]}, this run has --rank {rank}")
+        result = set_peft_model_state_dict(model, part)
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        if missing or result.unexpected_keys or not part:
+            raise UserError(f"{folder} does not hold the adapters of this run's {name}; train it with the same flags")
+
+
+def save_with_average(folder, adapted, ema):
+    """Write the adapters, and their moving average where there is one, into a checkpoint."""
+    save(folder, adapted)
+    if ema is not None:
+        ema.write(folder / AVERAGE)
+
+
+def load_with_average(folder, adapted, ema):
+    """Read what `save_with_average`, or an original script, wrote."""
+    load(folder, adapted)
+    if ema is not None and (folder / AVERAGE).exists():
+        ema.read(folder / AVERAGE)
+    elif ema is not None:
+        warn(f"{folder} holds no EMA weights; the average starts from its weights")
+        ema.reset()
+
+
+def save_kohya(folder, adapted):
+    """Write the adapters once more with the names that WebUI and ComfyUI read, and the facts that they show."""
+    state = {f"{name}.{key}": value for name, model in adapted.items() for key, value in _state(model).items()}
+    converted = convert_state_dict_to_kohya(state)
+    if "text_encoder" in adapted and "text_encoder_2" not in adapted:  # with one encoder its prefix has no number
+        converted = {key.replace("lora_te1_", "lora_te_"): value for key, value in converted.items()}
+    alphas = {name: float(model.peft_config["default"].lora_alpha) for name, model in adapted.items()}
+    assert len(set(alphas.values())) == 1, alphas
+    alpha = torch.tensor(next(iter(alphas.values())))
+    # The converter takes alpha to be the rank.
+    converted = {
+        key: alpha.clone() if key.endswith(".alpha") else value.contiguous() for key, value in converted.items()
+    }
+    rank, width = adapted["unet"].peft_config["default"].r, adapted["unet"].config.cross_attention_dim
+    about = {"network_module": "networks.lora", "network_dim": rank, "network_alpha": alpha.item()}
+    if width in BASES:
+        about["base_model_version"] = BASES[width]
+    metadata = {f"ss_{name}": str(value) for name, value in about.items()}
+    save_file(converted, Path(folder) / KOHYA_FILE, metadata={"format": "pt"} | metadata)

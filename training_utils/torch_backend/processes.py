@@ -1,0 +1,187 @@
+"""The Accelerator of a run, and what its processes tell each other."""
+
+import datetime
+import os
+from functools import partial
+
+import torch
+import torch.utils.checkpoint
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
+
+from training_utils.base import environment
+from training_utils.base.errors import UserError, reason_of
+from training_utils.data import samples
+from training_utils.run import output_folder, trackers
+from training_utils.run.progress import Progress
+from training_utils.torch_backend import deepspeed, sharding
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def make_accelerator(
+    output_dir,
+    logging_dir,
+    accumulation,
+    mixed_precision,
+    report_to,
+    timeout,
+    allow_tf32,
+    fused_backward=False,
+    **ddp,
+):
+    """The Accelerator of a run. `timeout` in seconds; `ddp` are options of DistributedDataParallel.
+
+    Raises UserError where the device cannot do the precision, or the launch does not go with `fused_backward`, steps
+    during the backward pass.
+    """
+    project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))
+    try:
+        with deepspeed.hidden():
+            accelerator = Accelerator(
+                gradient_accumulation_steps=accumulation,
+                mixed_precision=mixed_precision,
+                cpu=not torch.accelerator.is_available(),  # else two processes without a GPU would not see each other
+                log_with=None if report_to == "none" else report_to,
+                project_config=project,
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
+                    DistributedDataParallelKwargs(**ddp),
+                ],
+            )
+    except ValueError as error:
+        if "mixed precision" in str(error):
+            raise UserError(f"--mixed_precision {mixed_precision} does not run on this device: {error}") from None
+        raise
+    if accelerator.distributed_type == "MEGATRON_LM":
+        raise UserError("Megatron-LM is not supported; launch with --multi_gpu")
+    sharding.begin(accelerator, PRECISIONS.get(accelerator.mixed_precision))
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
+    if fused_backward and accelerator.num_processes > 1:
+        raise UserError(
+            "--fused_backward_pass updates each weight before processes have exchanged their gradients; leave it out, "
+            "or start one process"
+        )
+    if fused_backward and accelerator.scaler is not None:
+        raise UserError("--fused_backward_pass frees gradients that fp16 would scale back first; use bf16 or no")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        import torch._dynamo as dynamo
+
+        # Each size of a batch is compiled by itself, and buckets have more than the eight that torch would compile.
+        dynamo.config.recompile_limit = max(64, dynamo.config.recompile_limit)
+    if allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def device_name(accelerator):
+    """What a person calls the device of this process."""
+    device = accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def memory_metrics(accelerator):
+    """The memory that this process has in use, as values to log: of a GPU the peak of what tensors took since the
+    start, and what is reserved for them now; else the host's. In GiB. Does not wait for the device."""
+    if accelerator.device.type != "cuda":
+        return environment.memory_in_use()
+    stats = torch.cuda.memory_stats(accelerator.device)
+    peak, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.current"]
+    return {"memory_peak_gib": peak / 2**30, "memory_reserved_gib": reserved / 2**30}
+
+
+def frozen_dtype(accelerator):
+    """The torch.dtype of the networks that are not trained."""
+    return PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+
+
+def from_main(accelerator, make):
+    """`make()` as the main process evaluates it, on every process. A UserError in it is raised on all of them."""
+    result = None
+    if accelerator.is_main_process:
+        try:
+            result = make()
+        except UserError as error:
+            result = error
+    if accelerator.num_processes > 1:
+        result = broadcast_object_list([result])[0]
+    if isinstance(result, UserError):
+        result.everywhere = True
+        raise result
+    return result
+
+
+def largest_of_processes(accelerator, timeout):
+    """A function from an int to the largest that any process passed; a collective call among the hosts alone.
+
+    It has a process group of its own, on the CPU, so that asking never waits for a GPU.
+    """
+    if accelerator.num_processes == 1:
+        return lambda number: number
+    import torch.distributed as dist
+
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+
+    def largest(number):
+        value = torch.tensor([number])
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+        return int(value)
+
+    return largest
+
+
+def start_trackers(accelerator, project, settings):
+    """Open the trackers of the run. Raises UserError that names them when one cannot be opened."""
+    try:
+        accelerator.init_trackers(project, settings)
+    except Exception as error:  # each tracker's own: no account, no network, another version
+        names = ", ".join(str(name) for name in accelerator.log_with)
+        raise UserError(
+            f"the tracker cannot be opened ({names}: {reason_of(error)}); or give --report_to none"
+        ) from None
+
+
+def start_progress(accelerator, guard, updates, state, total, logging_steps):
+    """The reporting.Progress of a run of `total` steps, from a RunState on; `guard` is its FiniteGuard."""
+    return Progress(
+        state,
+        total,
+        logging_steps,
+        updates.samples,
+        lambda scalars: fetch_mean(accelerator, scalars),
+        lambda values, step: log_metrics(accelerator, values, step),
+        guard.report,
+        partial(memory_metrics, accelerator),
+    )
+
+
+def log_metrics(accelerator, values, step):
+    """Hand a dict of numbers to the trackers, for a step."""
+    trackers.tell_trackers(accelerator.trackers, lambda tracker: tracker.log(values, step=step))
+
+
+def end_training(accelerator):
+    """Close the trackers, let go of the output folder, and leave the process group as it is.
+
+    Destroyed while DDP's reducer still refers to it, gloo's thread and the interpreter's lock can wait for each other
+    for ever; `reporting.run` ends the process without either.
+    """
+    trackers.tell_trackers(accelerator.trackers, lambda tracker: tracker.finish())
+    output_folder.release()
+
+
+def fetch_mean(accelerator, scalars):
+    """A list of scalar tensors as floats, averaged over the processes: one wait for the device for all of them."""
+    return accelerator.reduce(torch.stack([scalar.detach().float() for scalar in scalars]), "mean").tolist()
+
+
+def say_skipped(skipped):
+    """`data.say_skipped` for all processes together; `skipped` is this one's set. A collective call."""
+    samples.say_skipped(set(gather_object(sorted(skipped))))
+
+
+def gather_in_order(accelerator, mine):
+    """Lists that each process made of its share [rank::world_size], put together again in order on every process."""
+    pairs = [(at * accelerator.num_processes + accelerator.process_index, item) for at, item in enumerate(mine)]
+    return [item for _, item in sorted(gather_object(pairs), key=lambda pair: pair[0])]
