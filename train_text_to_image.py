@@ -64,7 +64,7 @@ from training_utils.run.signals import Interruption  # noqa: E402
 from training_utils.torch_backend import dry_run, frozen, gradient, loader, models, optimizers, processes, validation  # noqa: E402
 from training_utils.torch_backend.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.torch_backend.gradient import FiniteGuard, FusedBackward  # noqa: E402
-from training_utils.torch_backend.state import TrainingState, gather_full_weights, load_model, save_model  # noqa: E402
+from training_utils.torch_backend.state import FullWeights, TrainingState  # noqa: E402
 
 PARTS = ["feature_extractor", "safety_checker", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -303,11 +303,10 @@ def main(argv=None):
 
     # --- resume ------------------------------------------------------------------------------------------------------
     saved = TrainingState(
-        accelerator,
-        optimizer,
-        lr_scheduler,
-        lambda folder: save_model(folder, "unet", unet, ema),
-        lambda folder: load_model(folder, "unet", unet, ema),
+        accelerator=accelerator,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        weights=FullWeights("unet", unet, ema),
     )
     about = {
         "script": Path(__file__).name,
@@ -329,7 +328,9 @@ def main(argv=None):
         optimizer,
         args.on_nan == "stop",
         lambda good: uploads.add_last(
-            saved.keep(args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step),
+            saved.save_earlier_checkpoint(
+                args.output_dir, good, about, args.checkpoints_total_limit, state.step - good.step
+            ),
             from_main,
         ),
         lambda before: updates.names(rows, before.position),
@@ -434,9 +435,10 @@ def main(argv=None):
     processes.say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
-    unet, ema = gather_full_weights(unet, ema)
+    weights = saved.weights.gather_full()
+    unet, ema = weights.model, weights.ema
     if accelerator.is_main_process:
-        with output_folder.rescue_weights(args.output_dir, state, about, saved.save_weights):
+        with output_folder.rescue_weights(args.output_dir, state, about, weights.save):
             with averaged(ema):
                 save_result(args, base, unet, sampler)
             card.write_card(

@@ -377,11 +377,10 @@ def main(argv=None):
 
     # --- resume ------------------------------------------------------------------------------------------------------
     saved = TrainingState(
-        accelerator,
-        optimizer,
-        lr_scheduler,
-        lambda folder: lora.save_with_average(folder, adapted, ema),
-        lambda folder: lora.load_with_average(folder, adapted, ema),
+        accelerator=accelerator,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        weights=lora.AdapterWeights(adapted, ema),
     )
     about = {
         "script": Path(__file__).name,
@@ -403,7 +402,9 @@ def main(argv=None):
         optimizer,
         args.on_nan == "stop",
         lambda good: uploads.add_last(
-            saved.keep(args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step),
+            saved.save_earlier_checkpoint(
+                args.output_dir, good, about, args.checkpoints_total_limit, state.step - good.step
+            ),
             from_main,
         ),
         lambda before: updates.names(rows, before.position),
@@ -510,7 +511,7 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        with output_folder.rescue_weights(args.output_dir, state, about, saved.save_weights):
+        with output_folder.rescue_weights(args.output_dir, state, about, saved.weights.save):
             with averaged(ema):
                 save_result(args, adapted, other_sampler)
             card.write_card(

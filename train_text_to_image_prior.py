@@ -83,7 +83,7 @@ from training_utils.torch_backend import (  # noqa: E402
 )
 from training_utils.torch_backend.ema import EMAWeights, averaged  # noqa: E402
 from training_utils.torch_backend.gradient import FiniteGuard, FusedBackward  # noqa: E402
-from training_utils.torch_backend.state import TrainingState, gather_full_weights, load_model, save_model  # noqa: E402
+from training_utils.torch_backend.state import FullWeights, TrainingState  # noqa: E402
 
 PARTS = ["image_encoder", "image_processor", "prior", "scheduler", "text_encoder", "tokenizer"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -335,11 +335,10 @@ def main(argv=None):
 
     # --- resume ------------------------------------------------------------------------------------------------------
     saved = TrainingState(
-        accelerator,
-        optimizer,
-        lr_scheduler,
-        lambda folder: save_model(folder, "prior", prior, ema),
-        lambda folder: load_model(folder, "prior", prior, ema),
+        accelerator=accelerator,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        weights=FullWeights("prior", prior, ema),
     )
     about = {
         "script": Path(__file__).name,
@@ -361,7 +360,9 @@ def main(argv=None):
         optimizer,
         args.on_nan == "stop",
         lambda good: uploads.add_last(
-            saved.keep(args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step),
+            saved.save_earlier_checkpoint(
+                args.output_dir, good, about, args.checkpoints_total_limit, state.step - good.step
+            ),
             from_main,
         ),
         lambda before: updates.names(rows, before.position),
@@ -469,9 +470,10 @@ def main(argv=None):
     processes.say_skipped(rows.findings.skipped)
 
     # --- the result --------------------------------------------------------------------------------------------------
-    prior, ema = gather_full_weights(prior, ema)
+    weights = saved.weights.gather_full()
+    prior, ema = weights.model, weights.ema
     if accelerator.is_main_process:
-        with output_folder.rescue_weights(args.output_dir, state, about, saved.save_weights):
+        with output_folder.rescue_weights(args.output_dir, state, about, weights.save):
             with averaged(ema):
                 save_result(args, base, prior)
             card.write_card(

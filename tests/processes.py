@@ -22,7 +22,7 @@ BYTES = """
 import json, runpy, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {root!r})
-from training_utils import dry_run
+from training_utils.run import dry_run
 dry_run.report = lambda *facts: print("memory", json.dumps(facts[-2]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -79,9 +79,9 @@ class EMAWeights(EMAModel):
         for shadow, parameter in zip(self.shadow_params, self.slices(), strict=True):
             shadow.copy_(parameter)
 
-    def whole(self, model):
-        """The average of all slices, for the model that `sharding.whole_model` returned; None where that is None. A
-        collective call."""
+    def gather_full(self, model):
+        """The average without sharding, for the model that `sharding.gather_full_model` returned; None where that is
+        None. A collective call."""
         self._settle()
         pairs = zip(self.shadow_params, self.parameters, strict=True)
         shadows = [sharding.whole(sharding.like(shadow.to(like.device), like)) for shadow, like in pairs]
@@ -104,7 +104,7 @@ class EMAWeights(EMAModel):
 
     def load(self, folder, model):
         """Read what `save`, or EMAModel of the original scripts, wrote."""
-        weights = sharding.class_of(model).from_pretrained(folder).state_dict()
+        weights = sharding.model_class(model).from_pretrained(folder).state_dict()
         for name, shadow, parameter in zip(self.names, self.shadow_params, self.parameters, strict=True):
             shadow.copy_(sharding.slice_for(weights[name], parameter))
         config = json.loads((Path(folder) / "config.json").read_text())

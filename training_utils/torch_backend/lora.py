@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError
+from training_utils.torch_backend.ema import EMAWeights
 
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
@@ -165,21 +166,34 @@ def load(folder, adapted):
             raise UserError(f"{folder} does not hold the adapters of this run's {name}; train it with the same flags")
 
 
-def save_with_average(folder, adapted, ema):
-    """Write the adapters, and their moving average where there is one, into a checkpoint."""
-    save(folder, adapted)
-    if ema is not None:
-        ema.write(folder / AVERAGE)
+class AdapterWeights:
+    """The adapters of `adapted` ({"unet": model, ...}) in a checkpoint, and their average beside them."""
 
+    def __init__(self, adapted: dict[str, torch.nn.Module], ema: EMAWeights | None = None) -> None:
+        self.adapted = adapted
+        self.ema = ema
 
-def load_with_average(folder, adapted, ema):
-    """Read what `save_with_average`, or an original script, wrote."""
-    load(folder, adapted)
-    if ema is not None and (folder / AVERAGE).exists():
-        ema.read(folder / AVERAGE)
-    elif ema is not None:
-        warn(f"{folder} holds no EMA weights; the average starts from its weights")
-        ema.reset()
+    def gather_full(self) -> "AdapterWeights":
+        """Themselves: adapters are never shared out among the processes."""
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write the adapters, and their average where there is one. The main process calls it."""
+        save(folder, self.adapted)
+        if self.ema is not None:
+            self.ema.write(folder / AVERAGE)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save`, or an original script, wrote. Where the folder holds no average, it starts from the
+        adapters' weights. Raises UserError where the adapters are others."""
+        load(folder, self.adapted)
+        if self.ema is None:
+            return
+        if (folder / AVERAGE).exists():
+            self.ema.read(folder / AVERAGE)
+        else:
+            warn(f"{folder} holds no EMA weights; the average starts from its weights")
+            self.ema.reset()
 
 
 def save_kohya(folder, adapted):

@@ -3,8 +3,8 @@
 Each parameter is then a DTensor: every process holds a slice of its first axis, and gathers the whole only while the
 block that it belongs to computes. What a parameter's slice is, and how a moving average, an optimizer's moment or a
 file follows it, stands here alone; elsewhere tensors are plain. Without FSDP the functions return what they are given,
-but `whole` and `whole_model`, which only processes that share weights out may call. What DeepSpeed shares out is in
-zero.py, to which four functions here hand on.
+except `whole` and `gather_full_model`, which only processes that share weights out may call. What DeepSpeed shares out
+is in deepspeed.py, to which four functions here hand on.
 """
 
 import os
@@ -66,12 +66,12 @@ def trained(optimizer):
     return optimizer.parameters if isinstance(optimizer, Optimizer) else optimizer.param_groups[0]["params"]
 
 
-def is_shared(model):
+def is_sharded(model):
     """Whether the processes share a model's parameters out."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def class_of(model):
+def model_class(model):
     """A model's class without what FSDP2 has put in front of it."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
@@ -108,21 +108,21 @@ def whole(tensor):
     return together.detach().cpu() if torch.distributed.get_rank() == 0 else None
 
 
-def whole_model(model):
+def gather_full_model(model):
     """A shared model as one with plain weights, in the first process' host memory; None in the others. A collective
     call."""
     weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     if torch.distributed.get_rank() != 0:
         return None
     with torch.device("meta"):  # no random initialisation of a model whose weights are at hand
-        plain = class_of(model).from_config(model.config)
+        plain = model_class(model).from_config(model.config)
     plain.load_state_dict(weights, assign=True)
     return plain
 
 
 def load_model(model, weights):
     """Put whole weights, {name: tensor}, into a model; no collective call."""
-    if not is_shared(model):
+    if not is_sharded(model):
         model.load_state_dict(weights)
         return
     for name, tensor in model.state_dict().items():

@@ -1,46 +1,80 @@
 """What a checkpoint holds of a training: weights, optimizer, schedule, loss scale."""
 
 from pathlib import Path
+from typing import Protocol, Self
 
 import torch
-import torch.utils.checkpoint
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
 from training_utils.run import checkpoints, resume
+from training_utils.run.state import RunState
 from training_utils.torch_backend import optimizers, sharding
+from training_utils.torch_backend.ema import EMAWeights
 
 
-def save_model(folder, name, model, ema=None):
-    """Write a model as the diffusers folder `name`, and its average, where there is one, beside it as <name>_ema.
+class Weights(Protocol):
+    """The weights that a run trains, as its checkpoints write and read them: FullWeights or lora.AdapterWeights."""
 
-    Where the processes share its weights out, every one must call it; the first one writes.
+    ema: EMAWeights | None
+
+    def save(self, folder: Path) -> None:
+        """Write the weights, and their average where there is one, into a checkpoint's folder.
+
+        Where the processes share the weights out, this is a collective call, of which the main process writes.
+        """
+
+    def load(self, folder: Path) -> None:
+        """Read what `save`, or an original script, wrote. Every process calls it."""
+
+    def gather_full(self) -> Self:
+        """The same weights, complete in the main process. A collective call where the processes share them out."""
+
+
+class FullWeights:
+    """All weights of a model, in a checkpoint as the diffusers folder `name`, and their average as <name>_ema.
+
+    `model` is None in what `gather_full` returns in other processes than the main one.
     """
-    model, ema = gather_full_weights(model, ema)
-    if model is not None:
-        model.save_pretrained(folder / name)
-    if ema is not None:
-        ema.save(folder / f"{name}_ema", model)
 
+    def __init__(self, name: str, model: torch.nn.Module | None, ema: EMAWeights | None = None) -> None:
+        self.name = name
+        self.model = model
+        self.ema = ema
 
-def gather_full_weights(model, ema=None):
-    """A model and its average with whole weights: both as they are or, where the processes share them out, plain ones
-    in the first process' host memory and (None, None) in the others. A collective call."""
-    if not sharding.is_shared(model):
-        return model, ema
-    plain = sharding.whole_model(model)
-    return plain, None if ema is None else ema.whole(plain)
+    def gather_full(self) -> "FullWeights":
+        """The same weights without sharding: themselves or, where the processes share them out, plain ones in the
+        main process' host memory, and None in the others. A collective call."""
+        if not sharding.is_sharded(self.model):
+            return self
+        model = sharding.gather_full_model(self.model)
+        ema = None if self.ema is None else self.ema.gather_full(model)
+        return FullWeights(self.name, model, ema)
 
+    def save(self, folder: Path) -> None:
+        """Write the model and its average. A collective call where the processes share the weights out; the main
+        process writes."""
+        full = self.gather_full()
+        if full.model is None:
+            return
+        full.model.save_pretrained(folder / self.name)
+        if full.ema is not None:
+            full.ema.save(folder / f"{self.name}_ema", full.model)
 
-def load_model(folder, name, model, ema=None):
-    """Read what `save_model`, or an original script, wrote. Without an average it begins at the model's weights."""
-    sharding.load_model(model, sharding.class_of(model).from_pretrained(folder, subfolder=name).state_dict())
-    if ema is not None and (folder / f"{name}_ema").is_dir():
-        ema.load(folder / f"{name}_ema", model)
-    elif ema is not None:
-        warn(f"{folder} holds no EMA weights; the average starts from its weights")
-        ema.reset()
+    def load(self, folder: Path) -> None:
+        """Read what `save`, or an original script, wrote; no collective call. Where the folder holds no average, it
+        starts from the model's weights."""
+        model_class = sharding.model_class(self.model)
+        sharding.load_model(self.model, model_class.from_pretrained(folder, subfolder=self.name).state_dict())
+        if self.ema is None:
+            return
+        if (folder / f"{self.name}_ema").is_dir():
+            self.ema.load(folder / f"{self.name}_ema", self.model)
+        else:
+            warn(f"{folder} holds no EMA weights; the average starts from its weights")
+            self.ema.reset()
 
 
 # What Prodigy finds out during a run and keeps beside its settings.
@@ -51,13 +85,21 @@ class TrainingState:
     """Writes and reads a checkpoint's weights, optimizer, schedule and loss scale: the same files, however many
     processes there are and whether they share weights out.
 
-    `save_weights(folder)` and `load_weights(folder)` see to the models. The first is called in the main process alone
-    or, where weights are shared out, in every one; the second in every one.
+    `weights` are written by the main process alone or, where the processes share them out, with all of them.
     """
 
-    def __init__(self, accelerator, optimizer, lr_scheduler, save_weights, load_weights):
-        self.accelerator, self.optimizer, self.lr_scheduler = accelerator, optimizer, lr_scheduler
-        self.save_weights, self.load_weights = save_weights, load_weights
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
+        weights: Weights,
+    ) -> None:
+        self.accelerator = accelerator
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.weights = weights
         self.options = [
             {k: v for k, v in group.items() if k not in ("params", "lr", *FOUND)} for group in optimizer.param_groups
         ]
@@ -67,7 +109,7 @@ class TrainingState:
         folder, main = Path(folder), self.accelerator.is_main_process
         try:
             if main or self.accelerator.is_fsdp2:
-                self.save_weights(folder)
+                self.weights.save(folder)
         finally:  # the other processes are waiting in it, whatever has kept this one from writing
             state = sharding.whole_state(self.optimizer)
         if main:
@@ -83,7 +125,7 @@ class TrainingState:
         if scaler is not None and not (folder / "scaler.pt").exists():
             raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
         try:
-            self.load_weights(folder)
+            self.weights.load(folder)
             options = {"map_location": "cpu", "weights_only": True, "mmap": sharding.takes_slices(self.optimizer)}
             sharding.load_state(self.optimizer, torch.load(folder / "optimizer.bin", **options))
             if scaler is not None:
@@ -102,22 +144,25 @@ class TrainingState:
                     moments["step"] = moments["step"].to(parameter.device if group.get("fused") else "cpu")
         optimizers.restart_schedule(self.optimizer, self.lr_scheduler, step)
 
-    def keep(self, root, state, about, limit, ema, held_back):
-        """`save_checkpoint` for a run that goes back to an earlier RunState, whose weights it still has.
-
-        `held_back` is the number of steps since.
-        """
-        if ema is not None:
-            ema.optimization_step -= held_back
+    def save_earlier_checkpoint(
+        self, root: Path | None, state: RunState, facts: dict, limit: int | None, steps_back: int
+    ) -> Path | None:
+        """`save_checkpoint` of an earlier RunState, `steps_back` steps ago, since which the weights have not moved."""
+        if self.weights.ema is not None:
+            self.weights.ema.optimization_step -= steps_back
         optimizers.restart_schedule(self.optimizer, self.lr_scheduler, state.step)
-        return self.save_checkpoint(root, state, about, limit)
+        return self.save_checkpoint(root, state, facts, limit)
 
-    def save_checkpoint(self, root, state, about, limit):
-        """One whole checkpoint of a RunState under `root`; None, and a warning, if it failed. See checkpoints.save."""
+    def save_checkpoint(self, root: Path | None, state: RunState, facts: dict, limit: int | None) -> Path | None:
+        """Write a checkpoint of a RunState under `root`; return its folder, or None, after a warning, if that failed.
 
-        def any_of(failed):
-            return bool(self.accelerator.reduce(torch.tensor(int(failed), device=self.accelerator.device)).item())
+        `facts` are for the manifest. A collective call; see checkpoints.save_checkpoint.
+        """
+
+        def any_of(failed: bool) -> bool:
+            count = torch.tensor(int(failed), device=self.accelerator.device)
+            return bool(self.accelerator.reduce(count).item())
 
         return checkpoints.save_checkpoint(
-            root, state, self.write, about, limit, self.accelerator.is_main_process, any_of
+            root, state, self.write, facts, limit, self.accelerator.is_main_process, any_of
         )
