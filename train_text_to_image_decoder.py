@@ -45,6 +45,7 @@ from training_utils.base import startup  # noqa: E402
 startup.begin()
 startup.prepare()
 
+from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -55,40 +56,23 @@ from diffusers import (  # noqa: E402
     DDPMScheduler,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
+    SchedulerMixin,
     UNet2DConditionModel,
     VQModel,
 )
-from diffusers.optimization import get_scheduler  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection  # noqa: E402
 
-from training_utils.base import draws, losses  # noqa: E402
-from training_utils.base.console import warn  # noqa: E402
+from training_utils.base import losses  # noqa: E402
 from training_utils.base.errors import UserError  # noqa: E402
-from training_utils.data import buckets, checking, image_ops, inspection, opening, selection  # noqa: E402
-from training_utils.data.plan import BatchPlan  # noqa: E402
-from training_utils.data.samples import Samples  # noqa: E402
-from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary, trackers  # noqa: E402
-from training_utils.run.dry_run import STEPS  # noqa: E402
-from training_utils.run.grids import standing_grids  # noqa: E402
-from training_utils.run.hub import card, upload  # noqa: E402
-from training_utils.run.metrics import Metrics  # noqa: E402
-from training_utils.run.progress import validation_due  # noqa: E402
-from training_utils.run.signals import Interruption  # noqa: E402
-from training_utils.torch_backend import (  # noqa: E402
-    dry_run,
-    frozen,
-    gradient,
-    kandinsky,
-    loader,
-    models,
-    optimizers,
-    processes,
-    validation,
-)
-from training_utils.torch_backend.ema import EMAWeights, averaged  # noqa: E402
-from training_utils.torch_backend.gradient import FiniteGuard, FusedBackward  # noqa: E402
-from training_utils.torch_backend.state import FullWeights, TrainingState  # noqa: E402
+from training_utils.data import image_ops, inspection  # noqa: E402
+from training_utils.run import exit  # noqa: E402
+from training_utils.run.hub import card  # noqa: E402
+from training_utils.torch_backend import frozen, kandinsky, models, optimizers, processes  # noqa: E402
+from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
+from training_utils.torch_backend.gradient import prepare_network  # noqa: E402
+from training_utils.torch_backend.run import Run  # noqa: E402
+from training_utils.torch_backend.state import FullWeights  # noqa: E402
 
 PARTS = ["movq", "scheduler", "unet"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -170,7 +154,7 @@ def encode_images(networks, batch):
     }
 
 
-def training_loss(unet, schedule, batch, snr_gamma=None):
+def training_loss(unet, noise_schedule, batch, snr_gamma=None):
     """The diffusion loss of each sample of a batch, which holds what `encode_images` makes of it; shape (B,).
 
     Noise is mixed into MOVQ's latents in float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4); the UNet is told CLIP's
@@ -180,25 +164,38 @@ def training_loss(unet, schedule, batch, snr_gamma=None):
     """
     timesteps, noise = batch["timestep"], batch["noise"]
     latents, image = batch["latents"].float(), batch["image"].float()
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    kind = schedule.config.prediction_type
-    target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+    noisy = noise_schedule.add_noise(latents, noise, timesteps)
+    kind = noise_schedule.config.prediction_type
+    target = noise if kind == "epsilon" else noise_schedule.get_velocity(latents, noise, timesteps)
     prediction = unet(noisy, timesteps, None, added_cond_kwargs={"image_embeds": image}).sample
     prediction = prediction[:, : latents.shape[1]]
     loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
-        snr = losses.signal_to_noise(schedule.alphas_cumprod[timesteps])
+        snr = losses.signal_to_noise(noise_schedule.alphas_cumprod[timesteps])
         loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
     return loss
 
 
-def load_models(args, accelerator, draws_images):
-    """The two folders and their parts, in host memory: (prior's folder, decoder's folder, image_processor,
-    image_encoder, movq, unet, schedule, sampler).
+@dataclass
+class Parts:
+    """The parts of the decoder, and what sees images of the prior, in host memory until they are placed; None where a
+    cache stands in for one.
 
-    `schedule` is the noise schedule of the training, `sampler` the decoder's own scheduler. Of the prior, only what
-    sees images is fetched, unless it `draws_images`.
+    `noise_schedule` is the one of the training, `sampler` the decoder's own scheduler.
     """
+
+    prior_base: Path
+    base: Path
+    image_processor: CLIPImageProcessorPil
+    image_encoder: CLIPVisionModelWithProjection | None
+    movq: VQModel | None
+    unet: UNet2DConditionModel
+    noise_schedule: DDPMScheduler
+    sampler: SchedulerMixin
+
+
+def load_models(args, accelerator, draws_images) -> Parts:
+    """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     variant, options = args.variant, (args.variant, args.cache_dir)
     prior_base = models.model_folder(
         args.pretrained_prior_model_name_or_path,
@@ -211,16 +208,18 @@ def load_models(args, accelerator, draws_images):
     base = models.model_folder(
         args.pretrained_decoder_model_name_or_path, KandinskyV22Pipeline, args.decoder_revision, *options
     )
-    schedule = models.load_part(DDPMScheduler, base, "scheduler")
-    if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"the decoder predicts '{schedule.config.prediction_type}'; this script trains epsilon and v")
+    noise_schedule = models.load_part(DDPMScheduler, base, "scheduler")
+    if noise_schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"the decoder predicts '{noise_schedule.config.prediction_type}'; this script trains epsilon and v"
+        )
     image_processor = models.load_part(CLIPImageProcessorPil, prior_base, "image_processor")
     half = processes.frozen_dtype(accelerator)
     image_encoder = models.load_part(CLIPVisionModelWithProjection, prior_base, "image_encoder", variant, dtype=half)
     movq = models.load_part(VQModel, base, "movq", variant, dtype=half)
     unet = models.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
 
-    schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
+    noise_schedule.alphas_cumprod = noise_schedule.alphas_cumprod.to(accelerator.device)
     for network in (image_encoder, movq):
         network.requires_grad_(False).eval()
     models.check_channels(unet, movq)
@@ -231,19 +230,16 @@ def load_models(args, accelerator, draws_images):
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         models.enable_xformers(unet)
-    return prior_base, base, image_processor, image_encoder, movq, unet, schedule, models.sampling_scheduler(base, {})
-
-
-def latents_of(movq, unet, **sides):
-    """The channels of MOVQ's latents, and how many pixels a side of one has. Raises UserError for one of `sides`, in
-    pixels and by the name of its flag, that does not come out even in every layer of the UNet."""
-    factor = 2 ** (len(movq.config.block_out_channels) - 1)
-    multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
-    for name, side in sides.items():
-        if side % multiple:
-            nearest = max(1, round(side / multiple)) * multiple
-            raise UserError(f"--{name} {side} is not a multiple of {multiple}, the decoder's; try {nearest}")
-    return movq.config.latent_channels, factor
+    return Parts(
+        prior_base=prior_base,
+        base=base,
+        image_processor=image_processor,
+        image_encoder=image_encoder,
+        movq=movq,
+        unet=unet,
+        noise_schedule=noise_schedule,
+        sampler=models.sampling_scheduler(base, {}),
+    )
 
 
 def save_result(args, base, unet):
@@ -263,245 +259,131 @@ def usage(args, model, public=False):
 
 def main(argv=None):
     args = parse_args(argv)
-    command = flags.without_secrets(argv)
     if args.check_data:
         return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
-
-    # --- processes, seed and where to begin --------------------------------------------------------------------------
-    accelerator = processes.make_accelerator(**flags.machine(args))
-    from_main = partial(processes.from_main, accelerator)  # what a function returns in the main process
-    args.mixed_precision = accelerator.mixed_precision
-    for notice in args.notices:
-        warn(notice)
-    resume_from, state = from_main(
-        lambda: resume.begin_run(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
+    run = Run(
+        args,
+        __file__,
+        argv,
+        base_model=args.pretrained_decoder_model_name_or_path,
+        pipeline="KandinskyV22Pipeline",
     )
-    from_main(lambda: output_folder.refuse_another_result(args.output_dir, pipeline="KandinskyV22Pipeline"))
-    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, **flags.hub(args))
+    accelerator = run.accelerator
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = opening.load_dataset(**flags.data_source(args))
-    rows = selection.take_subset(rows, args.max_train_samples, state.seed)
-    unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
-    rows = rows.without(unusable)
-    rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args)))
-    rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
-    prompts = args.validation_prompts or []
-    prior_base, base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(
-        args, accelerator, draws_images=bool(prompts)
-    )
-    drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
-    pairs = prompts and kandinsky.embed_prompts(
-        prior_base, args.variant, image_encoder, accelerator.device, prompts, state.seed, *drawing
-    )
-    latents = latents_of(movq, unet, resolution=args.resolution)
-    if args.aspect_ratio_bucketing:
-        latents_of(movq, unet, bucket_reso_steps=args.bucket_reso_steps)
-    prepare = SampleTransform(args, image_processor, latents, schedule.config.num_train_timesteps)
-    samples = Samples(rows, prepare, state.seed, args.on_bad_sample)
-    if val_dataset is not None:
-        prepare = SampleTransform(
-            args, image_processor, latents, schedule.config.num_train_timesteps, len(val_dataset)
+    run.open_data()
+    parts = load_models(args, accelerator, bool(run.prompts))
+    unet = parts.unet
+    noise_schedule = parts.noise_schedule
+    embeddings = []
+    if run.prompts:
+        embeddings = kandinsky.embed_prompts(
+            parts.prior_base,
+            args.variant,
+            parts.image_encoder,
+            accelerator.device,
+            run.prompts,
+            run.state.seed,
+            args.validation_num_inference_steps,
+            args.validation_guidance_scale,
         )
-        val_samples = Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
+    latents = kandinsky.latent_shape(parts.movq, unet, resolution=args.resolution)
+    if args.aspect_ratio_bucketing:
+        kandinsky.latent_shape(parts.movq, unet, bucket_reso_steps=args.bucket_reso_steps)
+    timesteps = noise_schedule.config.num_train_timesteps
+    transform = partial(SampleTransform, args, parts.image_processor, latents, timesteps)
+    train_set, val_set = run.samples(transform)
 
-    # --- what is frozen runs once ------------------------------------------------------------------------------------
-    sets = [samples, val_samples] if val_dataset is not None else [samples]
-    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
-    if args.cache_latents:
-        settings = [
-            "decoder",
-            args.resolution,
-            args.image_interpolation_mode,
-            args.reducing_gap,
-            repr(image_processor),
-        ]
-        blank, seen_by = prepare.blank() if args.caption_dropout else None, [movq, image_encoder]
-        frozen.cache_images(*keeping, seen_by, partial(encode_images, seen_by), settings, args.cached_crops, blank)
-        del seen_by  # else the networks would stay in memory
-    movq = frozen.place_frozen(movq, accelerator.device, args.cache_latents, prompts)
-    image_encoder = frozen.place_frozen(image_encoder, accelerator.device, args.cache_latents, wanted_again=False)
-    frozen.release_memory([movq, image_encoder])
+    # --- frozen networks: cached on disk, or run at each step --------------------------------------------------------
+    encode = run.frozen_encoders()
+    draws_images = bool(run.prompts)
+    image_key = [
+        "decoder",
+        args.resolution,
+        args.image_interpolation_mode,
+        args.reducing_gap,
+        repr(parts.image_processor),
+    ]
+    parts.movq, parts.image_encoder = encode.images(
+        encode_images,
+        [parts.movq, parts.image_encoder],
+        cache_key=image_key,
+        needed_again=[draws_images, False],
+        blank=train_set.prepare.blank() if args.caption_dropout else None,
+    )
+    frozen.release_memory([parts.movq, parts.image_encoder])
     unet.to(accelerator.device)
 
-    def encode(batch):
-        """A batch with what the frozen networks make of it; a cache has put it there already."""
-        return batch if args.cache_latents else batch | encode_images((movq, image_encoder), batch)
-
-    # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = BatchPlan.of(
-        rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
-    )
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * updates.per_epoch
-    parameters = list(unet.parameters())
-    optimizer = optimizers.make_optimizer(
-        parameters,
-        **flags.optimizer(args, updates.window),
-        loss_scaling=accelerator.scaler is not None,
-        rounding_seed=(lambda index: draws.rounding_seed(state.seed, state.step, index)) if args.full_bf16 else None,
-    )
-    lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
-    # The loop calls `network`; `unet` stays the bare model.
-    network, optimizer, parameters = gradient.prepare_network(accelerator, unet, optimizer)
+    # --- optimizer, schedule, EMA, resume ----------------------------------------------------------------------------
+    run.plan_batches()
+    optimizer, lr_scheduler = run.make_optimizer(list(unet.parameters()))
+    # The loop calls `network`, which DDP or FSDP may wrap; `unet` stays the bare model.
+    network, optimizer, parameters = prepare_network(accelerator, unet, optimizer)
     ema = EMAWeights([unet], args.ema_decay, args.offload_ema) if args.use_ema else None
+    weights = FullWeights("unet", unet, ema)
+    run.begin(optimizer, lr_scheduler, weights, parameters)
 
-    # --- resume ------------------------------------------------------------------------------------------------------
-    saved = TrainingState(
-        accelerator=accelerator,
-        optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
-        weights=FullWeights("unet", unet, ema),
-    )
-    about = {
-        "script": Path(__file__).name,
-        "world_size": accelerator.num_processes,
-        "flags": flags.mathematics(args),
-        "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
-    }
-    if resume_from:
-        from_main(lambda: resume.warn_of_differences(resume_from, about))
-        saved.read(resume_from, state.step)
-    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(flags.public(args)))
-    named = (about, args.pretrained_decoder_model_name_or_path, processes.device_name(accelerator), args.output_dir)
-    facts = summary.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
-    if accelerator.is_main_process and not args.dry_run:
-        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
-        accelerator.trackers.append(Metrics(args.output_dir, state.step, facts))
-    guard = FiniteGuard(
-        accelerator,
-        optimizer,
-        args.on_nan == "stop",
-        lambda good: uploads.add_last(
-            saved.save_earlier_checkpoint(
-                args.output_dir, good, about, args.checkpoints_total_limit, state.step - good.step
-            ),
-            from_main,
-        ),
-        lambda before: updates.names(rows, before.position),
-    )
-    fused = FusedBackward(optimizer, guard) if args.fused_backward_pass else None
-    progress = processes.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
-    grids = standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
-
-    def loss_of(batch):
-        """The loss of each sample of a held-out batch, shape (B,)."""
-        return training_loss(unet, schedule, encode(batch))
+    def val_loss(batch):
+        """The loss of each sample of a validation batch, shape (B,)."""
+        return training_loss(unet, noise_schedule, encode(batch))
 
     def validate():
         """Validation loss and images with the weights that would be saved now."""
-        progress.flush()
-        unet.eval()
-        with averaged(ema), frozen.temporarily_on([movq], accelerator.device):
-            if val_dataset is not None:
-                validation.log_validation_loss(accelerator, val_samples, args.train_batch_size, loss_of, state.step)
-            if prompts:
-                pipeline = KandinskyV22Pipeline(unet, sampler, movq)
-
-                def draw(at, noise):
-                    return kandinsky.image(pipeline, pairs[at], noise, args.resolution, *drawing)
-
-                grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
-        unet.train()
-        progress.pause()
-
-    def checkpoint():
-        progress.flush()
-        folder = saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
-        progress.pause()
-        return uploads.add(folder)
+        with run.validating([unet], ema, [parts.movq]):
+            if val_set is not None:
+                run.log_val_loss(val_set, val_loss)
+            if run.prompts:
+                pipeline = KandinskyV22Pipeline(unet, parts.sampler, parts.movq)
+                run.log_images(partial(kandinsky.image, pipeline, **flags.kandinsky_drawing(args)), embeddings)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    keep = None if args.dry_run else checkpoint
-    batches = loader.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
-    looks = prompts or val_dataset is not None
-    cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    step_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
-    if args.dry_run:
-        batches = dry_run.begin_dry_run(accelerator, batches, samples, updates)
-        args.max_train_steps, args.output_dir = min(planned, state.step + STEPS), None
-    with Interruption(processes.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
-        if args.validation_at_start and looks and state.step == 0:
+    batches = run.batches()
+    step_loss = 0.0
+    with run:  # SIGTERM and Ctrl-C end it after a step
+        if run.validates_first():
             validate()
-        while state.step < args.max_train_steps and not stopped_by:
+        while run.continues():
             batch = next(batches)
-            torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
-            state.micro_step += 1
+            run.seed_dropout()
             with accelerator.accumulate(network):
                 batch = encode(batch)
-                sample_losses = training_loss(network, schedule, batch, args.snr_gamma)
+                sample_losses = training_loss(network, noise_schedule, batch, args.snr_gamma)
                 loss = (sample_losses * batch["weight"]).sum()
-                if fused:
-                    fused.begin(loss)
+                run.gradient.begin(loss)
                 accelerator.backward(loss)
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = (
-                        fused.gradient_norm()
-                        if fused
-                        else gradient.clip_gradient(accelerator, parameters, args.max_grad_norm)
-                    )
-                    guard.look_at(grad_norm)
+                    grad_norm = run.gradient.clip_and_check()
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of a step.
-            state.position = updates.after(state.position)
-            finished_loss, step_loss = step_loss, 0.0
-            updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
-            if updated:
+            stepped = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
+            if stepped:
                 lr_scheduler.step()
                 if ema is not None:
-                    ema.step(guard.held)
-                state.step += 1
-                progress.update(state, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
-            else:
-                progress.skip(checkpoint)
-            stopped_by = interruption.signal()
-            if stopped_by or (
-                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
-            ):
-                newest = checkpoint()
-            if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
+                    ema.step(run.gradient.skipped)
+            run.end_step(step_loss, grad_norm, stepped)
+            step_loss = 0.0
+            if run.checkpoint_due(stepped):
+                run.save_checkpoint()
+            if run.validation_due(stepped):
                 validate()
-        if stopped_by:
-            uploads.finish(from_main)
-    progress.close()
-    if args.dry_run:
-        plan = (rows, val_dataset, updates, planned, progress)
-        dry_run.report_dry_run(accelerator, plan, {"unet": unet}, [movq, image_encoder], optimizer, ema, fused)
-        return stopped_by and 128 + stopped_by
-    if stopped_by:
-        processes.end_training(accelerator)
-        return commands.say_stopped(stopped_by, state.step, newest, command)
-    processes.say_skipped(rows.findings.skipped)
+    if run.ended_early:  # a dry run, or a signal: says how to continue
+        return run.exit_code({"unet": unet}, [parts.movq, parts.image_encoder], optimizer, ema)
 
     # --- the result --------------------------------------------------------------------------------------------------
-    weights = saved.weights.gather_full()
-    unet, ema = weights.model, weights.ema
-    if accelerator.is_main_process:
-        with output_folder.rescue_weights(args.output_dir, state, about, weights.save):
-            with averaged(ema):
-                save_result(args, base, unet)
-            card.write_card(
-                args.output_dir,
-                repository,
-                base_model=args.pretrained_decoder_model_name_or_path,
-                data=args.dataset_name,
-                tags=["kandinsky"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
-                usage=usage(args, repository or args.output_dir, public=True),
-                prior=args.pretrained_prior_model_name_or_path,
-                images=[(grid, prompts) for grid in grids],
-                token=args.hub_token,
-            )
-        summary.conclude(args.output_dir, progress, usage(args, args.output_dir))
-        if repository:
-            uploads.finish()
-            upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)
-    processes.end_training(accelerator)
-    return 0
+    weights = weights.gather_full()
+    return run.publish(
+        partial(save_result, args, parts.base, weights.model),
+        weights,
+        tags=["kandinsky"],
+        usage=usage(args, args.output_dir),
+        public_usage=usage(args, run.repository or args.output_dir, public=True),
+        uploaded=UPLOADED,
+        prior=args.pretrained_prior_model_name_or_path,
+    )
 
 
 if __name__ == "__main__":

@@ -41,14 +41,13 @@ from training_utils.base import startup  # noqa: E402
 startup.begin()
 startup.prepare()
 
+from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from diffusers import DDPMScheduler, KandinskyV22PriorPipeline, PriorTransformer, UnCLIPScheduler  # noqa: E402
-from diffusers.optimization import get_scheduler  # noqa: E402
 from PIL import ImageOps  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPImageProcessorPil,
@@ -57,35 +56,16 @@ from transformers import (  # noqa: E402
     CLIPVisionModelWithProjection,
 )
 
-from training_utils.base import draws, losses  # noqa: E402
-from training_utils.base.console import warn  # noqa: E402
-from training_utils.base.errors import UserError  # noqa: E402
-from training_utils.data import checking, inspection, opening, selection  # noqa: E402
-from training_utils.data.captions import choose_caption, shuffle_tags, warn_of_long_captions  # noqa: E402
-from training_utils.data.plan import BatchPlan  # noqa: E402
-from training_utils.data.samples import Samples  # noqa: E402
-from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary, trackers  # noqa: E402
-from training_utils.run.dry_run import STEPS  # noqa: E402
-from training_utils.run.grids import standing_grids  # noqa: E402
-from training_utils.run.hub import card, upload  # noqa: E402
-from training_utils.run.metrics import Metrics  # noqa: E402
-from training_utils.run.progress import validation_due  # noqa: E402
-from training_utils.run.signals import Interruption  # noqa: E402
-from training_utils.torch_backend import (  # noqa: E402
-    dry_run,
-    frozen,
-    gradient,
-    kandinsky,
-    loader,
-    lora,
-    models,
-    optimizers,
-    processes,
-    validation,
-)
-from training_utils.torch_backend.ema import EMAWeights, averaged  # noqa: E402
-from training_utils.torch_backend.gradient import FiniteGuard  # noqa: E402
-from training_utils.torch_backend.state import TrainingState  # noqa: E402
+from training_utils.base import losses  # noqa: E402
+from training_utils.data import inspection  # noqa: E402
+from training_utils.data.captions import choose_caption, shuffle_tags  # noqa: E402
+from training_utils.run import exit  # noqa: E402
+from training_utils.run.hub import card  # noqa: E402
+from training_utils.torch_backend import frozen, kandinsky, lora, models, processes  # noqa: E402
+from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
+from training_utils.torch_backend.gradient import prepare_network  # noqa: E402
+from training_utils.torch_backend.lora import AdapterWeights  # noqa: E402
+from training_utils.torch_backend.run import Run  # noqa: E402
 
 UPLOADED = ["README.md", "pytorch_lora_weights.safetensors", "validation/*.png"]
 USAGE = """
@@ -159,7 +139,7 @@ def encode_captions(text_encoder, batch):
     return {"pooled": text.text_embeds, "text_states": text.last_hidden_state}
 
 
-def training_loss(prior, schedule, batch, statistics, snr_gamma=None):
+def training_loss(prior, noise_schedule, batch, statistics, snr_gamma=None):
     """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,).
 
@@ -171,27 +151,40 @@ def training_loss(prior, schedule, batch, statistics, snr_gamma=None):
     timesteps, (mean, std) = batch["timestep"], statistics
     x0 = (batch["image"].float() - mean) / std
     pooled, states = batch["pooled"].float(), batch["text_states"].float()
-    noisy = schedule.add_noise(x0, batch["noise"], timesteps)
+    noisy = noise_schedule.add_noise(x0, batch["noise"], timesteps)
     prediction = prior(noisy, timesteps, pooled, states, batch["token_mask"]).predicted_image_embedding
     loss = F.mse_loss(prediction.float(), x0, reduction="none").mean(dim=1)
     if snr_gamma is not None:
-        snr = losses.signal_to_noise(schedule.alphas_cumprod[timesteps])
+        snr = losses.signal_to_noise(noise_schedule.alphas_cumprod[timesteps])
         loss = loss * losses.min_snr_weight(snr, snr_gamma, "sample")
     return loss
 
 
-def load_models(args, accelerator, seed):
-    """The prior's parts, in host memory, adapted: (tokenizer, image_processor, text_encoder, image_encoder, prior,
-    statistics, schedule, sampler).
+@dataclass
+class Parts:
+    """The parts of the prior, in host memory until they are placed; None where a cache stands in for one.
 
-    `schedule` is the noise schedule of the training, `sampler` the model's own scheduler, `statistics` the mean and
+    `noise_schedule` is the one of the training, `sampler` the model's own scheduler; `statistics` are the mean and
     standard deviation of CLIP's embeddings, float32, which the prior's file holds.
     """
+
+    tokenizer: CLIPTokenizer
+    image_processor: CLIPImageProcessorPil
+    text_encoder: CLIPTextModelWithProjection | None
+    image_encoder: CLIPVisionModelWithProjection | None
+    prior: PriorTransformer
+    statistics: tuple[torch.Tensor, torch.Tensor]
+    noise_schedule: DDPMScheduler
+    sampler: UnCLIPScheduler
+
+
+def load_models(args, accelerator, seed) -> Parts:
+    """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     name, variant = args.pretrained_prior_model_name_or_path, args.variant
     base = models.model_folder(name, KandinskyV22PriorPipeline, args.prior_revision, variant, args.cache_dir)
     sampler = models.load_part(UnCLIPScheduler, base, "scheduler")
-    check_prediction_type(sampler.config)
-    schedule = DDPMScheduler(
+    kandinsky.check_prediction_type(sampler.config)
+    noise_schedule = DDPMScheduler(
         num_train_timesteps=sampler.config.num_train_timesteps,
         beta_schedule="squaredcos_cap_v2",
         prediction_type="sample",
@@ -203,38 +196,29 @@ def load_models(args, accelerator, seed):
     image_encoder = models.load_part(CLIPVisionModelWithProjection, base, "image_encoder", variant, dtype=half)
     prior = models.load_part(PriorTransformer, base, "prior", variant, dtype=torch.float32)
 
-    schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
+    noise_schedule.alphas_cumprod = noise_schedule.alphas_cumprod.to(accelerator.device)
     for network in (text_encoder, image_encoder):
         network.requires_grad_(False).eval()
     for parameter in prior.parameters():
         if parameter is not prior.clip_mean and parameter is not prior.clip_std:  # half has too few digits for them
             parameter.data = parameter.data.to(half)
     prior.train()
-    statistics = embedding_statistics(prior)
+    statistics = kandinsky.embedding_statistics(prior)
     lora.add_adapter(prior, lora.UNET_LAYERS, args.rank, args.lora_alpha, args.lora_dropout, args.use_dora, seed)
     if args.gradient_checkpointing:
         models.checkpoint_blocks(prior.transformer_blocks)
     if args.enable_xformers_memory_efficient_attention:
         models.enable_xformers(prior)
-    return tokenizer, image_processor, text_encoder, image_encoder, prior, statistics, schedule, sampler
-
-
-def embedding_statistics(prior):
-    """The mean and standard deviation (1, D) of CLIP's image embeddings that a prior was trained with. They are no
-    weights, though they lie among them: no forward pass uses them, so they get no gradient and never change."""
-    for statistic in (prior.clip_mean, prior.clip_std):
-        statistic.requires_grad_(False)
-    if not (prior.clip_std > 0).all():
-        raise UserError("the prior's clip_std, the standard deviation of CLIP's embeddings, is not above 0 everywhere")
-    return prior.clip_mean.detach(), prior.clip_std.detach()
-
-
-def check_prediction_type(config):
-    """Refuse a prior whose sampler takes its output for something else than x0."""
-    if config.prediction_type != "sample":
-        raise UserError(
-            f"the prior predicts '{config.prediction_type}'; this script trains priors that predict 'sample'"
-        )
+    return Parts(
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        prior=prior,
+        statistics=statistics,
+        noise_schedule=noise_schedule,
+        sampler=sampler,
+    )
 
 
 def usage(args, model, public=False):
@@ -250,34 +234,19 @@ def usage(args, model, public=False):
 
 def main(argv=None):
     args = parse_args(argv)
-    command = flags.without_secrets(argv)
     if args.check_data:
         return inspection.check_data(flags.data_source(args), None)
-
-    # --- processes, seed and where to begin --------------------------------------------------------------------------
-    accelerator = processes.make_accelerator(**flags.machine(args))
-    from_main = partial(processes.from_main, accelerator)  # what a function returns in the main process
-    args.mixed_precision = accelerator.mixed_precision
-    for notice in args.notices:
-        warn(notice)
-    resume_from, state = from_main(
-        lambda: resume.begin_run(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
-    )
-    from_main(lambda: output_folder.refuse_another_result(args.output_dir, adapted=["prior"]))
-    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, **flags.hub(args))
+    run = Run(args, __file__, argv, base_model=args.pretrained_prior_model_name_or_path, adapted=["prior"])
+    accelerator = run.accelerator
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = opening.load_dataset(**flags.data_source(args))
-    rows = selection.take_subset(rows, args.max_train_samples, state.seed)
-    unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
-    rows = rows.without(unusable)
-    rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
-    tokenizer, image_processor, text_encoder, image_encoder, prior, statistics, schedule, sampler = load_models(
-        args, accelerator, state.seed
-    )
+    run.open_data(sized=False)
+    parts = load_models(args, accelerator, run.state.seed)
+    prior = parts.prior
+    noise_schedule = parts.noise_schedule
     adapted = {"prior": prior}
-    prompts, decoder = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else [], None
-    if prompts:
+    decoder = None
+    if run.prompts:
         decoder = kandinsky.load_decoder(
             args.pretrained_decoder_model_name_or_path,
             args.decoder_revision,
@@ -285,203 +254,107 @@ def main(argv=None):
             args.cache_dir,
             processes.frozen_dtype(accelerator),
         )
-    drawing = (args.validation_num_inference_steps, args.validation_guidance_scale)
-    if accelerator.is_main_process:
-        warn_of_long_captions(rows, tokenizer)
-    facts = (tokenizer, image_processor, prior.config.embedding_dim)
-    prepare = SampleTransform(args, *facts, schedule.config.num_train_timesteps)
-    samples = Samples(rows, prepare, state.seed, args.on_bad_sample)
-    if val_dataset is not None:
-        prepare = SampleTransform(args, *facts, schedule.config.num_train_timesteps, len(val_dataset))
-        val_samples = Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
+    run.warn_of_long_captions(parts.tokenizer)
+    transform = partial(
+        SampleTransform,
+        args,
+        parts.tokenizer,
+        parts.image_processor,
+        prior.config.embedding_dim,
+        noise_schedule.config.num_train_timesteps,
+    )
+    train_set, val_set = run.samples(transform)
 
-    # --- what is frozen runs once ------------------------------------------------------------------------------------
-    sets = [samples, val_samples] if val_dataset is not None else [samples]
-    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
-    if args.cache_latents:
-        settings = [repr(image_processor)]
-        frozen.cache_images(*keeping, [image_encoder], partial(encode_images, image_encoder), settings)
-    if args.cache_text_embeddings:
-        empty = bool(args.caption_dropout)
-        frozen.cache_captions(*keeping, [text_encoder], partial(encode_captions, text_encoder), empty)
-    image_encoder = frozen.place_frozen(image_encoder, accelerator.device, args.cache_latents, prompts)
-    text_encoder = frozen.place_frozen(text_encoder, accelerator.device, args.cache_text_embeddings, prompts)
-    frozen.release_memory([image_encoder, text_encoder])
+    # --- frozen networks: cached on disk, or run at each step --------------------------------------------------------
+    encode = run.frozen_encoders()
+    draws_images = bool(run.prompts)
+    parts.image_encoder = encode.images(
+        encode_images, parts.image_encoder, cache_key=[repr(parts.image_processor)], needed_again=draws_images
+    )
+    parts.text_encoder = encode.captions(
+        encode_captions, parts.text_encoder, needed_again=draws_images, with_empty=bool(args.caption_dropout)
+    )
+    frozen.release_memory([parts.image_encoder, parts.text_encoder])
     prior.to(accelerator.device)
-    statistics = [statistic.to(accelerator.device) for statistic in statistics]
+    statistics = [statistic.to(accelerator.device) for statistic in parts.statistics]
 
-    def encode(batch):
-        """A batch with what the frozen networks make of it; caches have put it there already."""
-        images = {} if args.cache_latents else encode_images(image_encoder, batch)
-        captions = {} if args.cache_text_embeddings else encode_captions(text_encoder, batch)
-        return batch | images | captions
-
-    # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = BatchPlan.of(
-        rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
-    )
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * updates.per_epoch
-    parameters = lora.parameters([prior])
-    optimizer = optimizers.make_optimizer(
-        parameters,
-        **flags.optimizer(args, updates.window),
-        loss_scaling=accelerator.scaler is not None,
-    )
-    lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
+    # --- optimizer, schedule, EMA, resume ----------------------------------------------------------------------------
+    run.plan_batches()
+    optimizer, lr_scheduler = run.make_optimizer(lora.parameters(adapted.values()))
+    # The loop calls `network`, which DDP may wrap; `prior` stays the bare model.
+    network, optimizer, parameters = prepare_network(accelerator, prior, optimizer)
     ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
-    # The loop calls `network`; `prior` stays the bare model.
-    network, optimizer, parameters = gradient.prepare_network(accelerator, prior, optimizer)
+    weights = AdapterWeights(adapted, ema)
+    run.begin(optimizer, lr_scheduler, weights, parameters)
 
-    # --- resume ------------------------------------------------------------------------------------------------------
-    saved = TrainingState(
-        accelerator=accelerator,
-        optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
-        weights=lora.AdapterWeights(adapted, ema),
-    )
-    about = {
-        "script": Path(__file__).name,
-        "world_size": accelerator.num_processes,
-        "flags": flags.mathematics(args),
-        "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
-    }
-    if resume_from:
-        from_main(lambda: resume.warn_of_differences(resume_from, about))
-        saved.read(resume_from, state.step)
-    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(flags.public(args)))
-    named = (about, args.pretrained_prior_model_name_or_path, processes.device_name(accelerator), args.output_dir)
-    facts = summary.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
-    if accelerator.is_main_process and not args.dry_run:
-        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
-        accelerator.trackers.append(Metrics(args.output_dir, state.step, facts))
-    guard = FiniteGuard(
-        accelerator,
-        optimizer,
-        args.on_nan == "stop",
-        lambda good: uploads.add_last(
-            saved.save_earlier_checkpoint(
-                args.output_dir, good, about, args.checkpoints_total_limit, state.step - good.step
-            ),
-            from_main,
-        ),
-        lambda before: updates.names(rows, before.position),
-    )
-    progress = processes.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
-    grids = standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
-
-    def loss_of(batch):
-        """The loss of each sample of a held-out batch, shape (B,)."""
-        return training_loss(prior, schedule, encode(batch), statistics)
+    def val_loss(batch):
+        """The loss of each sample of a validation batch, shape (B,)."""
+        return training_loss(prior, noise_schedule, encode(batch), statistics)
 
     def validate():
         """Validation loss and images with the weights that would be saved now."""
-        progress.flush()
-        prior.eval()
-        with averaged(ema), frozen.temporarily_on([image_encoder, text_encoder], accelerator.device):
-            if val_dataset is not None:
-                validation.log_validation_loss(accelerator, val_samples, args.train_batch_size, loss_of, state.step)
-            if prompts:
+        with run.validating([prior], ema, [parts.image_encoder, parts.text_encoder]):
+            if val_set is not None:
+                run.log_val_loss(val_set, val_loss)
+            if run.prompts:
                 pipeline = KandinskyV22PriorPipeline(
-                    prior, image_encoder, text_encoder, tokenizer, sampler, image_processor
+                    prior,
+                    parts.image_encoder,
+                    parts.text_encoder,
+                    parts.tokenizer,
+                    parts.sampler,
+                    parts.image_processor,
                 )
                 with frozen.temporarily_on(kandinsky.networks(decoder), accelerator.device):
-
-                    def draw(at, noise):
-                        return kandinsky.prompt_image(pipeline, decoder, prompts[at], noise, args.resolution, *drawing)
-
-                    grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
-        prior.train()
-        progress.pause()
-
-    def checkpoint():
-        progress.flush()
-        folder = saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
-        progress.pause()
-        return uploads.add(folder)
+                    run.log_images(partial(kandinsky.prompt_image, pipeline, decoder, **flags.kandinsky_drawing(args)))
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    keep = None if args.dry_run else checkpoint
-    batches = loader.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
-    looks = prompts or val_dataset is not None
-    cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    step_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
-    if args.dry_run:
-        batches = dry_run.begin_dry_run(accelerator, batches, samples, updates)
-        args.max_train_steps, args.output_dir = min(planned, state.step + STEPS), None
-    with Interruption(processes.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
-        if args.validation_at_start and looks and state.step == 0:
+    batches = run.batches()
+    step_loss = 0.0
+    with run:  # SIGTERM and Ctrl-C end it after a step
+        if run.validates_first():
             validate()
-        while state.step < args.max_train_steps and not stopped_by:
+        while run.continues():
             batch = next(batches)
-            torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
-            state.micro_step += 1
+            run.seed_dropout()
             with accelerator.accumulate(network):
                 batch = encode(batch)
-                sample_losses = training_loss(network, schedule, batch, statistics, args.snr_gamma)
+                sample_losses = training_loss(network, noise_schedule, batch, statistics, args.snr_gamma)
                 loss = (sample_losses * batch["weight"]).sum()
+                run.gradient.begin(loss)
                 accelerator.backward(loss)
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = gradient.clip_gradient(accelerator, parameters, args.max_grad_norm)
-                    guard.look_at(grad_norm)
+                    grad_norm = run.gradient.clip_and_check()
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of a step.
-            state.position = updates.after(state.position)
-            finished_loss, step_loss = step_loss, 0.0
-            updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
-            if updated:
+            stepped = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
+            if stepped:
                 lr_scheduler.step()
                 if ema is not None:
-                    ema.step(guard.held)
-                state.step += 1
-                progress.update(state, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
-            else:
-                progress.skip(checkpoint)
-            stopped_by = interruption.signal()
-            if stopped_by or (
-                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
-            ):
-                newest = checkpoint()
-            if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
+                    ema.step(run.gradient.skipped)
+            run.end_step(step_loss, grad_norm, stepped)
+            step_loss = 0.0
+            if run.checkpoint_due(stepped):
+                run.save_checkpoint()
+            if run.validation_due(stepped):
                 validate()
-        if stopped_by:
-            uploads.finish(from_main)
-    progress.close()
-    if args.dry_run:
-        plan = (rows, val_dataset, updates, planned, progress)
-        dry_run.report_dry_run(accelerator, plan, adapted, [image_encoder, text_encoder], optimizer, ema)
-        return stopped_by and 128 + stopped_by
-    if stopped_by:
-        processes.end_training(accelerator)
-        return commands.say_stopped(stopped_by, state.step, newest, command)
-    processes.say_skipped(rows.findings.skipped)
+    if run.ended_early:  # a dry run, or a signal: says how to continue
+        return run.exit_code(adapted, [parts.image_encoder, parts.text_encoder], optimizer, ema)
 
     # --- the result --------------------------------------------------------------------------------------------------
-    if accelerator.is_main_process:
-        with output_folder.rescue_weights(args.output_dir, state, about, saved.weights.save):
-            with averaged(ema):
-                lora.save(args.output_dir, adapted)
-            card.write_card(
-                args.output_dir,
-                repository,
-                base_model=args.pretrained_prior_model_name_or_path,
-                data=args.dataset_name,
-                tags=["kandinsky", "lora"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
-                usage=usage(args, repository or args.output_dir, public=True),
-                images=[(grid, prompts) for grid in grids],
-                token=args.hub_token,
-            )
-        summary.conclude(args.output_dir, progress, usage(args, args.output_dir))
-        if repository:
-            uploads.finish()
-            upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)
-    processes.end_training(accelerator)
-    return 0
+    weights = weights.gather_full()
+    return run.publish(
+        partial(lora.save, args.output_dir, adapted),
+        weights,
+        tags=["kandinsky", "lora"],
+        usage=usage(args, args.output_dir),
+        public_usage=usage(args, run.repository or args.output_dir, public=True),
+        uploaded=UPLOADED,
+    )
 
 
 if __name__ == "__main__":

@@ -35,35 +35,30 @@ from training_utils.base import startup  # noqa: E402
 startup.begin()
 startup.prepare()
 
+from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
-from diffusers.optimization import get_scheduler  # noqa: E402
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
 from PIL import ImageOps  # noqa: E402
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel  # noqa: E402
 
 from training_utils.base import draws, losses  # noqa: E402
-from training_utils.base.console import warn  # noqa: E402
 from training_utils.base.errors import UserError  # noqa: E402
-from training_utils.data import buckets, checking, image_ops, inspection, opening, selection  # noqa: E402
-from training_utils.data.captions import choose_caption, shuffle_tags, warn_of_long_captions  # noqa: E402
-from training_utils.data.plan import BatchPlan  # noqa: E402
-from training_utils.data.samples import Samples  # noqa: E402
-from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary, trackers  # noqa: E402
-from training_utils.run.dry_run import STEPS  # noqa: E402
-from training_utils.run.grids import standing_grids  # noqa: E402
-from training_utils.run.hub import card, upload  # noqa: E402
-from training_utils.run.metrics import Metrics  # noqa: E402
-from training_utils.run.progress import validation_due  # noqa: E402
-from training_utils.run.signals import Interruption  # noqa: E402
-from training_utils.torch_backend import dry_run, frozen, gradient, loader, models, optimizers, processes, validation  # noqa: E402
-from training_utils.torch_backend.ema import EMAWeights, averaged  # noqa: E402
-from training_utils.torch_backend.gradient import FiniteGuard, FusedBackward  # noqa: E402
-from training_utils.torch_backend.state import FullWeights, TrainingState  # noqa: E402
+from training_utils.data import image_ops, inspection  # noqa: E402
+from training_utils.data.captions import choose_caption, shuffle_tags  # noqa: E402
+from training_utils.run import exit  # noqa: E402
+from training_utils.run.base_model import check_prediction_type  # noqa: E402
+from training_utils.torch_backend import frozen, models, optimizers, processes  # noqa: E402
+from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
+from training_utils.torch_backend.gradient import prepare_network  # noqa: E402
+from training_utils.torch_backend.models import latent_shape  # noqa: E402
+from training_utils.torch_backend.run import Run  # noqa: E402
+from training_utils.torch_backend.state import FullWeights  # noqa: E402
+from training_utils.torch_backend.validation import stable_diffusion_image  # noqa: E402
 
 PARTS = ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -164,7 +159,7 @@ def text_of(batch, zero_dropped):
     return states, pooled
 
 
-def training_loss(unet, schedule, batch, scaling_factor, zero_dropped=True, snr_gamma=None):
+def training_loss(unet, noise_schedule, batch, scaling_factor, zero_dropped=True, snr_gamma=None):
     """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,).
 
@@ -175,31 +170,49 @@ def training_loss(unet, schedule, batch, scaling_factor, zero_dropped=True, snr_
     text_states, pooled = text_of(batch, zero_dropped)
     latents = batch["latent_mean"].float() + batch["latent_std"].float() * batch["latent_noise"]
     latents = latents * scaling_factor
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    kind = schedule.config.prediction_type
-    target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+    noisy = noise_schedule.add_noise(latents, noise, timesteps)
+    kind = noise_schedule.config.prediction_type
+    target = noise if kind == "epsilon" else noise_schedule.get_velocity(latents, noise, timesteps)
     conditions = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
     prediction = unet(noisy, timesteps, text_states, added_cond_kwargs=conditions).sample
     loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
-        snr = losses.signal_to_noise(schedule.alphas_cumprod[timesteps])
+        snr = losses.signal_to_noise(noise_schedule.alphas_cumprod[timesteps])
         loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
     return loss
 
 
-def load_models(args, accelerator):
-    """The base model's parts, in host memory: (folder, tokenizers, text_encoders, vae, unet, schedule, sampler).
+@dataclass
+class Parts:
+    """The parts of the base model, in host memory until they are placed; None where a cache stands in for one.
 
-    `schedule` is the noise schedule of the training, `sampler` the model's own scheduler with the same changes.
+    `noise_schedule` is the one of the training, `sampler` the model's own scheduler with the same changes;
+    `zero_dropped` as in `text_of`.
     """
+
+    base: Path
+    tokenizers: list[CLIPTokenizer]
+    text_encoders: list[PreTrainedModel | None]
+    vae: AutoencoderKL | None
+    scaling_factor: float
+    unet: UNet2DConditionModel
+    noise_schedule: DDPMScheduler
+    sampler: SchedulerMixin
+    zero_dropped: bool
+
+
+def load_models(args, accelerator) -> Parts:
+    """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     name, variant = args.pretrained_model_name_or_path, args.variant
     base = models.model_folder(
         name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
     )
     changes = flags.schedule_changes(args)
-    schedule = models.load_part(DDPMScheduler, base, "scheduler", **changes)
-    check_prediction_type(args, schedule.config)
-    timestep_probabilities(args, schedule.config.num_train_timesteps)  # what it refuses is refused before weights load
+    noise_schedule = models.load_part(DDPMScheduler, base, "scheduler", **changes)
+    check_prediction_type(noise_schedule.config, zero_snr_asked=args.rescale_betas_zero_snr)
+    timestep_probabilities(
+        args, noise_schedule.config.num_train_timesteps
+    )  # what it refuses is refused before weights load
     sampler = models.sampling_scheduler(base, changes)
     half = processes.frozen_dtype(accelerator)
     tokenizers = [models.load_part(CLIPTokenizer, base, part) for part in ("tokenizer", "tokenizer_2")]
@@ -210,7 +223,7 @@ def load_models(args, accelerator):
     vae = models.load_sdxl_vae(base, variant, half, args.pretrained_vae_model_name_or_path, args.cache_dir)
     unet = models.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
 
-    schedule.alphas_cumprod = schedule.alphas_cumprod.to(accelerator.device)
+    noise_schedule.alphas_cumprod = noise_schedule.alphas_cumprod.to(accelerator.device)
     for network in (vae, *text_encoders):
         network.requires_grad_(False).eval()
     models.check_channels(unet, vae)
@@ -223,18 +236,18 @@ def load_models(args, accelerator):
         models.enable_xformers(unet)
     if args.enable_npu_flash_attention:
         unet.enable_npu_flash_attention()
-    return base, tokenizers, text_encoders, vae, unet, schedule, sampler
-
-
-def check_prediction_type(args, config):
-    """Objections that need the model's own scheduler, beyond those that the flags alone raise."""
-    if config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"the model predicts '{config.prediction_type}'; this script trains epsilon and v_prediction")
-    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-        problem = "with zero terminal SNR the last timestep is pure noise, from which epsilon cannot be predicted"
-        if args.rescale_betas_zero_snr:
-            raise UserError(f"{problem}; add --prediction_type v_prediction")
-        warn(f"{problem}, and this base model has such a schedule; --prediction_type v_prediction goes with it")
+    config = StableDiffusionXLPipeline.load_config(base)
+    return Parts(
+        base=base,
+        tokenizers=tokenizers,
+        text_encoders=text_encoders,
+        vae=vae,
+        scaling_factor=vae.config.scaling_factor,
+        unet=unet,
+        noise_schedule=noise_schedule,
+        sampler=sampler,
+        zero_dropped=config.get("force_zeros_for_empty_prompt", True),
+    )
 
 
 def timestep_probabilities(args, timesteps):
@@ -267,243 +280,118 @@ def save_result(args, base, unet, sampler):
 
 def main(argv=None):
     args = parse_args(argv)
-    command = flags.without_secrets(argv)
     if args.check_data:
         return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
-
-    # --- processes, seed and where to begin --------------------------------------------------------------------------
-    accelerator = processes.make_accelerator(**flags.machine(args))
-    from_main = partial(processes.from_main, accelerator)  # what a function returns in the main process
-    args.mixed_precision = accelerator.mixed_precision
-    for notice in args.notices:
-        warn(notice)
-    resume_from, state = from_main(
-        lambda: resume.begin_run(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
+    run = Run(
+        args,
+        __file__,
+        argv,
+        base_model=args.pretrained_model_name_or_path,
+        pipeline="StableDiffusionXLPipeline",
     )
-    from_main(lambda: output_folder.refuse_another_result(args.output_dir, pipeline="StableDiffusionXLPipeline"))
-    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, **flags.hub(args))
+    accelerator = run.accelerator
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = opening.load_dataset(**flags.data_source(args))
-    rows = selection.take_subset(rows, args.max_train_samples, state.seed)
-    unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
-    rows = rows.without(unusable)
-    rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args)))
-    rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
-    base, tokenizers, text_encoders, vae, unet, schedule, sampler = load_models(args, accelerator)
-    zero_dropped = StableDiffusionXLPipeline.load_config(base).get("force_zeros_for_empty_prompt", True)
-    if accelerator.is_main_process:
-        warn_of_long_captions(rows, tokenizers[0])
-    latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
-    timesteps = schedule.config.num_train_timesteps
+    run.open_data()
+    parts = load_models(args, accelerator)
+    unet = parts.unet
+    noise_schedule = parts.noise_schedule
+    run.warn_of_long_captions(parts.tokenizers[0])
+    timesteps = noise_schedule.config.num_train_timesteps
     probabilities = timestep_probabilities(args, timesteps)
-    prepare = SampleTransform(args, tokenizers, latents, probabilities, timesteps)
-    samples = Samples(rows, prepare, state.seed, args.on_bad_sample)
-    if val_dataset is not None:
-        prepare = SampleTransform(args, tokenizers, latents, None, timesteps, len(val_dataset))
-        val_samples = Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
+    transform = partial(SampleTransform, args, parts.tokenizers, latent_shape(parts.vae), probabilities, timesteps)
+    train_set, val_set = run.samples(transform)
 
-    # --- what is frozen runs once ------------------------------------------------------------------------------------
-    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
-    sets = [samples, val_samples] if val_dataset is not None else [samples]
-    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
-    if args.cache_latents:
-        settings = ["sdxl", args.resolution, args.image_interpolation_mode]
-        frozen.cache_images(*keeping, [vae], partial(encode_images, vae), settings, args.cached_crops)
-    if args.cache_text_embeddings:
-        empty = bool(args.caption_dropout)
-        frozen.cache_captions(*keeping, text_encoders, partial(encode_captions, text_encoders), empty)
-    scaling_factor = vae.config.scaling_factor
-    vae = frozen.place_frozen(vae, accelerator.device, args.cache_latents, prompts)
-    text_encoders = [
-        frozen.place_frozen(encoder, accelerator.device, args.cache_text_embeddings, prompts)
-        for encoder in text_encoders
-    ]
-    frozen.release_memory([vae, *text_encoders])
+    # --- frozen networks: cached on disk, or run at each step --------------------------------------------------------
+    encode = run.frozen_encoders()
+    draws_images = bool(run.prompts)
+    image_key = ["sdxl", args.resolution, args.image_interpolation_mode]
+    parts.vae = encode.images(encode_images, parts.vae, cache_key=image_key, needed_again=draws_images)
+    parts.text_encoders = encode.captions(
+        encode_captions, parts.text_encoders, needed_again=draws_images, with_empty=bool(args.caption_dropout)
+    )
+    frozen.release_memory([parts.vae, *parts.text_encoders])
     unet.to(accelerator.device)
 
-    def encode(batch):
-        """A batch with what the frozen networks make of it; caches have put it there already."""
-        images = {} if args.cache_latents else encode_images(vae, batch)
-        captions = {} if args.cache_text_embeddings else encode_captions(text_encoders, batch)
-        return batch | images | captions
-
-    # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = BatchPlan.of(
-        rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
-    )
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * updates.per_epoch
-    parameters = list(unet.parameters())
-    optimizer = optimizers.make_optimizer(
-        parameters,
-        **flags.optimizer(args, updates.window),
-        loss_scaling=accelerator.scaler is not None,
-        rounding_seed=(lambda index: draws.rounding_seed(state.seed, state.step, index)) if args.full_bf16 else None,
-    )
-    lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
-    # The loop calls `network`; `unet` stays the bare model.
-    network, optimizer, parameters = gradient.prepare_network(accelerator, unet, optimizer)
+    # --- optimizer, schedule, EMA, resume ----------------------------------------------------------------------------
+    run.plan_batches()
+    optimizer, lr_scheduler = run.make_optimizer(list(unet.parameters()))
+    # The loop calls `network`, which DDP or FSDP may wrap; `unet` stays the bare model.
+    network, optimizer, parameters = prepare_network(accelerator, unet, optimizer)
     ema = EMAWeights([unet], args.ema_decay, args.offload_ema) if args.use_ema else None
+    weights = FullWeights("unet", unet, ema)
+    run.begin(optimizer, lr_scheduler, weights, parameters)
 
-    # --- resume ------------------------------------------------------------------------------------------------------
-    saved = TrainingState(
-        accelerator=accelerator,
-        optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
-        weights=FullWeights("unet", unet, ema),
-    )
-    about = {
-        "script": Path(__file__).name,
-        "world_size": accelerator.num_processes,
-        "flags": flags.mathematics(args),
-        "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
-    }
-    if resume_from:
-        from_main(lambda: resume.warn_of_differences(resume_from, about))
-        saved.read(resume_from, state.step)
-    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(flags.public(args)))
-    named = (about, args.pretrained_model_name_or_path, processes.device_name(accelerator), args.output_dir)
-    facts = summary.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
-    if accelerator.is_main_process and not args.dry_run:
-        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
-        accelerator.trackers.append(Metrics(args.output_dir, state.step, facts))
-    guard = FiniteGuard(
-        accelerator,
-        optimizer,
-        args.on_nan == "stop",
-        lambda good: uploads.add_last(
-            saved.save_earlier_checkpoint(
-                args.output_dir, good, about, args.checkpoints_total_limit, state.step - good.step
-            ),
-            from_main,
-        ),
-        lambda before: updates.names(rows, before.position),
-    )
-    fused = FusedBackward(optimizer, guard) if args.fused_backward_pass else None
-    progress = processes.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
-    grids = standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
-
-    def loss_of(batch):
-        """The loss of each sample of a held-out batch, shape (B,)."""
-        return training_loss(unet, schedule, encode(batch), scaling_factor, zero_dropped)
+    def val_loss(batch):
+        """The loss of each sample of a validation batch, shape (B,)."""
+        return training_loss(unet, noise_schedule, encode(batch), parts.scaling_factor, parts.zero_dropped)
 
     def validate():
         """Validation loss and images with the weights that would be saved now."""
-        progress.flush()
-        unet.eval()
-        with averaged(ema), frozen.temporarily_on([vae, *text_encoders], accelerator.device):
-            if val_dataset is not None:
-                validation.log_validation_loss(accelerator, val_samples, args.train_batch_size, loss_of, state.step)
-            if prompts:
-                parts = (vae, *text_encoders, *tokenizers, unet, sampler)
+        with run.validating([unet], ema, [parts.vae, *parts.text_encoders]):
+            if val_set is not None:
+                run.log_val_loss(val_set, val_loss)
+            if run.prompts:
                 pipeline = StableDiffusionXLPipeline(
-                    *parts, force_zeros_for_empty_prompt=zero_dropped, add_watermarker=False
+                    parts.vae,
+                    *parts.text_encoders,
+                    *parts.tokenizers,
+                    unet,
+                    parts.sampler,
+                    force_zeros_for_empty_prompt=parts.zero_dropped,
+                    add_watermarker=False,
                 )
-
-                def draw(at, noise):
-                    return validation.stable_diffusion_image(pipeline, prompts[at], noise, **flags.drawing(args))
-
-                grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
-        unet.train()
-        progress.pause()
-
-    def checkpoint():
-        progress.flush()
-        folder = saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
-        progress.pause()
-        return uploads.add(folder)
+                run.log_images(partial(stable_diffusion_image, pipeline, **flags.drawing(args)))
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    keep = None if args.dry_run else checkpoint
-    batches = loader.training_batches(samples, updates, state, accelerator, args.dataloader_num_workers, keep)
-    looks = prompts or val_dataset is not None
-    cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    step_loss, stopped_by, planned = 0.0, 0, args.max_train_steps
-    if args.dry_run:
-        batches = dry_run.begin_dry_run(accelerator, batches, samples, updates)
-        args.max_train_steps, args.output_dir = min(planned, state.step + STEPS), None
-    with Interruption(processes.largest_of_processes(accelerator, args.process_group_timeout)) as interruption:
-        if args.validation_at_start and looks and state.step == 0:
+    batches = run.batches()
+    step_loss = 0.0
+    with run:  # SIGTERM and Ctrl-C end it after a step
+        if run.validates_first():
             validate()
-        while state.step < args.max_train_steps and not stopped_by:
+        while run.continues():
             batch = next(batches)
-            torch.manual_seed(draws.network_seed(state.seed, state.micro_step, accelerator.process_index))
-            state.micro_step += 1
+            run.seed_dropout()
             with accelerator.accumulate(network):
                 batch = encode(batch)
-                sample_losses = training_loss(network, schedule, batch, scaling_factor, zero_dropped, args.snr_gamma)
+                sample_losses = training_loss(
+                    network, noise_schedule, batch, parts.scaling_factor, parts.zero_dropped, args.snr_gamma
+                )
                 loss = (sample_losses * batch["weight"]).sum()
-                if fused:
-                    fused.begin(loss)
+                run.gradient.begin(loss)
                 accelerator.backward(loss)
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = (
-                        fused.gradient_norm()
-                        if fused
-                        else gradient.clip_gradient(accelerator, parameters, args.max_grad_norm)
-                    )
-                    guard.look_at(grad_norm)
+                    grad_norm = run.gradient.clip_and_check()
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of a step.
-            state.position = updates.after(state.position)
-            finished_loss, step_loss = step_loss, 0.0
-            updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
-            if updated:
+            stepped = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
+            if stepped:
                 lr_scheduler.step()
                 if ema is not None:
-                    ema.step(guard.held)
-                state.step += 1
-                progress.update(state, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
-            else:
-                progress.skip(checkpoint)
-            stopped_by = interruption.signal()
-            if stopped_by or (
-                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
-            ):
-                newest = checkpoint()
-            if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
+                    ema.step(run.gradient.skipped)
+            run.end_step(step_loss, grad_norm, stepped)
+            step_loss = 0.0
+            if run.checkpoint_due(stepped):
+                run.save_checkpoint()
+            if run.validation_due(stepped):
                 validate()
-        if stopped_by:
-            uploads.finish(from_main)
-    progress.close()
-    if args.dry_run:
-        plan = (rows, val_dataset, updates, planned, progress)
-        dry_run.report_dry_run(accelerator, plan, {"unet": unet}, [vae, *text_encoders], optimizer, ema, fused)
-        return stopped_by and 128 + stopped_by
-    if stopped_by:
-        processes.end_training(accelerator)
-        return commands.say_stopped(stopped_by, state.step, newest, command)
-    processes.say_skipped(rows.findings.skipped)
+    if run.ended_early:  # a dry run, or a signal: says how to continue
+        return run.exit_code({"unet": unet}, [parts.vae, *parts.text_encoders], optimizer, ema)
 
     # --- the result --------------------------------------------------------------------------------------------------
-    weights = saved.weights.gather_full()
-    unet, ema = weights.model, weights.ema
-    if accelerator.is_main_process:
-        with output_folder.rescue_weights(args.output_dir, state, about, weights.save):
-            with averaged(ema):
-                save_result(args, base, unet, sampler)
-            card.write_card(
-                args.output_dir,
-                repository,
-                base_model=args.pretrained_model_name_or_path,
-                data=args.dataset_name,
-                tags=["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
-                usage=USAGE.format(model=repository or args.output_dir),
-                images=[(grid, prompts) for grid in grids],
-                token=args.hub_token,
-            )
-        summary.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
-        if repository:
-            uploads.finish()
-            upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)
-    processes.end_training(accelerator)
-    return 0
+    weights = weights.gather_full()
+    return run.publish(
+        partial(save_result, args, parts.base, weights.model, parts.sampler),
+        weights,
+        tags=["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
+        usage=USAGE.format(model=args.output_dir),
+        public_usage=USAGE.format(model=run.repository or args.output_dir),
+        uploaded=UPLOADED,
+    )
 
 
 if __name__ == "__main__":

@@ -897,6 +897,23 @@ def drawing(args):
     }
 
 
+def kandinsky_drawing(args):
+    """How validation images are drawn, as the functions of kandinsky.py take it."""
+    return {
+        "side": args.resolution,
+        "steps": args.validation_num_inference_steps,
+        "guidance_scale": args.validation_guidance_scale,
+    }
+
+
+def prompts(args):
+    """The prompts of the validation images, a list: --validation_prompts, or --validation_prompt as often as it is
+    drawn."""
+    if vars(args).get("validation_prompt"):
+        return [args.validation_prompt] * args.num_validation_images
+    return vars(args).get("validation_prompts") or []
+
+
 def schedule_changes(args):
     """What the flags change in the configuration of the base model's scheduler, a dict."""
     return {name: value for name in ("prediction_type", "rescale_betas_zero_snr") if (value := vars(args).get(name))}

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
 
 # Words of the pipeline's class that tell apart what the scripts train, and the scripts.
@@ -37,3 +39,19 @@ def read_index(folder):
     if not isinstance(index, dict):
         raise UserError(f"{path} cannot be read: it holds no JSON object")
     return index
+
+
+def check_prediction_type(config: Any, *, zero_snr_asked: bool, dream: bool = False) -> None:
+    """Objections to a noise schedule's configuration, beyond those that the flags alone raise. Raises UserError.
+
+    `zero_snr_asked` says that --rescale_betas_zero_snr is given, `dream` that --dream_training is.
+    """
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"the model predicts '{config.prediction_type}'; this script trains epsilon and v_prediction")
+    if dream and config.prediction_type != "epsilon":
+        raise UserError("--dream_training is defined for epsilon prediction only, and this model predicts v")
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        problem = "with zero terminal SNR the last timestep is pure noise, from which epsilon cannot be predicted"
+        if zero_snr_asked:
+            raise UserError(f"{problem}; add --prediction_type v_prediction")
+        warn(f"{problem}, and this base model has such a schedule; --prediction_type v_prediction goes with it")

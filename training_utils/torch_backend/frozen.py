@@ -1,24 +1,34 @@
-"""The networks that are not trained: how they encode, where they are meanwhile, and that they do it only once.
+"""The networks that are not trained: how they encode, where they lie meanwhile, and that they do it only once.
 
-See cache.py for what is kept and how it is found again.
+The cache room says what is kept on disk and how it is found again.
 """
 
 import ctypes
 import gc
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import wraps
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from training_utils.cache import captions, fill, images
 from training_utils.cache.store import Store, network_digest
+from training_utils.data.samples import Samples
 
-BESIDE = ("time_ids",)  # what `Prepare.show` tells of a view beside its pixels
+Batch = dict[str, torch.Tensor]
+Networks = torch.nn.Module | Sequence[torch.nn.Module]
+
+# What `SampleTransform.show` tells of a view beside its pixels: a cache keeps it with what the networks make of them.
+KEPT_AS_IT_IS = ("time_ids",)
 
 
-def encoder(encode):
+def encoder(encode: Callable[[Any, Batch], Batch]) -> Callable[[Any, Batch], Batch]:
     """Decorator of an `encode(networks, batch)` that returns a dict of tensors with a leading batch axis.
 
     There is no gradient, unless a network is in training mode. On a CPU each sample is encoded by itself: that is no
@@ -27,28 +37,32 @@ def encoder(encode):
     """
 
     @wraps(encode)
-    def encoded(networks, batch):
-        several = networks if isinstance(networks, (list, tuple)) else [networks]
-        training = torch.is_grad_enabled() and any(network.training for network in several)
+    def encoded(networks: Any, batch: Batch) -> Batch:
+        training = torch.is_grad_enabled() and any(network.training for network in _listed(networks))
         first = next(iter(batch.values()))
-        size = 1 if training or first.device.type != "cpu" else len(first)
+        one_by_one = first.device.type == "cpu" and not training and len(first) > 1
         with torch.set_grad_enabled(training):
             parts = [batch]
-            if size > 1:  # in memory of their own, whose alignment some kernels' rounding goes by
-                parts = [{name: a[at : at + 1].clone() for name, a in batch.items()} for at in range(size)]
-            parts = [encode(networks, part) for part in parts]
-            return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+            if one_by_one:
+                # In memory of their own, since some kernels' rounding goes by its alignment.
+                parts = [{name: a[at : at + 1].clone() for name, a in batch.items()} for at in range(len(first))]
+            outputs = [encode(networks, part) for part in parts]
+            return {name: torch.cat([output[name] for output in outputs]).contiguous() for name in outputs[0]}
 
     return encoded
 
 
-def cast_for(network, tensor):
+def _listed(networks: Any) -> list[torch.nn.Module]:
+    return list(networks) if isinstance(networks, (list, tuple)) else [networks]
+
+
+def cast_for(network: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in the type of a network's weights. diffusers' `dtype` goes through all modules: milliseconds."""
     return tensor.to(next(network.parameters()).dtype)
 
 
 @contextmanager
-def temporarily_on(networks, device):
+def temporarily_on(networks: Sequence[torch.nn.Module | None], device: Any) -> Iterator[None]:
     """Within this context the networks are on the device, and after it where they were. None is skipped."""
     places = [(network, next(network.parameters()).device) for network in networks if network is not None]
     # To move a network that is there already takes milliseconds, and a cache asks for it with every batch.
@@ -62,16 +76,16 @@ def temporarily_on(networks, device):
             network.to(place)
 
 
-def place_frozen(network, device, cached, wanted_again):
+def place_frozen(network: Any, device: Any, cached: bool, needed_again: bool) -> Any:
     """A frozen network in the place where it spends the training: on the device, where each step runs it; in host
-    memory, where its outputs are `cached` and only validation images want it again; else nowhere, as None."""
+    memory, where its outputs are `cached` and only validation images need it again; else nowhere, as None."""
     if not cached:
         return network.to(device)
-    return network.cpu() if wanted_again else None
+    return network.cpu() if needed_again else None
 
 
-def release_memory(networks):
-    """Let other programs, and later allocations of other sizes, have the memory of those that were let go: None."""
+def release_memory(networks: Sequence[Any]) -> None:
+    """Let other programs, and later allocations of other sizes, have the memory of the networks that are None now."""
     if None not in networks:
         return
     gc.collect()
@@ -82,7 +96,7 @@ def release_memory(networks):
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def digest(network):
+def digest(network: Any) -> str:
     """SHA-256 of a network's weights and configuration."""
     config = network.config if isinstance(network.config, dict) else network.config.to_dict()
     parameters = (
@@ -92,56 +106,128 @@ def digest(network):
     return network_digest([type(network).__name__], config, parameters)
 
 
-def _team(accelerator):
-    return fill.team_of(accelerator.process_index, gather_object, accelerator.device.type == "cpu")
+class FrozenEncoders:
+    """Runs frozen networks on the samples: once for all of them into the cache, or at each step.
+
+    `images` and `captions` are told the networks; called with a batch, it returns the batch with what the networks
+    make of it, where no cache has put it there already.
+
+    Args: sets, the data.Samples that a cache is made for; cache_folder, None in a dry run, which keeps nothing, so
+    that the networks run when a sample is made; crops, how many are cached of each image that is cropped at random,
+    None where none is.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        sets: Sequence[Samples],
+        *,
+        batch_size: int,
+        cache_folder: str | None,
+        cache_images: bool,
+        cache_captions: bool,
+        crops: int | None,
+    ):
+        self.accelerator = accelerator
+        self.sets = sets
+        self.batch_size = batch_size
+        self.cache_folder = cache_folder
+        self.caches_images = cache_images
+        self.caches_captions = cache_captions
+        self.crops = crops
+        self.encode_images: Callable[[Batch], Batch] | None = None
+        self.encode_captions: Callable[[Any, Batch], Batch] | None = None
+        self.text_networks: Any = None
+
+    def images(
+        self,
+        encode: Callable[[Any, Batch], Batch],
+        networks: Any,
+        *,
+        cache_key: Sequence[Any],
+        needed_again: bool | Sequence[bool],
+        blank: dict[str, np.ndarray] | None = None,
+    ) -> Any:
+        """Have `encode(networks, batch)` run on the images. Returns the networks as `place_frozen` does.
+
+        `cache_key` tells apart how images are shown to the networks; `blank` is a sample that stands for no image. A
+        collective call. Raises UserError.
+        """
+        listed = _listed(networks)
+        if self.caches_images:
+            store = self._store("pictures", listed, cache_key)
+            run = _over_arrays(listed, partial(encode, networks), self.accelerator.device, KEPT_AS_IT_IS)
+            with temporarily_on(listed, self.accelerator.device):
+                images.cache_images(store, self.sets, run, self._team(), self.batch_size, self.crops or 1, blank)
+        else:
+            self.encode_images = partial(encode, networks)
+        return self._placed(networks, self.caches_images, needed_again)
+
+    def captions(
+        self,
+        encode: Callable[[Any, Batch], Batch],
+        networks: Any,
+        *,
+        needed_again: bool,
+        with_empty: bool,
+    ) -> Any:
+        """Have `encode(networks, batch)` run on the captions, and `with_empty` on the empty one. Returns the networks
+        as `place_frozen` does. A collective call. Raises UserError."""
+        listed = _listed(networks)
+        if self.caches_captions:
+            store = self._store("captions", listed)
+            run = _over_arrays(listed, partial(encode, networks), self.accelerator.device)
+            with temporarily_on(listed, self.accelerator.device):
+                captions.cache_captions(store, self.sets, run, self._team(), self.batch_size, with_empty)
+        else:
+            self.encode_captions = encode
+            self.text_networks = networks
+        return self._placed(networks, self.caches_captions, needed_again)
+
+    def __call__(self, batch: Batch, text_networks: Any = None) -> Batch:
+        """A batch with what the networks make of it. `text_networks` stand in for those of the captions: the same, as
+        a training of them calls them."""
+        encoded = dict(batch)
+        if self.encode_images is not None:
+            encoded |= self.encode_images(batch)
+        if self.encode_captions is not None:
+            encoded |= self.encode_captions(self.text_networks if text_networks is None else text_networks, batch)
+        return encoded
+
+    def _placed(self, networks: Any, cached: bool, needed_again: bool | Sequence[bool]) -> Any:
+        device = self.accelerator.device
+        if not isinstance(networks, (list, tuple)):
+            return place_frozen(networks, device, cached, bool(needed_again))
+        each = [needed_again] * len(networks) if isinstance(needed_again, bool) else needed_again
+        return [place_frozen(network, device, cached, again) for network, again in zip(networks, each, strict=True)]
+
+    def _team(self) -> Any:
+        on_cpu = self.accelerator.device.type == "cpu"
+        return fill.team_of(self.accelerator.process_index, gather_object, on_cpu)
+
+    def _store(self, kind: str, networks: Sequence[Any], settings: Sequence[Any] | None = None) -> Store | None:
+        if self.cache_folder is None:
+            return None
+        exactness = [self.accelerator.device.type, torch.backends.cuda.matmul.allow_tf32]
+        digests = [digest(network) for network in networks]
+        identity = {"networks": digests, "settings": settings, "exactness": exactness}
+        return Store(Path(self.cache_folder), kind, identity)
 
 
-def _identity(networks, device, settings=None):
-    exactness = [device.type, torch.backends.cuda.matmul.allow_tf32]
-    return {"networks": [digest(network) for network in networks], "settings": settings, "exactness": exactness}
-
-
-def _over_arrays(networks, encode, device, beside=()):
-    """`encode` from and to arrays, as `cache.fill` takes it, for which the networks visit the device; what stands
-    `beside` their input goes with it."""
+def _over_arrays(
+    networks: Sequence[Any], encode: Callable[[Batch], Batch], device: Any, unchanged: Sequence[str] = ()
+) -> Callable[[dict[str, np.ndarray]], dict[str, tuple[str, np.ndarray]]]:
+    """`encode` from and to arrays, as the cache takes it, during which the networks are on the device; what stands in
+    the batch under the names `unchanged` is kept with its output."""
 
     @torch.no_grad()
-    def encoded(batch):
+    def encode_arrays(batch: dict[str, np.ndarray]) -> dict[str, tuple[str, np.ndarray]]:
         tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
         with temporarily_on(networks, device):
-            kept = encode(tensors) | {name: tensors[name] for name in beside if name in tensors}
+            kept = encode(tensors) | {name: tensors[name] for name in unchanged if name in tensors}
         return {
             name: (str(tensor.dtype).removeprefix("torch."), tensor.float().cpu().numpy())
             for name, tensor in kept.items()
         }
 
-    return encoded
-
-
-def _store(root, kind, networks, device, settings=None):
-    return None if root is None else Store(root, kind, _identity(networks, device, settings))
-
-
-def cache_images(accelerator, root, sets, batch_size, networks, encode, settings, crops=None, blank=None):
-    """Run the networks that see images once for every image of some data.Samples; `prepare.images` of each has
-    the outputs then. A collective call.
-
-    `encode(batch)` is what the networks make of a batch; `settings` tell apart how images are shown to them; `crops`
-    is how many are kept of each that is cropped at random, None where none is; `blank` is a sample that stands for no
-    image. Where `root` is None nothing is kept, and the networks run when they are asked. Raises UserError.
-    """
-    device = accelerator.device
-    store = _store(root, "pictures", networks, device, settings)
-    encode = _over_arrays(networks, encode, device, BESIDE)
-    with temporarily_on(networks, device):
-        images.cache_images(store, sets, encode, _team(accelerator), batch_size, crops or 1, blank)
-
-
-def cache_captions(accelerator, root, sets, batch_size, networks, encode, empty):
-    """Run the text encoders once for every caption of some data.Samples, and for the empty one where it is `empty`
-    that is trained as well; `prepare.captions` of each has the outputs then. A collective call. Where `root` is None
-    nothing is kept, and the networks run when they are asked. Raises UserError."""
-    device = accelerator.device
-    store, encode = _store(root, "captions", networks, device), _over_arrays(networks, encode, device)
-    with temporarily_on(networks, device):
-        captions.cache_captions(store, sets, encode, _team(accelerator), batch_size, empty)
+    return encode_arrays

@@ -1,6 +1,7 @@
 """Kandinsky 2.2's two stages at work together, for validation images: text to embedding, embedding to image."""
 
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import (
@@ -99,3 +100,36 @@ def embed_prompts(folder, variant, image_encoder, device, prompts, seed, steps, 
             embeddings(pipeline, prompt, torch.Generator("cpu").manual_seed(seed + at), steps, guidance_scale)
             for at, prompt in enumerate(prompts)
         ]
+
+
+def embedding_statistics(prior: PriorTransformer) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean and standard deviation (1, D) of CLIP's image embeddings that a prior was trained with.
+
+    They are no weights, though they lie among them: no forward pass uses them, so they get no gradient and never
+    change. Raises UserError for a deviation that is not above 0.
+    """
+    for statistic in (prior.clip_mean, prior.clip_std):
+        statistic.requires_grad_(False)
+    if not (prior.clip_std > 0).all():
+        raise UserError("the prior's clip_std, the standard deviation of CLIP's embeddings, is not above 0 everywhere")
+    return prior.clip_mean.detach(), prior.clip_std.detach()
+
+
+def check_prediction_type(config: Any) -> None:
+    """Refuse a prior whose sampler takes its output for something else than x0. Raises UserError."""
+    if config.prediction_type != "sample":
+        raise UserError(
+            f"the prior predicts '{config.prediction_type}'; this script trains priors that predict 'sample'"
+        )
+
+
+def latent_shape(movq: VQModel, unet: UNet2DConditionModel, **sides: int) -> models.LatentShape:
+    """The shape of MOVQ's latents. Raises UserError for one of `sides`, in pixels and by the name of its flag, that
+    does not come out even in every layer of the UNet."""
+    shape = models.latent_shape(movq)
+    multiple = shape.factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    for name, side in sides.items():
+        if side % multiple:
+            nearest = max(1, round(side / multiple)) * multiple
+            raise UserError(f"--{name} {side} is not a multiple of {multiple}, the decoder's; try {nearest}")
+    return shape

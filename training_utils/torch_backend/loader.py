@@ -1,32 +1,39 @@
 """Batches of tensors on the device."""
 
 import signal
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.utils.checkpoint
+from accelerate import Accelerator
 
 from training_utils.base import errors
 from training_utils.base.errors import UserError
-from training_utils.data.samples import collate, note_skipped
+from training_utils.data.plan import BatchPlan
+from training_utils.data.samples import Samples, collate, note_skipped
 from training_utils.run import output_folder, signals
+from training_utils.run.state import RunState
 
 
-def _as_worker(_):
+def _start_worker(_: int) -> None:
     # A signal to the process group reaches the workers too, which must go on reading until the run has stopped.
     for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     output_folder.release()
 
 
-def _collate(samples):
+def _collate(samples: list[Any]) -> Any:
     batch = collate(samples)
     if isinstance(batch, UserError):
         return batch
     return {key: value if key == "skipped" else torch.from_numpy(value) for key, value in batch.items()}
 
 
-def load_batches(samples, batch_sampler, device, workers=0):
+def load_batches(
+    samples: Samples, batch_sampler: Iterable[Any], device: torch.device, workers: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
     """Batches on the device, as dicts of tensors. Raises UserError for an image that cannot be read, unless the
     samples skip it."""
     loader = torch.utils.data.DataLoader(
@@ -35,7 +42,7 @@ def load_batches(samples, batch_sampler, device, workers=0):
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_as_worker,
+        worker_init_fn=_start_worker,
         persistent_workers=False,  # the steps have no end, so its workers live as long as the run
     )
     for batch in loader:
@@ -46,21 +53,29 @@ def load_batches(samples, batch_sampler, device, workers=0):
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def training_batches(samples, updates, state, accelerator, workers, keep=None):
-    """The endless batches of this process, as data.BatchPlan has them from a RunState's position on.
+def training_batches(
+    samples: Samples,
+    plan: BatchPlan,
+    state: RunState,
+    accelerator: Accelerator,
+    workers: int,
+    save_checkpoint: Callable[[], Path | None] | None = None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The endless batches of this process, as a BatchPlan has them from a RunState's position on.
 
-    Before an image that cannot be used ends a run of one process, `keep()` writes the state after the last step;
-    several would wait for each other in it.
+    Before an image that cannot be used ends a run of one process, `save_checkpoint()` writes the state after the last
+    step; several would wait for each other in it.
     """
-    sampler = updates.batches(state.position, accelerator.process_index)
-    begun, whole = state.step, replace(state)
+    sampler = plan.batches(state.position, accelerator.process_index)
+    first_step = state.step
+    after_last_step = replace(state)
     try:
         for batch in load_batches(samples, sampler, accelerator.device, workers):
             yield batch
-            if state.position != whole.position:
-                whole = replace(state)
+            if state.position != after_last_step.position:
+                after_last_step = replace(state)
     except UserError as error:
-        if keep is None or accelerator.num_processes > 1 or state.step == begun:
+        if save_checkpoint is None or accelerator.num_processes > 1 or state.step == first_step:
             raise
-        state.micro_step = whole.micro_step
-        raise errors.cut_short(error, keep) from None
+        state.micro_step = after_last_step.micro_step
+        raise errors.cut_short(error, save_checkpoint) from error

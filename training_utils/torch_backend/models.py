@@ -5,6 +5,7 @@ import json
 import os
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -213,6 +214,19 @@ def save_pipeline(pipeline, folder):
         facts = json.loads(path.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
         facts.pop("_name_or_path", None)
         path.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+class LatentShape(NamedTuple):
+    """The number of channels of an autoencoder's latents, and how many pixels a side of one has."""
+
+    channels: int
+    factor: int
+
+
+def latent_shape(autoencoder: torch.nn.Module) -> LatentShape:
+    """The shape of the latents of a VAE or MOVQ."""
+    config = autoencoder.config
+    return LatentShape(config.latent_channels, 2 ** (len(config.block_out_channels) - 1))
 
 
 def check_channels(unet, autoencoder):

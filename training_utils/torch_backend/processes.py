@@ -142,16 +142,16 @@ def start_trackers(accelerator, project, settings):
         ) from None
 
 
-def start_progress(accelerator, guard, updates, state, total, logging_steps):
-    """The reporting.Progress of a run of `total` steps, from a RunState on; `guard` is its FiniteGuard."""
+def start_progress(accelerator, report_not_finite, plan, state, total, logging_steps):
+    """The Progress of a run of `total` steps, from a RunState on; `plan` is its BatchPlan."""
     return Progress(
         state,
         total,
         logging_steps,
-        updates.samples,
-        lambda scalars: fetch_mean(accelerator, scalars),
-        lambda values, step: log_metrics(accelerator, values, step),
-        guard.report,
+        plan.samples,
+        partial(fetch_mean, accelerator),
+        partial(log_metrics, accelerator),
+        report_not_finite,
         partial(memory_metrics, accelerator),
     )
 
@@ -165,7 +165,7 @@ def end_training(accelerator):
     """Close the trackers, let go of the output folder, and leave the process group as it is.
 
     Destroyed while DDP's reducer still refers to it, gloo's thread and the interpreter's lock can wait for each other
-    for ever; `reporting.run` ends the process without either.
+    for ever; `run.exit.run_main` ends the process without either.
     """
     trackers.tell_trackers(accelerator.trackers, lambda tracker: tracker.finish())
     output_folder.release()
@@ -177,7 +177,7 @@ def fetch_mean(accelerator, scalars):
 
 
 def say_skipped(skipped):
-    """`data.say_skipped` for all processes together; `skipped` is this one's set. A collective call."""
+    """`samples.say_skipped` for all processes together; `skipped` is this one's set. A collective call."""
     samples.say_skipped(set(gather_object(sorted(skipped))))
 
 

@@ -9,18 +9,19 @@ from training_utils.torch_backend import loader, processes
 
 
 @torch.no_grad()
-def draw_images(accelerator, draw, count, seed):
-    """`count` PIL images, shared out over the processes; every process gets all of them, in order.
+def draw_images(accelerator, draw, inputs, seed):
+    """The PIL image of each input, shared out over the processes; every process gets all of them, in order.
 
-    `draw(at, noise)` makes number `at` from a torch.Generator. The noise depends on the seed and on `at` alone and is
+    `draw(input, noise)` makes one from a torch.Generator. The noise depends on the seed and on the number alone and is
     drawn on the CPU, so that images of two steps, or of two machines, differ by the weights alone. All processes
     draw equally many, since where they share the weights out each forward needs all of them; what is too many is
     dropped.
     """
     mine = []
+    count = len(inputs)
     for first in range(0, count, accelerator.num_processes):
-        at = min(first + accelerator.process_index, count - 1)
-        mine.append(draw(at, torch.Generator("cpu").manual_seed(seed + at)))
+        number = min(first + accelerator.process_index, count - 1)
+        mine.append(draw(inputs[number], torch.Generator("cpu").manual_seed(seed + number)))
     return processes.gather_in_order(accelerator, mine)[:count]
 
 
@@ -60,11 +61,11 @@ def log_validation_loss(accelerator, samples, batch_size, loss_of, step):
     say(f"step {step}: val_loss {loss:.4f}")
 
 
-def show_images(accelerator, draw, prompts, state, output_dir):
-    """Draw an image a prompt with `draw`, as in `draw_images`, write them as one captioned grid under
-    `output_dir`/validation, hand them to the trackers. Returns the grid's path inside `output_dir`, which carries the
-    step."""
-    images = draw_images(accelerator, draw, len(prompts), state.seed)
+def show_images(accelerator, draw, inputs, prompts, state, output_dir):
+    """Draw an image for each input with `draw`, as in `draw_images`, write them as one grid captioned by the prompts
+    under `output_dir`/validation, hand them to the trackers. Returns the grid's path inside `output_dir`, which
+    carries the step."""
+    images = draw_images(accelerator, draw, inputs, state.seed)
     if accelerator.is_main_process:
         grids.publish_images(accelerator.trackers, images, prompts, state.step, output_dir)
     return grids.grid_name(state.step)
