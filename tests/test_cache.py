@@ -434,7 +434,7 @@ def test_networks_visit_the_device():
 
 def test_a_full_disk_and_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(store_module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
+        patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
         sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
     assert "0 GB are free" in sentence.replace("1e-09", "0") and "--encoding_cache_dir" in sentence and code == 2
     (tmp_path / "file").write_text("")

@@ -150,7 +150,7 @@ import os, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_checkpoints as t
-from training_utils import checkpoints
+from training_utils.run import checkpoints
 root = Path({folder!r})
 t.save(root, 1, limit=1)
 calls = 0

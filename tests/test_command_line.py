@@ -218,7 +218,8 @@ def test_a_start_imports_no_library_that_training_does_not_use():
     """bitsandbytes and scipy.stats cost seconds; what asks for 8 bits still finds its optimizer."""
     code = """
 import sys, train_text_to_image_lora as script
-from training_utils import flags, lora
+from training_utils.cli import flags
+from training_utils.torch_backend import lora
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 unet = UNet2DConditionModel(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=2)
