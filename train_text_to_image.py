@@ -331,7 +331,7 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     weights = weights.gather_full()
-    return run.publish(
+    return run.publish_weights(
         partial(save_result, args, parts.base, weights.model, parts.sampler),
         weights,
         tags=["stable-diffusion", "stable-diffusion-diffusers"],

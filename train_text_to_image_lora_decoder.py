@@ -365,7 +365,7 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     weights = weights.gather_full()
-    return run.publish(
+    return run.publish_weights(
         partial(lora.save, args.output_dir, adapted),
         weights,
         tags=["kandinsky", "lora"],

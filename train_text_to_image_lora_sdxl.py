@@ -407,7 +407,7 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     weights = weights.gather_full()
-    return run.publish(
+    return run.publish_weights(
         partial(save_result, args, adapted, parts.changed_sampler),
         weights,
         tags=["stable-diffusion-xl", "stable-diffusion-xl-diffusers", "lora"],

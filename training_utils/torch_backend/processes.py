@@ -2,7 +2,9 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -11,7 +13,6 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_obje
 
 from training_utils.base import environment
 from training_utils.base.errors import UserError, reason_of
-from training_utils.data import samples
 from training_utils.run import output_folder, trackers
 from training_utils.run.progress import Progress
 from training_utils.torch_backend import deepspeed, sharding
@@ -131,6 +132,32 @@ def largest_of_processes(accelerator, timeout):
     return largest
 
 
+class TorchProcesses:
+    """The processes of an Accelerator, as run.session.Processes has them. `timeout` in seconds."""
+
+    def __init__(self, accelerator: Accelerator, timeout: float):
+        self.accelerator = accelerator
+        self.timeout = timeout
+        self.is_main = accelerator.is_main_process
+        self.world_size = accelerator.num_processes
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What a function returns in the main process, on every process. A collective call."""
+        return from_main(self.accelerator, make)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The lists of all processes, one after the other. A collective call."""
+        return gather_object(items)
+
+    def ask_for_largest(self) -> Callable[[int], int]:
+        """A function from a number to the largest that any process gave it."""
+        return largest_of_processes(self.accelerator, self.timeout)
+
+    def end(self) -> None:
+        """Close the trackers and let other runs have the output folder."""
+        end_training(self.accelerator)
+
+
 def start_trackers(accelerator, project, settings):
     """Open the trackers of the run. Raises UserError that names them when one cannot be opened."""
     try:
@@ -174,11 +201,6 @@ def end_training(accelerator):
 def fetch_mean(accelerator, scalars):
     """A list of scalar tensors as floats, averaged over the processes: one wait for the device for all of them."""
     return accelerator.reduce(torch.stack([scalar.detach().float() for scalar in scalars]), "mean").tolist()
-
-
-def say_skipped(skipped):
-    """`samples.say_skipped` for all processes together; `skipped` is this one's set. A collective call."""
-    samples.say_skipped(set(gather_object(sorted(skipped))))
 
 
 def gather_in_order(accelerator, mine):
