@@ -49,7 +49,6 @@ startup.prepare()
 
 from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -73,6 +72,7 @@ from training_utils.torch_backend import frozen, kandinsky, lora, models, proces
 from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
 from training_utils.torch_backend.gradient import prepare_network  # noqa: E402
 from training_utils.torch_backend.lora import AdapterWeights  # noqa: E402
+from training_utils.torch_backend.models import LatentShape  # noqa: E402
 from training_utils.torch_backend.run import Run  # noqa: E402
 
 UPLOADED = ["README.md", "pytorch_lora_weights.safetensors", "validation/*.png"]
@@ -182,19 +182,21 @@ class Parts:
     """The parts of the decoder, and what sees images of the prior, in host memory until they are placed; None where a
     cache stands in for one.
 
-    `noise_schedule` is the one of the training, `sampler` the decoder's own scheduler.
+    `noise_schedule` is the one of the training, `sampler` the decoder's own scheduler;
+    `embeddings` are the prior's for the validation prompts.
     """
 
-    prior_base: Path
     image_processor: CLIPImageProcessorPil
     image_encoder: CLIPVisionModelWithProjection | None
     movq: VQModel | None
     unet: UNet2DConditionModel
     noise_schedule: DDPMScheduler
     sampler: SchedulerMixin
+    latents: LatentShape
+    embeddings: list[kandinsky.Embeddings]
 
 
-def load_models(args, accelerator, draws_images, seed) -> Parts:
+def load_models(args, accelerator, prompts, seed) -> Parts:
     """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     variant, options = args.variant, (args.variant, args.cache_dir)
     prior_base = models.model_folder(
@@ -202,7 +204,7 @@ def load_models(args, accelerator, draws_images, seed) -> Parts:
         KandinskyV22PriorPipeline,
         args.prior_revision,
         *options,
-        left_out=[] if draws_images else ["prior", "scheduler", "text_encoder", "tokenizer"],
+        left_out=[] if prompts else ["prior", "scheduler", "text_encoder", "tokenizer"],
         trained=False,
     )
     base = models.model_folder(
@@ -230,14 +232,30 @@ def load_models(args, accelerator, draws_images, seed) -> Parts:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         models.enable_xformers(unet)
+    latents = kandinsky.latent_shape(movq, unet, resolution=args.resolution)
+    if args.aspect_ratio_bucketing:
+        kandinsky.latent_shape(movq, unet, bucket_reso_steps=args.bucket_reso_steps)
+    embeddings = []
+    if prompts:
+        embeddings = kandinsky.embed_prompts(
+            prior_base,
+            args.variant,
+            image_encoder,
+            accelerator.device,
+            prompts,
+            seed,
+            args.validation_num_inference_steps,
+            args.validation_guidance_scale,
+        )
     return Parts(
-        prior_base=prior_base,
         image_processor=image_processor,
         image_encoder=image_encoder,
         movq=movq,
         unet=unet,
         noise_schedule=noise_schedule,
         sampler=models.sampling_scheduler(base, {}),
+        latents=latents,
+        embeddings=embeddings,
     )
 
 
@@ -261,27 +279,12 @@ def main(argv=None):
 
     # --- data and models ---------------------------------------------------------------------------------------------
     run.open_data()
-    parts = load_models(args, accelerator, bool(run.prompts), run.state.seed)
+    parts = load_models(args, accelerator, run.prompts, run.state.seed)
     unet = parts.unet
     noise_schedule = parts.noise_schedule
     adapted = {"unet": unet}
-    embeddings = []
-    if run.prompts:
-        embeddings = kandinsky.embed_prompts(
-            parts.prior_base,
-            args.variant,
-            parts.image_encoder,
-            accelerator.device,
-            run.prompts,
-            run.state.seed,
-            args.validation_num_inference_steps,
-            args.validation_guidance_scale,
-        )
-    latents = kandinsky.latent_shape(parts.movq, unet, resolution=args.resolution)
-    if args.aspect_ratio_bucketing:
-        kandinsky.latent_shape(parts.movq, unet, bucket_reso_steps=args.bucket_reso_steps)
     timesteps = noise_schedule.config.num_train_timesteps
-    transform = partial(SampleTransform, args, parts.image_processor, latents, timesteps)
+    transform = partial(SampleTransform, args, parts.image_processor, parts.latents, timesteps)
     train_set, val_set = run.samples(transform)
 
     # --- frozen networks: cached on disk, or run at each step --------------------------------------------------------
@@ -324,7 +327,7 @@ def main(argv=None):
                 run.log_val_loss(val_set, val_loss)
             if run.prompts:
                 pipeline = KandinskyV22Pipeline(unet, parts.sampler, parts.movq)
-                run.log_images(partial(kandinsky.image, pipeline, **flags.kandinsky_drawing(args)), embeddings)
+                run.log_images(partial(kandinsky.image, pipeline, **flags.kandinsky_drawing(args)), parts.embeddings)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     batches = run.batches()

@@ -47,7 +47,7 @@ from functools import partial  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from diffusers import DDPMScheduler, KandinskyV22PriorPipeline, PriorTransformer, UnCLIPScheduler  # noqa: E402
+from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer, UnCLIPScheduler  # noqa: E402
 from PIL import ImageOps  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPImageProcessorPil,
@@ -165,7 +165,8 @@ class Parts:
     """The parts of the prior, in host memory until they are placed; None where a cache stands in for one.
 
     `noise_schedule` is the one of the training, `sampler` the model's own scheduler; `statistics` are the mean and
-    standard deviation of CLIP's embeddings, float32, which the prior's file holds.
+    standard deviation of CLIP's embeddings, float32, which the prior's file holds; `decoder` draws the validation
+    images.
     """
 
     tokenizer: CLIPTokenizer
@@ -176,9 +177,10 @@ class Parts:
     statistics: tuple[torch.Tensor, torch.Tensor]
     noise_schedule: DDPMScheduler
     sampler: UnCLIPScheduler
+    decoder: KandinskyV22Pipeline | None
 
 
-def load_models(args, accelerator, seed) -> Parts:
+def load_models(args, accelerator, draws_images, seed) -> Parts:
     """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     name, variant = args.pretrained_prior_model_name_or_path, args.variant
     base = models.model_folder(name, KandinskyV22PriorPipeline, args.prior_revision, variant, args.cache_dir)
@@ -209,6 +211,11 @@ def load_models(args, accelerator, seed) -> Parts:
         models.checkpoint_blocks(prior.transformer_blocks)
     if args.enable_xformers_memory_efficient_attention:
         models.enable_xformers(prior)
+    decoder = None
+    if draws_images:
+        decoder = kandinsky.load_decoder(
+            args.pretrained_decoder_model_name_or_path, args.decoder_revision, args.variant, args.cache_dir, half
+        )
     return Parts(
         tokenizer=tokenizer,
         image_processor=image_processor,
@@ -218,6 +225,7 @@ def load_models(args, accelerator, seed) -> Parts:
         statistics=statistics,
         noise_schedule=noise_schedule,
         sampler=sampler,
+        decoder=decoder,
     )
 
 
@@ -241,19 +249,10 @@ def main(argv=None):
 
     # --- data and models ---------------------------------------------------------------------------------------------
     run.open_data(sized=False)
-    parts = load_models(args, accelerator, run.state.seed)
+    parts = load_models(args, accelerator, bool(run.prompts), run.state.seed)
     prior = parts.prior
     noise_schedule = parts.noise_schedule
     adapted = {"prior": prior}
-    decoder = None
-    if run.prompts:
-        decoder = kandinsky.load_decoder(
-            args.pretrained_decoder_model_name_or_path,
-            args.decoder_revision,
-            args.variant,
-            args.cache_dir,
-            processes.frozen_dtype(accelerator),
-        )
     run.warn_of_long_captions(parts.tokenizer)
     transform = partial(
         SampleTransform,
@@ -305,8 +304,9 @@ def main(argv=None):
                     parts.sampler,
                     parts.image_processor,
                 )
-                with frozen.temporarily_on(kandinsky.networks(decoder), accelerator.device):
-                    run.log_images(partial(kandinsky.prompt_image, pipeline, decoder, **flags.kandinsky_drawing(args)))
+                draw = partial(kandinsky.prompt_image, pipeline, parts.decoder, **flags.kandinsky_drawing(args))
+                with frozen.temporarily_on(kandinsky.networks(parts.decoder), accelerator.device):
+                    run.log_images(draw)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     batches = run.batches()

@@ -102,6 +102,10 @@ def embed_prompts(folder, variant, image_encoder, device, prompts, seed, steps, 
         ]
 
 
+# What a prior makes of a prompt: the embeddings of its image and of no image, each of shape (1, D).
+Embeddings = tuple[torch.Tensor, torch.Tensor]
+
+
 def embedding_statistics(prior: PriorTransformer) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean and standard deviation (1, D) of CLIP's image embeddings that a prior was trained with.
 
