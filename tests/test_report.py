@@ -13,8 +13,15 @@ import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT, logged
 
-from tools import charts, report
-from tools.charts import Line
+from tools.charts import series
+from tools.charts.axis import round_ticks
+from tools.charts.drawing import draw_chart
+from tools.charts.numbers import short_number
+from tools.charts.series import Line, smoothed, thinned
+from tools.report import command
+from tools.report.folder import read_run_folder
+from tools.report.images import MOST_GRIDS
+from tools.report.page import render_page
 from training_utils.base import formats
 from training_utils.base.errors import UserError
 from training_utils.run import metrics, summary
@@ -71,7 +78,7 @@ def written(*words):
 def refusal(capsys, *words):
     """The sentence and the exit code of a command that fails."""
     with pytest.raises((SystemExit, UserError)) as caught:
-        report.main([*map(str, words)])
+        command.main([*map(str, words)])
     if isinstance(caught.value, UserError):
         return str(caught.value), caught.value.exit_code
     return capsys.readouterr().err, caught.value.code
@@ -115,7 +122,7 @@ def test_the_file_holds_what_the_trackers_get(finished):
 def test_it_is_written_without_trackers_and_not_in_a_dry_run(run, tmp_path):
     run(tmp_path / "out", "--max_train_steps", "2")
     assert list(Log(tmp_path / "out").curves["train_loss"]) == [1, 2]
-    page = report.page([report.read(tmp_path / "out")])
+    page = render_page([read_run_folder(tmp_path / "out")])
     assert page.count("<svg") == 5 and "There is no validation loss" in page and "<h2>Images" not in page
     assert run(tmp_path / "dry", "--dry_run") == 0 and not (tmp_path / "dry").exists()
 
@@ -215,7 +222,7 @@ def test_the_page_of_a_run(finished):
     assert drawn["validation loss"] == log.curves["val_loss"] and drawn["learning rate"] == log.curves["lr"]
     assert set(drawn) == {"loss", "smoothed", "norm", "validation loss", "learning rate", "images/s", "resident"}
     best = log.lowest("val_loss")
-    assert charts.number(best[1]) in page.text and "finished: 24 of 24 steps" in page.text
+    assert short_number(best[1]) in page.text and "finished: 24 of 24 steps" in page.text
     grids = page.all("img")
     assert [re.search(r"after (\d+) steps", grid["alt"])[1] for grid in grids] == ["24", "16", "8"]
     assert all(grid["src"].startswith("data:image/jpeg;base64,") for grid in grids)
@@ -277,7 +284,7 @@ def test_an_update_that_is_not_finite(tmp_path):
     log = Metrics(tmp_path, 0, {})
     for step in range(1, 41):
         log.log({"train_loss": float("inf") if step == 7 else 1 / step}, step)
-    page = Page(report.page([report.read(tmp_path)]))
+    page = Page(render_page([read_run_folder(tmp_path)]))
     assert "not finite at step 7" in page.text and page.curves()["loss"][7] is None
 
 
@@ -302,9 +309,9 @@ def test_a_grid_that_is_damaged_and_many_grids(finished, tmp_path):
         shutil.copy(grid, tmp_path / "validation" / f"step-{step:06d}.png")
     newest = tmp_path / "validation" / "step-004000.png"
     newest.write_bytes(newest.read_bytes()[:300])
-    page = Page(report.page([report.read(tmp_path)]))
+    page = Page(render_page([read_run_folder(tmp_path)]))
     assert f"{newest} cannot be read" in page.text
-    assert len(page.all("img")) == report.GRIDS - 1 and "Of 40 steps with images 24 are shown" in page.text
+    assert len(page.all("img")) == MOST_GRIDS - 1 and "Of 40 steps with images 24 are shown" in page.text
     assert "images after 100 steps" in page.all("img")[-1]["alt"]
 
 
@@ -330,7 +337,7 @@ def test_in_a_browser(finished, tmp_path):
         before = browser.value("document.querySelector('.read').textContent")
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=middle, y=box["y"] + box["height"] / 2)
         shown = browser.value("document.querySelector('.read').textContent")
-        assert f"loss\u00a0{charts.number(Log(out).curves['train_loss'][12])}" in shown and "step 12 " in shown
+        assert f"loss\u00a0{short_number(Log(out).curves['train_loss'][12])}" in shown and "step 12 " in shown
         assert browser.value("document.querySelectorAll('.cursor').length") == 6
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
         assert browser.value("document.querySelector('.read').textContent") == before
@@ -346,39 +353,39 @@ def test_in_a_browser(finished, tmp_path):
 
 
 def test_ticks_and_numbers():
-    assert charts.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert charts.ticks(0.13, 0.42) == pytest.approx([0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
+    assert round_ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert round_ticks(0.13, 0.42) == pytest.approx([0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
     rng = np.random.default_rng(0)
     for low, width in zip(rng.normal(size=200) * 10.0 ** rng.integers(-8, 8, 200), 10.0 ** rng.uniform(-6, 6, 200)):
-        found = charts.ticks(low, low + width)
+        found = round_ticks(low, low + width)
         assert 3 <= len(found) <= 9 and all(low - 1e-6 * width <= tick <= low + 1.000001 * width for tick in found)
     numbers = {0: "0", 0.0123456: "0.01235", 1234.5: "1,234", 1e-5: "1e-5", 2.5e-4: "2.5e-4", 0.5: "0.5", 2e7: "2e7"}
-    assert {value: charts.number(value) for value in numbers} == numbers
-    assert charts.number(None) == "not finite"
+    assert {value: short_number(value) for value in numbers} == numbers
+    assert short_number(None) == "not finite"
 
 
 def test_smoothing_and_thinning():
     values = np.random.default_rng(1).normal(size=300)
     points = list(enumerate(values.tolist()))
     weights = (1 - 1 / 15) ** np.arange(300)[::-1]
-    assert charts.smoothed(points, 15)[-1][1] == pytest.approx((weights * values).sum() / weights.sum(), abs=1e-3)
-    assert charts.smoothed([(0, None), *((x, 2.0) for x in range(1, 9))], 5) == [(x, 2.0) for x in range(1, 9)]
+    assert smoothed(points, 15)[-1][1] == pytest.approx((weights * values).sum() / weights.sum(), abs=1e-3)
+    assert smoothed([(0, None), *((x, 2.0) for x in range(1, 9))], 5) == [(x, 2.0) for x in range(1, 9)]
     points = list(enumerate(np.random.default_rng(2).normal(size=100_000).tolist()))
-    thin = charts.thinned(points)
-    assert len(thin) <= charts.MOST + 1 and thin[-1] == points[-1] and thin == sorted(thin)
+    thin = thinned(points)
+    assert len(thin) <= series.MOST_POINTS + 1 and thin[-1] == points[-1] and thin == sorted(thin)
     assert {max(points, key=lambda p: p[1]), min(points, key=lambda p: p[1])} <= set(thin)
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_chart_is_xml_and_draws_what_it_is_given(alone):
+@pytest.mark.parametrize("standalone", [True, False])
+def test_a_chart_is_xml_and_draws_what_it_is_given(standalone):
     lines = [
         Line("<b> & co", [(0, 1.0), (5, None), (10, 3.0)]),
         Line("two", [(0, 2.0), (10, 2.5)], 1, "dashed"),
         Line("three", [(4, 1.5)], 9, "dotted"),
     ]
-    svg = ElementTree.fromstring(charts.draw(lines, "a <title>", zero=True, mark=(4, 1.5), alone=alone))
+    svg = ElementTree.fromstring(draw_chart(lines, "a <title>", from_zero=True, mark=(4, 1.5), standalone=standalone))
     words = [element.text for element in svg.iter() if element.tag.endswith("text")]
-    assert ("a <title>" in words and "<b> & co" in words) == alone and "update" in words
+    assert ("a <title>" in words and "<b> & co" in words) == standalone and "step" in words
     left, top, right, bottom = map(float, svg.get("data-frame").split())
     _, x1, y0, y1 = map(float, svg.get("data-range").split())
     first = next(e for e in svg.iter() if e.tag.endswith("path") and len(e.get("d")) > 9 and "h" not in e.get("d"))
@@ -391,6 +398,6 @@ def test_a_chart_is_xml_and_draws_what_it_is_given(alone):
 @pytest.mark.parametrize("values", [[], [None], [0.0], [5.0, 5.0], [-1e-9, 1e9], [1e-300, 1.0], [1, 1, 1, 1e6]])
 def test_odd_curves(values):
     lines = [Line("odd", list(enumerate(values)))]
-    for zero in (True, False):
-        svg = ElementTree.fromstring(charts.draw(lines, "odd", zero=zero))
+    for from_zero in (True, False):
+        svg = ElementTree.fromstring(draw_chart(lines, "odd", from_zero=from_zero))
         assert "nan" not in ElementTree.tostring(svg, "unicode")
