@@ -13,8 +13,9 @@ from tools.templates import template_environment
 
 FOLDER = Path(__file__).parent
 
-# Goes once into a page that holds charts; one that stands alone brings it along.
-CHART_CSS = (FOLDER / "chart.css").read_text(encoding="utf-8")
+# Goes once into a page that holds charts; one that stands alone brings it along. Plain text would be escaped, and its
+# quotation marks with it.
+CHART_CSS = Markup((FOLDER / "chart.css").read_text(encoding="utf-8"))
 
 _templates = template_environment(FOLDER)
 _templates.filters["pixels"] = "{:.1f}".format
@@ -104,7 +105,7 @@ def draw_chart(
             height=height,
             standalone=standalone,
             element_id=element_id,
-            css=Markup(CHART_CSS),
+            css=CHART_CSS,
             frame=frame,
             x_name=f"{x_name}; logarithmic upwards" if y_axis.logarithmic else x_name,
             x_ticks=[_Tick(frame.x(value), label) for value, label in zip(x_ticks, _tick_labels(x_ticks, False))],
