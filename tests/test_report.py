@@ -1,5 +1,8 @@
 """See the run: metrics.jsonl holds what trackers get, the summaries name it, and the page shows it all."""
 
+import base64
+import dataclasses
+import hashlib
 import json
 import re
 import subprocess
@@ -13,15 +16,15 @@ import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT, logged
 
-from tools.charts import series
+from tools.charts import drawing, series
 from tools.charts.axis import round_ticks
 from tools.charts.drawing import draw_chart
 from tools.charts.numbers import short_number
 from tools.charts.series import Line, smoothed, thinned
-from tools.report import command
+from tools.report import command, facts
 from tools.report.folder import read_run_folder
 from tools.report.images import MOST_GRIDS
-from tools.report.page import render_page
+from tools.report.page import TEMPLATES, render_page
 from training_utils.base import formats
 from training_utils.base.errors import UserError
 from training_utils.run import metrics, summary
@@ -111,8 +114,8 @@ def test_the_file_holds_what_the_trackers_get(finished):
         assert list(log.curves[name]) == ([8, 16, 24] if name == "val_loss" else updates)
         assert log.curves[name] == pytest.approx(logged(out, name), rel=1e-6), name
     assert 0.05 < min(log.curves["memory_resident_gib"].values()) < 50
-    (facts,) = log.runs
-    assert (facts["script"], facts["pictures"], facts["held_out"], facts["updates"]) == (
+    (start,) = log.runs
+    assert (start["script"], start["pictures"], start["held_out"], start["updates"]) == (
         *("train_text_to_image.py", 8, 2, 24),
     )
     for line in (out / metrics.NAME).read_text().splitlines():
@@ -320,6 +323,43 @@ def test_no_torch_is_imported():
     assert subprocess.run([sys.executable, "-c", words], cwd=ROOT).returncode == 0
 
 
+def test_own_files_are_filled_in_as_they_are(finished):
+    """Style sheet and script hold characters that foreign text has escaped; the policy names the script's digest."""
+    page = written(finished[0])
+    (style,) = re.findall(r"<style>\n(.*?)</style>", page.html, re.S)
+    (script,) = re.findall(r"<script>(.*?)</script>", page.html, re.S)
+    assert style == str(drawing.CHART_CSS) + (TEMPLATES / "page.css").read_text() and '"Segoe UI"' in style
+    assert script == (TEMPLATES / "page.js").read_text()
+    (policy,) = page.all("meta", **{"http-equiv": "Content-Security-Policy"})
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy["content"].endswith(f"script-src 'sha256-{digest}'")
+    assert all(f".c{colour} {{" in style for colour in range(series.COLOURS))
+
+
+def test_each_text_of_a_run_is_escaped(tmp_path):
+    """Hostile text wherever a folder can hold any: names, settings, facts, libraries, model card, damaged images."""
+    folder = tmp_path / f"run {HOSTILE.replace('/', chr(92))}"
+    (folder / "validation").mkdir(parents=True)
+    (folder / "validation" / "step-000001.png").write_bytes(b"no image")
+    (folder / "README.md").write_text(
+        f"---\nlicense: {json.dumps(HOSTILE)}\n---\n# {HOSTILE}\n```python\n{HOSTILE}\n```\n"
+    )
+    (folder / "run.yaml").write_text(json.dumps({HOSTILE: HOSTILE, "validation_prompts": [HOSTILE]}))
+    keys = {field.name: facts.KEYS.get(field.name, field.name) for field in dataclasses.fields(facts.StartFacts)}
+    numbers = ("processes", "parameters", "images", "val_images", "images_per_step", "steps", "epochs")
+    values = {key: 2 if name in numbers else HOSTILE for name, key in keys.items()}
+    values |= {"launcher": [HOSTILE], "flags": {HOSTILE: HOSTILE}, "libraries": {HOSTILE: HOSTILE}}
+    log = Metrics(folder, 0, values)
+    log.log({"train_loss": 1.0, "val_loss": float("nan")}, 1)
+    other = tmp_path / "other"
+    other.mkdir()
+    Metrics(other, 0, values | {"flags": {HOSTILE: "b"}})
+    for folders in ([folder], [folder, other]):
+        page = Page(render_page([read_run_folder(one) for one in folders]))
+        assert page.text.count("<script>alert") > 12 and "<script>alert" not in page.html
+        assert len(page.all("script")) == 2 and not page.all("img") and "src=http" not in str(page.tags)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 def test_in_a_browser(finished, tmp_path):
     out, _ = finished
@@ -330,6 +370,10 @@ def test_in_a_browser(finished, tmp_path):
         assert len(sizes) == 6 and min(sizes) > 200
         assert browser.value("[...document.images].every(i => i.complete && i.naturalWidth > 100)")
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+        browser("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
+        assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+        browser("Emulation.clearDeviceMetricsOverride")
+        assert "Segoe UI" in browser.value("getComputedStyle(document.body).fontFamily")
         browser.value("document.querySelector('svg').scrollIntoView({block: 'center'}) || 0")
         box = browser.value("document.querySelector('svg').getBoundingClientRect().toJSON()")
         left, _, right, _ = browser.value("document.querySelector('svg').dataset.frame.split(' ').map(Number)")

@@ -28,7 +28,7 @@ class StartFacts:
 
 
 # Where the key in metrics.jsonl differs from the name here; the keys are a file format.
-_KEYS = {
+KEYS = {
     "images": "pictures",
     "val_images": "held_out",
     "images_per_step": "pictures_per_update",
@@ -38,7 +38,7 @@ _KEYS = {
 
 def start_facts_from(values: Mapping[str, Any]) -> StartFacts | None:
     """The facts in a line of metrics.jsonl, or None for a line of another version, which has other keys."""
-    keys = {name: _KEYS.get(name, name) for name in StartFacts.__dataclass_fields__}
+    keys = {name: KEYS.get(name, name) for name in StartFacts.__dataclass_fields__}
     if not values.keys() >= set(keys.values()):
         return None
     return StartFacts(**{name: values[key] for name, key in keys.items()})
