@@ -32,7 +32,7 @@ from training_utils.run.metrics import Log, Metrics
 from training_utils.torch_backend import loader, processes
 
 HOSTILE = 'a <script>alert("one")</script> & </style><img src=http://example.com/x.png>'
-LOOKS = [
+VALIDATION_FLAGS = [
     *("--validation_prompts", "a handwritten one", HOSTILE, "--validation_num_inference_steps", "2"),
     *("--validation_steps", "2", "--validation_split", "0.2"),
 ]
@@ -96,7 +96,7 @@ def finished(run, tmp_path_factory):
     out, said = tmp_path_factory.mktemp("report") / "a run", io.StringIO()
     with contextlib.redirect_stderr(said):
         flags = ["--max_train_steps", "24", "--validation_steps", "8", "--checkpointing_steps", "12"]
-        run(out, *LOOKS, *flags, "--report_to", "tensorboard")
+        run(out, *VALIDATION_FLAGS, *flags, "--report_to", "tensorboard")
     return out, said.getvalue()
 
 
@@ -107,11 +107,11 @@ def finished(run, tmp_path_factory):
 
 def test_the_file_holds_what_the_trackers_get(finished):
     out, _ = finished
-    log, updates = Log(out), list(range(1, 25))
+    log, steps = Log(out), list(range(1, 25))
     names = ["train_loss", "lr", "grad_norm", "samples_per_second", "memory_resident_gib"]
     assert {*log.curves} == {*names, "val_loss"}
     for name in log.curves:
-        assert list(log.curves[name]) == ([8, 16, 24] if name == "val_loss" else updates)
+        assert list(log.curves[name]) == ([8, 16, 24] if name == "val_loss" else steps)
         assert log.curves[name] == pytest.approx(logged(out, name), rel=1e-6), name
     assert 0.05 < min(log.curves["memory_resident_gib"].values()) < 50
     (start,) = log.runs
@@ -135,7 +135,7 @@ def test_a_resumed_run_continues_the_curves(run, tmp_path):
     import shutil
 
     run(tmp_path, "--checkpointing_steps", "2", "--validation_split", "0.2", "--validation_steps", "3")
-    whole = Log(tmp_path).curves
+    uninterrupted = Log(tmp_path).curves
     for name in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(tmp_path / name)
     path = tmp_path / metrics.NAME
@@ -144,8 +144,8 @@ def test_a_resumed_run_continues_the_curves(run, tmp_path):
     log = Log(tmp_path)
     assert list(log.curves["train_loss"]) == [1, 2, 3, 4] and log.step == 4
     assert [run["step"] for run in log.runs] == [0, 2]
-    assert log.curves["train_loss"] == {step: whole["train_loss"][step] for step in range(1, 5)}
-    assert 3 not in log.curves["val_loss"]  # of the step that was made once more, without a look
+    assert log.curves["train_loss"] == {step: uninterrupted["train_loss"][step] for step in range(1, 5)}
+    assert 3 not in log.curves["val_loss"]  # this step was made again, without validation
     run(tmp_path, "--max_train_steps", "1")  # anew
     assert list(Log(tmp_path).curves["train_loss"]) == [1]
 
@@ -196,7 +196,7 @@ def test_the_summaries(finished, sd):
     assert f"python -m tools.report '{out}'" in end and "StableDiffusionPipeline.from_pretrained" in end
 
 
-def test_an_earlier_look_was_the_best(tmp_path, capsys):
+def test_an_earlier_validation_loss_was_the_lowest(tmp_path, capsys):
     log = Metrics(tmp_path, 0, {})
     for step, loss in ((10, 0.3), (20, 0.25), (30, 0.28)):
         log.log({"val_loss": loss}, step)
@@ -271,7 +271,7 @@ def test_a_run_under_way_a_killed_one_and_one_without_anything(finished, tmp_pat
 
 def test_several_runs_side_by_side(run, finished, tmp_path):
     other = tmp_path / "other"
-    run(other, *LOOKS, "--learning_rate", "2e-3", "--validation_steps", "4", "--max_train_steps", "8")
+    run(other, *VALIDATION_FLAGS, "--learning_rate", "2e-3", "--validation_steps", "4", "--max_train_steps", "8")
     page = written(finished[0], other, "--output", tmp_path / "both.html")
     drawn = json.loads(re.search(r'id="data">(.*?)</script>', page.html, re.S)[1])
     assert all([line["name"] for line in chart["lines"]] == ["a run", "other"] for chart in drawn) and len(drawn) == 6
@@ -283,7 +283,7 @@ def test_several_runs_side_by_side(run, finished, tmp_path):
     assert "They agree in every setting" in copy.text and str(other) in copy.text
 
 
-def test_an_update_that_is_not_finite(tmp_path):
+def test_a_step_that_is_not_finite(tmp_path):
     log = Metrics(tmp_path, 0, {})
     for step in range(1, 41):
         log.log({"train_loss": float("inf") if step == 7 else 1 / step}, step)
