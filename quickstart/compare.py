@@ -19,7 +19,8 @@ from statistics import mean
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from tools.charts import Line, draw
+from tools.charts.drawing import draw_chart
+from tools.charts.series import Line
 from training_utils.base import startup
 from training_utils.run.metrics import Log
 
@@ -111,7 +112,7 @@ def charts(results, folder, name, title):
             Line(setting, list(averaged([run[at] for run in runs]).items()), colour, "dotted")
             for colour, (setting, runs) in enumerate(results.items())
         ]
-        text = draw(lines, f"{what}, {title}", size=(640, 320), alone=True)
+        text = draw_chart(lines, f"{what}, {title}", width=640, height=320, standalone=True)
         (folder / f"settings-{name}-{kind}.svg").write_text(text, encoding="utf-8")
 
 

@@ -19,9 +19,13 @@ class Browser:
         self.process = subprocess.Popen(
             ["bash", "-c", shell, "bash", *start], pass_fds=(ours[0], theirs[1]), stderr=subprocess.DEVNULL
         )
-        os.close(ours[0]), os.close(theirs[1])
-        self.to, self.said = os.fdopen(ours[1], "wb", buffering=0), os.fdopen(theirs[0], "rb")
-        self.events, self.count, self.session = [], 0, None
+        os.close(ours[0])
+        os.close(theirs[1])
+        self.to = os.fdopen(ours[1], "wb", buffering=0)
+        self.said = os.fdopen(theirs[0], "rb")
+        self.events = []
+        self.count = 0
+        self.session = None
         target = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
         self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for part in ("Page", "Runtime", "Log", "Network"):
@@ -66,4 +70,5 @@ class Browser:
     def __exit__(self, *_):
         self.process.terminate()
         self.process.wait(20)
-        self.to.close(), self.said.close()
+        self.to.close()
+        self.said.close()

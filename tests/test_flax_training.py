@@ -29,8 +29,9 @@ from tiny import UNET
 
 import train_text_to_image_flax as script
 from flax_diffusion import FlaxStableDiffusionPipeline
-from tools import charts
-from tools.report import page, read
+from tools.charts.numbers import short_number
+from tools.report.folder import read_run_folder
+from tools.report.page import render_page
 from training_utils.base import draws
 from training_utils.base.errors import UserError
 from training_utils.jax_backend import devices, frozen, models, optimizers, validation
@@ -99,9 +100,9 @@ def test_metrics_and_the_page_of_a_run(every_draw):
     log = Log(every_draw)
     for name in ("train_loss", "lr", "grad_norm", "samples_per_second", "memory_resident_gib", "val_loss"):
         assert log.curves[name] == pytest.approx(logged(every_draw, name), rel=1e-6), name
-    html = page([read(every_draw)])
+    html = render_page([read_run_folder(every_draw)])
     assert "finished: 6 of 6 steps" in html and "train_text_to_image_flax.py --config" in html
-    assert html.count("<svg") == 6 and charts.number(log.lowest("val_loss")[1]) in html
+    assert html.count("<svg") == 6 and short_number(log.lowest("val_loss")[1]) in html
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])

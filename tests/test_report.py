@@ -1,5 +1,8 @@
 """See the run: metrics.jsonl holds what trackers get, the summaries name it, and the page shows it all."""
 
+import base64
+import dataclasses
+import hashlib
 import json
 import re
 import subprocess
@@ -13,8 +16,15 @@ import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT, logged
 
-from tools import charts, report
-from tools.charts import Line
+from tools.charts import drawing, series
+from tools.charts.axis import round_ticks
+from tools.charts.drawing import draw_chart
+from tools.charts.numbers import short_number
+from tools.charts.series import Line, smoothed, thinned
+from tools.report import command, facts
+from tools.report.folder import read_run_folder
+from tools.report.images import MOST_GRIDS
+from tools.report.page import TEMPLATES, render_page
 from training_utils.base import formats
 from training_utils.base.errors import UserError
 from training_utils.run import metrics, summary
@@ -22,7 +32,7 @@ from training_utils.run.metrics import Log, Metrics
 from training_utils.torch_backend import loader, processes
 
 HOSTILE = 'a <script>alert("one")</script> & </style><img src=http://example.com/x.png>'
-LOOKS = [
+VALIDATION_FLAGS = [
     *("--validation_prompts", "a handwritten one", HOSTILE, "--validation_num_inference_steps", "2"),
     *("--validation_steps", "2", "--validation_split", "0.2"),
 ]
@@ -71,7 +81,7 @@ def written(*words):
 def refusal(capsys, *words):
     """The sentence and the exit code of a command that fails."""
     with pytest.raises((SystemExit, UserError)) as caught:
-        report.main([*map(str, words)])
+        command.main([*map(str, words)])
     if isinstance(caught.value, UserError):
         return str(caught.value), caught.value.exit_code
     return capsys.readouterr().err, caught.value.code
@@ -86,7 +96,7 @@ def finished(run, tmp_path_factory):
     out, said = tmp_path_factory.mktemp("report") / "a run", io.StringIO()
     with contextlib.redirect_stderr(said):
         flags = ["--max_train_steps", "24", "--validation_steps", "8", "--checkpointing_steps", "12"]
-        run(out, *LOOKS, *flags, "--report_to", "tensorboard")
+        run(out, *VALIDATION_FLAGS, *flags, "--report_to", "tensorboard")
     return out, said.getvalue()
 
 
@@ -97,15 +107,15 @@ def finished(run, tmp_path_factory):
 
 def test_the_file_holds_what_the_trackers_get(finished):
     out, _ = finished
-    log, updates = Log(out), list(range(1, 25))
+    log, steps = Log(out), list(range(1, 25))
     names = ["train_loss", "lr", "grad_norm", "samples_per_second", "memory_resident_gib"]
     assert {*log.curves} == {*names, "val_loss"}
     for name in log.curves:
-        assert list(log.curves[name]) == ([8, 16, 24] if name == "val_loss" else updates)
+        assert list(log.curves[name]) == ([8, 16, 24] if name == "val_loss" else steps)
         assert log.curves[name] == pytest.approx(logged(out, name), rel=1e-6), name
     assert 0.05 < min(log.curves["memory_resident_gib"].values()) < 50
-    (facts,) = log.runs
-    assert (facts["script"], facts["pictures"], facts["held_out"], facts["updates"]) == (
+    (start,) = log.runs
+    assert (start["script"], start["pictures"], start["held_out"], start["updates"]) == (
         *("train_text_to_image.py", 8, 2, 24),
     )
     for line in (out / metrics.NAME).read_text().splitlines():
@@ -115,7 +125,7 @@ def test_the_file_holds_what_the_trackers_get(finished):
 def test_it_is_written_without_trackers_and_not_in_a_dry_run(run, tmp_path):
     run(tmp_path / "out", "--max_train_steps", "2")
     assert list(Log(tmp_path / "out").curves["train_loss"]) == [1, 2]
-    page = report.page([report.read(tmp_path / "out")])
+    page = render_page([read_run_folder(tmp_path / "out")])
     assert page.count("<svg") == 5 and "There is no validation loss" in page and "<h2>Images" not in page
     assert run(tmp_path / "dry", "--dry_run") == 0 and not (tmp_path / "dry").exists()
 
@@ -125,7 +135,7 @@ def test_a_resumed_run_continues_the_curves(run, tmp_path):
     import shutil
 
     run(tmp_path, "--checkpointing_steps", "2", "--validation_split", "0.2", "--validation_steps", "3")
-    whole = Log(tmp_path).curves
+    uninterrupted = Log(tmp_path).curves
     for name in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(tmp_path / name)
     path = tmp_path / metrics.NAME
@@ -134,8 +144,8 @@ def test_a_resumed_run_continues_the_curves(run, tmp_path):
     log = Log(tmp_path)
     assert list(log.curves["train_loss"]) == [1, 2, 3, 4] and log.step == 4
     assert [run["step"] for run in log.runs] == [0, 2]
-    assert log.curves["train_loss"] == {step: whole["train_loss"][step] for step in range(1, 5)}
-    assert 3 not in log.curves["val_loss"]  # of the step that was made once more, without a look
+    assert log.curves["train_loss"] == {step: uninterrupted["train_loss"][step] for step in range(1, 5)}
+    assert 3 not in log.curves["val_loss"]  # this step was made again, without validation
     run(tmp_path, "--max_train_steps", "1")  # anew
     assert list(Log(tmp_path).curves["train_loss"]) == [1]
 
@@ -186,7 +196,7 @@ def test_the_summaries(finished, sd):
     assert f"python -m tools.report '{out}'" in end and "StableDiffusionPipeline.from_pretrained" in end
 
 
-def test_an_earlier_look_was_the_best(tmp_path, capsys):
+def test_an_earlier_validation_loss_was_the_lowest(tmp_path, capsys):
     log = Metrics(tmp_path, 0, {})
     for step, loss in ((10, 0.3), (20, 0.25), (30, 0.28)):
         log.log({"val_loss": loss}, step)
@@ -215,7 +225,7 @@ def test_the_page_of_a_run(finished):
     assert drawn["validation loss"] == log.curves["val_loss"] and drawn["learning rate"] == log.curves["lr"]
     assert set(drawn) == {"loss", "smoothed", "norm", "validation loss", "learning rate", "images/s", "resident"}
     best = log.lowest("val_loss")
-    assert charts.number(best[1]) in page.text and "finished: 24 of 24 steps" in page.text
+    assert short_number(best[1]) in page.text and "finished: 24 of 24 steps" in page.text
     grids = page.all("img")
     assert [re.search(r"after (\d+) steps", grid["alt"])[1] for grid in grids] == ["24", "16", "8"]
     assert all(grid["src"].startswith("data:image/jpeg;base64,") for grid in grids)
@@ -261,7 +271,7 @@ def test_a_run_under_way_a_killed_one_and_one_without_anything(finished, tmp_pat
 
 def test_several_runs_side_by_side(run, finished, tmp_path):
     other = tmp_path / "other"
-    run(other, *LOOKS, "--learning_rate", "2e-3", "--validation_steps", "4", "--max_train_steps", "8")
+    run(other, *VALIDATION_FLAGS, "--learning_rate", "2e-3", "--validation_steps", "4", "--max_train_steps", "8")
     page = written(finished[0], other, "--output", tmp_path / "both.html")
     drawn = json.loads(re.search(r'id="data">(.*?)</script>', page.html, re.S)[1])
     assert all([line["name"] for line in chart["lines"]] == ["a run", "other"] for chart in drawn) and len(drawn) == 6
@@ -273,11 +283,11 @@ def test_several_runs_side_by_side(run, finished, tmp_path):
     assert "They agree in every setting" in copy.text and str(other) in copy.text
 
 
-def test_an_update_that_is_not_finite(tmp_path):
+def test_a_step_that_is_not_finite(tmp_path):
     log = Metrics(tmp_path, 0, {})
     for step in range(1, 41):
         log.log({"train_loss": float("inf") if step == 7 else 1 / step}, step)
-    page = Page(report.page([report.read(tmp_path)]))
+    page = Page(render_page([read_run_folder(tmp_path)]))
     assert "not finite at step 7" in page.text and page.curves()["loss"][7] is None
 
 
@@ -302,15 +312,52 @@ def test_a_grid_that_is_damaged_and_many_grids(finished, tmp_path):
         shutil.copy(grid, tmp_path / "validation" / f"step-{step:06d}.png")
     newest = tmp_path / "validation" / "step-004000.png"
     newest.write_bytes(newest.read_bytes()[:300])
-    page = Page(report.page([report.read(tmp_path)]))
+    page = Page(render_page([read_run_folder(tmp_path)]))
     assert f"{newest} cannot be read" in page.text
-    assert len(page.all("img")) == report.GRIDS - 1 and "Of 40 steps with images 24 are shown" in page.text
+    assert len(page.all("img")) == MOST_GRIDS - 1 and "Of 40 steps with images 24 are shown" in page.text
     assert "images after 100 steps" in page.all("img")[-1]["alt"]
 
 
 def test_no_torch_is_imported():
     words = "import sys, tools.report; sys.exit('torch' in sys.modules or 'jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], cwd=ROOT).returncode == 0
+
+
+def test_own_files_are_filled_in_as_they_are(finished):
+    """Style sheet and script hold characters that foreign text has escaped; the policy names the script's digest."""
+    page = written(finished[0])
+    (style,) = re.findall(r"<style>\n(.*?)</style>", page.html, re.S)
+    (script,) = re.findall(r"<script>(.*?)</script>", page.html, re.S)
+    assert style == str(drawing.CHART_CSS) + (TEMPLATES / "page.css").read_text() and '"Segoe UI"' in style
+    assert script == (TEMPLATES / "page.js").read_text()
+    (policy,) = page.all("meta", **{"http-equiv": "Content-Security-Policy"})
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy["content"].endswith(f"script-src 'sha256-{digest}'")
+    assert all(f".c{colour} {{" in style for colour in range(series.COLOURS))
+
+
+def test_each_text_of_a_run_is_escaped(tmp_path):
+    """Hostile text wherever a folder can hold any: names, settings, facts, libraries, model card, damaged images."""
+    folder = tmp_path / f"run {HOSTILE.replace('/', chr(92))}"
+    (folder / "validation").mkdir(parents=True)
+    (folder / "validation" / "step-000001.png").write_bytes(b"no image")
+    (folder / "README.md").write_text(
+        f"---\nlicense: {json.dumps(HOSTILE)}\n---\n# {HOSTILE}\n```python\n{HOSTILE}\n```\n"
+    )
+    (folder / "run.yaml").write_text(json.dumps({HOSTILE: HOSTILE, "validation_prompts": [HOSTILE]}))
+    keys = {field.name: facts.KEYS.get(field.name, field.name) for field in dataclasses.fields(facts.StartFacts)}
+    numbers = ("processes", "parameters", "images", "val_images", "images_per_step", "steps", "epochs")
+    values = {key: 2 if name in numbers else HOSTILE for name, key in keys.items()}
+    values |= {"launcher": [HOSTILE], "flags": {HOSTILE: HOSTILE}, "libraries": {HOSTILE: HOSTILE}}
+    log = Metrics(folder, 0, values)
+    log.log({"train_loss": 1.0, "val_loss": float("nan")}, 1)
+    other = tmp_path / "other"
+    other.mkdir()
+    Metrics(other, 0, values | {"flags": {HOSTILE: "b"}})
+    for folders in ([folder], [folder, other]):
+        page = Page(render_page([read_run_folder(one) for one in folders]))
+        assert page.text.count("<script>alert") > 12 and "<script>alert" not in page.html
+        assert len(page.all("script")) == 2 and not page.all("img") and "src=http" not in str(page.tags)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -323,6 +370,10 @@ def test_in_a_browser(finished, tmp_path):
         assert len(sizes) == 6 and min(sizes) > 200
         assert browser.value("[...document.images].every(i => i.complete && i.naturalWidth > 100)")
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+        browser("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
+        assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+        browser("Emulation.clearDeviceMetricsOverride")
+        assert "Segoe UI" in browser.value("getComputedStyle(document.body).fontFamily")
         browser.value("document.querySelector('svg').scrollIntoView({block: 'center'}) || 0")
         box = browser.value("document.querySelector('svg').getBoundingClientRect().toJSON()")
         left, _, right, _ = browser.value("document.querySelector('svg').dataset.frame.split(' ').map(Number)")
@@ -330,7 +381,7 @@ def test_in_a_browser(finished, tmp_path):
         before = browser.value("document.querySelector('.read').textContent")
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=middle, y=box["y"] + box["height"] / 2)
         shown = browser.value("document.querySelector('.read').textContent")
-        assert f"loss\u00a0{charts.number(Log(out).curves['train_loss'][12])}" in shown and "step 12 " in shown
+        assert f"loss\u00a0{short_number(Log(out).curves['train_loss'][12])}" in shown and "step 12 " in shown
         assert browser.value("document.querySelectorAll('.cursor').length") == 6
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
         assert browser.value("document.querySelector('.read').textContent") == before
@@ -346,39 +397,39 @@ def test_in_a_browser(finished, tmp_path):
 
 
 def test_ticks_and_numbers():
-    assert charts.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert charts.ticks(0.13, 0.42) == pytest.approx([0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
+    assert round_ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert round_ticks(0.13, 0.42) == pytest.approx([0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
     rng = np.random.default_rng(0)
     for low, width in zip(rng.normal(size=200) * 10.0 ** rng.integers(-8, 8, 200), 10.0 ** rng.uniform(-6, 6, 200)):
-        found = charts.ticks(low, low + width)
+        found = round_ticks(low, low + width)
         assert 3 <= len(found) <= 9 and all(low - 1e-6 * width <= tick <= low + 1.000001 * width for tick in found)
     numbers = {0: "0", 0.0123456: "0.01235", 1234.5: "1,234", 1e-5: "1e-5", 2.5e-4: "2.5e-4", 0.5: "0.5", 2e7: "2e7"}
-    assert {value: charts.number(value) for value in numbers} == numbers
-    assert charts.number(None) == "not finite"
+    assert {value: short_number(value) for value in numbers} == numbers
+    assert short_number(None) == "not finite"
 
 
 def test_smoothing_and_thinning():
     values = np.random.default_rng(1).normal(size=300)
     points = list(enumerate(values.tolist()))
     weights = (1 - 1 / 15) ** np.arange(300)[::-1]
-    assert charts.smoothed(points, 15)[-1][1] == pytest.approx((weights * values).sum() / weights.sum(), abs=1e-3)
-    assert charts.smoothed([(0, None), *((x, 2.0) for x in range(1, 9))], 5) == [(x, 2.0) for x in range(1, 9)]
+    assert smoothed(points, 15)[-1][1] == pytest.approx((weights * values).sum() / weights.sum(), abs=1e-3)
+    assert smoothed([(0, None), *((x, 2.0) for x in range(1, 9))], 5) == [(x, 2.0) for x in range(1, 9)]
     points = list(enumerate(np.random.default_rng(2).normal(size=100_000).tolist()))
-    thin = charts.thinned(points)
-    assert len(thin) <= charts.MOST + 1 and thin[-1] == points[-1] and thin == sorted(thin)
+    thin = thinned(points)
+    assert len(thin) <= series.MOST_POINTS + 1 and thin[-1] == points[-1] and thin == sorted(thin)
     assert {max(points, key=lambda p: p[1]), min(points, key=lambda p: p[1])} <= set(thin)
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_chart_is_xml_and_draws_what_it_is_given(alone):
+@pytest.mark.parametrize("standalone", [True, False])
+def test_a_chart_is_xml_and_draws_what_it_is_given(standalone):
     lines = [
         Line("<b> & co", [(0, 1.0), (5, None), (10, 3.0)]),
         Line("two", [(0, 2.0), (10, 2.5)], 1, "dashed"),
         Line("three", [(4, 1.5)], 9, "dotted"),
     ]
-    svg = ElementTree.fromstring(charts.draw(lines, "a <title>", zero=True, mark=(4, 1.5), alone=alone))
+    svg = ElementTree.fromstring(draw_chart(lines, "a <title>", from_zero=True, mark=(4, 1.5), standalone=standalone))
     words = [element.text for element in svg.iter() if element.tag.endswith("text")]
-    assert ("a <title>" in words and "<b> & co" in words) == alone and "update" in words
+    assert ("a <title>" in words and "<b> & co" in words) == standalone and "step" in words
     left, top, right, bottom = map(float, svg.get("data-frame").split())
     _, x1, y0, y1 = map(float, svg.get("data-range").split())
     first = next(e for e in svg.iter() if e.tag.endswith("path") and len(e.get("d")) > 9 and "h" not in e.get("d"))
@@ -391,6 +442,6 @@ def test_a_chart_is_xml_and_draws_what_it_is_given(alone):
 @pytest.mark.parametrize("values", [[], [None], [0.0], [5.0, 5.0], [-1e-9, 1e9], [1e-300, 1.0], [1, 1, 1, 1e6]])
 def test_odd_curves(values):
     lines = [Line("odd", list(enumerate(values)))]
-    for zero in (True, False):
-        svg = ElementTree.fromstring(charts.draw(lines, "odd", zero=zero))
+    for from_zero in (True, False):
+        svg = ElementTree.fromstring(draw_chart(lines, "odd", from_zero=from_zero))
         assert "nan" not in ElementTree.tostring(svg, "unicode")

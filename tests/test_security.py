@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tools import report
+from tools.report.folder import read_run_folder
+from tools.report.page import render_page
 from training_utils.run import checkpoints
 
 SECRET = "hf_do_not_leak_me"
@@ -92,7 +93,7 @@ def test_nothing_that_is_written_holds_the_token(each, tmp_path, monkeypatch, ca
     for form in (["--hub_token", SECRET], [f"--hub_token={SECRET}"]):
         out = tmp_path / str(len(form))
         each(out, *form, "--push_to_hub", "--report_to", "tensorboard", "--checkpointing_steps", "3")
-        page = report.page([report.read(out)])
+        page = render_page([read_run_folder(out)])
         assert "finished: 6 of 6 steps" in page and page.count("<svg") == 5 and SECRET not in page
         files = [path for path in out.rglob("*") if path.is_file()]
         assert len(files) > 5 and not [path for path in files if SECRET.encode() in path.read_bytes()]

@@ -10,7 +10,7 @@ from pages import blocks, commands, on_tiny_models
 from PIL import Image
 
 import train_text_to_image
-from tools import report
+from tools.report import command as report_command
 from training_utils.run.metrics import Log
 
 PAGE = (ROOT / "docs" / "watch.md").read_text()
@@ -45,7 +45,7 @@ def watched(sd, images, tmp_path_factory):
 @pytest.mark.parametrize("command", lines("python", "-m", "tools.report"), ids=lambda one: one.words[-1])
 def test_report(command, watched, monkeypatch, capsys):
     monkeypatch.chdir(watched)
-    assert report.main(list(command.words[3:])) == 0
+    assert report_command.main(list(command.words[3:])) == 0
     page = Path(capsys.readouterr().out.strip()).read_text()
     assert page.count("<svg") == 6 and page.count("<img") == 2 * page.count("<h2>The folder")
 

@@ -1,0 +1,1 @@
+"""Curves as SVG: for the report page, and for files of their own."""
