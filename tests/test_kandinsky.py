@@ -33,6 +33,7 @@ from training_utils.cli.flags import bucket_limits
 from training_utils.data import buckets, checking, image_ops, opening
 from training_utils.run.hub.card import write_card
 from training_utils.torch_backend import lora, models, optimizers
+from training_utils.torch_backend.kandinsky import latent_shape
 
 LARGE = ["--learning_rate", "5e-2"]  # so that what was learned shows in an image
 LOOK = ["--validation_num_inference_steps", "2"]
@@ -673,7 +674,7 @@ def test_a_checkpoint_of_the_original_prior_script_continues(run_prior, kandinsk
 def test_a_resolution_that_the_decoder_cannot_halve():
     """Three halvings by MOVQ and three by the UNet, as in the released decoder."""
     four_levels = SimpleNamespace(config=SimpleNamespace(block_out_channels=(1,) * 4, latent_channels=4))
-    latents = train_text_to_image_decoder.latents_of
+    latents = latent_shape
     assert latents(four_levels, four_levels, resolution=768) == (4, 8)
     with pytest.raises(UserError, match="--resolution 776 is not a multiple of 64, the decoder's; try 768"):
         latents(four_levels, four_levels, resolution=776)
