@@ -4,38 +4,23 @@
 accelerate launch train_text_to_image.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
 """
 
-from training_utils.cli import flags
-
-OWN_MODEL_FLAGS = [flags.Flag("non_ema_revision", help="revision of the UNet alone, where it lies in another branch")]
+from training_utils import cli
 
 
 def parse_args(argv=None):
-    groups = [
-        (flags.MODEL[0], [*flags.MODEL[1], flags.SINGLE_FILE_CONFIG, *OWN_MODEL_FLAGS]),
-        flags.DATA,
-        flags.BUCKETS,
-        flags.TRAINING,
-        flags.OPTIMIZATION,
-        (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.RECTIFICATION),
-        flags.EMA,
-        (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
-        flags.CHECKPOINTS,
-        flags.CACHES,
-        (flags.HARDWARE[0], flags.HARDWARE[1] + flags.LESS_MEMORY),
-        flags.REPORTING,
-    ]
-    return flags.parse(argv, __doc__.splitlines()[0], groups, defaults={"output_dir": "sd-model-finetuned"})
+    return cli.parse(argv, script="train_text_to_image", description=__doc__)
 
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take ten seconds.
-    flags.hide_secrets(parse_args())
+    cli.hide_secrets(parse_args())
 
 from training_utils.base import startup  # noqa: E402
 
 startup.begin()
 startup.prepare()
 
+from dataclasses import asdict  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -43,7 +28,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from diffusers.optimization import get_scheduler  # noqa: E402
 from diffusers.training_utils import compute_dream_and_update_latents  # noqa: E402
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
 
@@ -180,7 +164,7 @@ def load_models(args, accelerator):
     unet_base = base
     if args.non_ema_revision is not None:
         unet_base = models.model_folder(name, StableDiffusionPipeline, args.non_ema_revision, variant, args.cache_dir)
-    changes = flags.schedule_changes(args)
+    changes = args.schedule_changes
     schedule = models.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(args, schedule.config)
     sampler = models.sampling_scheduler(base, changes)
@@ -228,12 +212,12 @@ def save_result(args, base, unet, sampler):
 
 def main(argv=None):
     args = parse_args(argv)
-    command = flags.without_secrets(argv)
+    command = cli.without_secrets(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
+        return inspection.check_data(args.data, args.resolution, args.buckets)
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
-    accelerator = processes.make_accelerator(**flags.machine(args))
+    accelerator = processes.make_accelerator(args.machine)
     from_main = partial(processes.from_main, accelerator)  # what a function returns in the main process
     args.mixed_precision = accelerator.mixed_precision
     for notice in args.notices:
@@ -242,14 +226,14 @@ def main(argv=None):
         lambda: resume.begin_run(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
     )
     from_main(lambda: output_folder.refuse_another_result(args.output_dir, pipeline="StableDiffusionPipeline"))
-    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, **flags.hub(args))
+    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, args.hub, args.output_dir)
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = opening.load_dataset(**flags.data_source(args))
+    rows = opening.load_dataset(args.data)
     rows = selection.take_subset(rows, args.max_train_samples, state.seed)
     unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
     rows = rows.without(unusable)
-    rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args)))
+    rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, args.buckets))
     rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
     base, tokenizer, text_encoder, vae, unet, schedule, sampler = load_models(args, accelerator)
     if accelerator.is_main_process:
@@ -264,7 +248,7 @@ def main(argv=None):
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     prompts = args.validation_prompts or []
     sets = [samples, val_samples] if val_dataset is not None else [samples]
-    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
+    keeping = (accelerator, args.caches.folder, sets, args.train_batch_size)
     if args.cache_latents:
         settings = ["stable diffusion", args.resolution, args.image_interpolation_mode]
         frozen.cache_images(*keeping, [vae], partial(encode_images, vae), settings, args.cached_crops)
@@ -292,11 +276,12 @@ def main(argv=None):
     parameters = list(unet.parameters())
     optimizer = optimizers.make_optimizer(
         parameters,
-        **flags.optimizer(args, updates.window),
+        args.optimization,
+        learning_rate=args.optimization.peak_learning_rate(updates.window),
         loss_scaling=accelerator.scaler is not None,
         rounding_seed=(lambda index: draws.rounding_seed(state.seed, state.step, index)) if args.full_bf16 else None,
     )
-    lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
+    lr_scheduler = optimizers.make_schedule(optimizer, args.lr_schedule, args.max_train_steps)
     # The loop calls `network`; `unet` stays the bare model.
     network, optimizer, parameters = gradient.prepare_network(accelerator, unet, optimizer)
     ema = EMAWeights([unet], args.ema_decay, args.offload_ema) if args.use_ema else None
@@ -312,17 +297,17 @@ def main(argv=None):
     about = {
         "script": Path(__file__).name,
         "world_size": accelerator.num_processes,
-        "flags": flags.mathematics(args),
+        "flags": args.shapes_result,
         "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
     }
     if resume_from:
         from_main(lambda: resume.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
-    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(flags.public(args)))
+    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(args.public))
     named = (about, args.pretrained_model_name_or_path, processes.device_name(accelerator), args.output_dir)
     facts = summary.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
     if accelerator.is_main_process and not args.dry_run:
-        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
+        output_folder.write_run_file(args.output_dir, cli.as_file(args, state.seed))
         accelerator.trackers.append(Metrics(args.output_dir, state.step, facts))
     guard = FiniteGuard(
         accelerator,
@@ -354,7 +339,7 @@ def main(argv=None):
                 pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
 
                 def draw(at, noise):
-                    return validation.stable_diffusion_image(pipeline, prompts[at], noise, **flags.drawing(args))
+                    return validation.stable_diffusion_image(pipeline, prompts[at], noise, **asdict(args.validation))
 
                 grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
         unet.train()
@@ -445,7 +430,7 @@ def main(argv=None):
                 base_model=args.pretrained_model_name_or_path,
                 data=args.dataset_name,
                 tags=["stable-diffusion", "stable-diffusion-diffusers"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
+                facts=args.shapes_result | {"seed": state.seed, "steps": state.step, "images": len(rows)},
                 usage=USAGE.format(model=repository or args.output_dir),
                 images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,

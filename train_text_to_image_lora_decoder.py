@@ -4,43 +4,16 @@
 accelerate launch train_text_to_image_lora_decoder.py --train_data_dir IMAGES
 """
 
-from training_utils.cli import flags
+from training_utils import cli
 
 
 def parse_args(argv=None):
-    groups = [
-        flags.KANDINSKY,
-        (
-            flags.DATA[0],
-            [
-                *flags.without(flags.DATA, "train_data_dir", *flags.OF_CAPTIONS, "center_crop"),
-                *flags.KANDINSKY_DECODER,
-            ],
-        ),
-        flags.BUCKETS,
-        flags.TRAINING,
-        flags.OPTIMIZATION,
-        (flags.OBJECTIVE[0], [flags.SNR_GAMMA, flags.NOISE_OFFSET]),
-        (flags.LORA[0], flags.without(flags.LORA, "train_text_encoder", "save_kohya_format")),
-        (flags.EMA[0], flags.without(flags.EMA, "offload_ema", "foreach_ema")),
-        (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
-        flags.CHECKPOINTS,
-        (flags.CACHES[0], flags.without(flags.CACHES, "cache_text_embeddings")),
-        flags.HARDWARE,
-        flags.REPORTING,
-    ]
-    defaults = {
-        "output_dir": "kandi_2_2-model-finetuned-lora",
-        "validation_epochs": 1,
-        "image_interpolation_mode": "bicubic",
-        **flags.KANDINSKY_DEFAULTS,
-    }
-    return flags.parse(argv, __doc__.splitlines()[0], groups, defaults)
+    return cli.parse(argv, script="train_text_to_image_lora_decoder", description=__doc__)
 
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take ten seconds.
-    flags.hide_secrets(parse_args())
+    cli.hide_secrets(parse_args())
 
 from training_utils.base import startup  # noqa: E402
 
@@ -60,7 +33,6 @@ from diffusers import (  # noqa: E402
     UNet2DConditionModel,
     VQModel,
 )
-from diffusers.optimization import get_scheduler  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection  # noqa: E402
 
@@ -262,12 +234,12 @@ def usage(args, model, public=False):
 
 def main(argv=None):
     args = parse_args(argv)
-    command = flags.without_secrets(argv)
+    command = cli.without_secrets(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
+        return inspection.check_data(args.data, args.resolution, args.buckets)
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
-    accelerator = processes.make_accelerator(**flags.machine(args))
+    accelerator = processes.make_accelerator(args.machine)
     from_main = partial(processes.from_main, accelerator)  # what a function returns in the main process
     args.mixed_precision = accelerator.mixed_precision
     for notice in args.notices:
@@ -276,14 +248,14 @@ def main(argv=None):
         lambda: resume.begin_run(args.output_dir, args.resume_from_checkpoint, args.seed, writes=not args.dry_run),
     )
     from_main(lambda: output_folder.refuse_another_result(args.output_dir, adapted=["unet"]))
-    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, **flags.hub(args))
+    repository, uploads = upload.open_uploads(from_main, accelerator.is_main_process, args.hub, args.output_dir)
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = opening.load_dataset(**flags.data_source(args))
+    rows = opening.load_dataset(args.data)
     rows = selection.take_subset(rows, args.max_train_samples, state.seed)
     unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
     rows = rows.without(unusable)
-    rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, flags.bucket_limits(args)))
+    rows.sizes = from_main(lambda: buckets.training_sizes(rows, args.resolution, args.buckets))
     rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
     prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     prior_base, image_processor, image_encoder, movq, unet, schedule, sampler = load_models(
@@ -307,7 +279,7 @@ def main(argv=None):
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     sets = [samples, val_samples] if val_dataset is not None else [samples]
-    keeping = (accelerator, flags.encoding_folder(args), sets, args.train_batch_size)
+    keeping = (accelerator, args.caches.folder, sets, args.train_batch_size)
     if args.cache_latents:
         settings = [
             "decoder",
@@ -337,10 +309,11 @@ def main(argv=None):
     parameters = lora.parameters([unet])
     optimizer = optimizers.make_optimizer(
         parameters,
-        **flags.optimizer(args, updates.window),
+        args.optimization,
+        learning_rate=args.optimization.peak_learning_rate(updates.window),
         loss_scaling=accelerator.scaler is not None,
     )
-    lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
+    lr_scheduler = optimizers.make_schedule(optimizer, args.lr_schedule, args.max_train_steps)
     ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
     # The loop calls `network`; `unet` stays the bare model.
     network, optimizer, parameters = gradient.prepare_network(accelerator, unet, optimizer)
@@ -356,17 +329,17 @@ def main(argv=None):
     about = {
         "script": Path(__file__).name,
         "world_size": accelerator.num_processes,
-        "flags": flags.mathematics(args),
+        "flags": args.shapes_result,
         "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
     }
     if resume_from:
         from_main(lambda: resume.warn_of_differences(resume_from, about))
         saved.read(resume_from, state.step)
-    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(flags.public(args)))
+    processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(args.public))
     named = (about, args.pretrained_decoder_model_name_or_path, processes.device_name(accelerator), args.output_dir)
     facts = summary.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
     if accelerator.is_main_process and not args.dry_run:
-        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
+        output_folder.write_run_file(args.output_dir, cli.as_file(args, state.seed))
         accelerator.trackers.append(Metrics(args.output_dir, state.step, facts))
     guard = FiniteGuard(
         accelerator,
@@ -479,7 +452,7 @@ def main(argv=None):
                 base_model=args.pretrained_decoder_model_name_or_path,
                 data=args.dataset_name,
                 tags=["kandinsky", "lora"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
+                facts=args.shapes_result | {"seed": state.seed, "steps": state.step, "images": len(rows)},
                 usage=usage(args, repository or args.output_dir, public=True),
                 images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,

@@ -27,7 +27,7 @@ from tools.charts import Line
 from training_utils.base import formats
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
-from training_utils.cli import flags
+from training_utils.cli.parsing import parse_report
 from training_utils.run import exit, metrics, output_folder
 from training_utils.run.checkpoints import damage_of, list_checkpoints, read_manifest, step_of
 from training_utils.run.metrics import Log
@@ -670,7 +670,7 @@ def page(runs):
 
 
 def main(argv=None):
-    args = flags.parse_report(argv)
+    args = parse_report(argv)
     runs = [read(folder) for folder in args.folders]
     names = [a_run.name for a_run in runs]
     for a_run in runs:
