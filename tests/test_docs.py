@@ -388,7 +388,7 @@ def test_flags_that_a_page_names_exist(page):
     known = {f"--{no}{name}" for name in ours for no in ("", "no_")} | {"--help", "--logdir"}
     known |= set(launch_command_parser()._option_string_actions)
     for folder in ("benchmarks", "quickstart", "training_utils"):
-        for program in (ROOT / folder).glob("*.py"):
+        for program in (ROOT / folder).rglob("*.py"):
             known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', program.read_text()))
     text = re.sub(r"\| kohya's flag.*", lambda table: re.sub(r"(?m)^\|[^|]*", "", table[0]), prose(page), flags=re.S)
     text = re.sub(r"(?m)^>.*", "", text)  # the sentences of troubleshooting are held against the source

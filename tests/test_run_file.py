@@ -8,11 +8,11 @@ from conftest import ROOT, reset_accelerate, result_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_command_line import SCRIPTS, flags_of
-from training_utils.cli.flags import Flag
 
 import train_text_to_image
 import train_text_to_image_sdxl
-from training_utils.cli import run_file
+from training_utils.cli import run_file, table
+from training_utils.cli.flag import Flag
 from training_utils.run import output_folder
 
 MODEL = f"pretrained_model_name_or_path: model\ntrain_data_dir: {ROOT}\n"

@@ -16,15 +16,15 @@ from training_utils.data.streaming import stream
 def load_dataset(options: DataOptions) -> ImageDataset:
     """Open a dataset.
 
-    Of the options, `config` is a file that names several, as `mixture` says; or else `dataset_name` (a hub id or
-    local path, through the datasets library, `folder` passed on as data_dir); or else `folder`, a folder of images,
-    of tar shards or of parquet tables. `repeats_from_folders` makes the folders in it that are named like
-    `10_sks dog` sources that are repeated so often, and these words the caption of an image there that has no other. With `caption_column` None no
-    captions are read, and none are needed. With a `shuffle_buffer`, a number of samples, shards and tables are read
-    where they lie, as `streams` says. A column of the default name that is missing is taken to be the first (image)
-    or second (caption) one, with a notice. Raises UserError for a dataset that cannot be opened. What is
-    wrong with its samples is for `check` to say, which must follow: of a folder the samples whose caption or file is
-    missing are left out already, and noted in the findings.
+    Of the options, `config` is a file that names several, as `mixture` says; or else `dataset_name` (a hub id or local
+    path, through the datasets library, `folder` passed on as data_dir); or else `folder`, a folder of images, of tar
+    shards or of parquet tables. `repeats_from_folders` makes the folders in it that are named like `10_sks dog`
+    sources that are repeated so often, and these words the caption of an image there that has no other. With
+    `caption_column` None no captions are read, and none are needed. With a `shuffle_buffer`, a number of samples,
+    shards and tables are read where they lie, as `streams` says. A column of the default name that is missing is taken
+    to be the first (image) or second (caption) one, with a notice. Raises UserError for a dataset that cannot be
+    opened. What is wrong with its samples is for `check` to say, which must follow: of a folder the samples whose
+    caption or file is missing are left out already, and noted in the findings.
     """
     import datasets
 
