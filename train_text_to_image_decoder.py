@@ -4,41 +4,16 @@
 accelerate launch train_text_to_image_decoder.py --train_data_dir IMAGES
 """
 
-from training_utils.cli import flags
+from training_utils import cli
 
 
 def parse_args(argv=None):
-    groups = [
-        flags.KANDINSKY,
-        (
-            flags.DATA[0],
-            [
-                *flags.without(flags.DATA, "train_data_dir", *flags.OF_CAPTIONS, "center_crop"),
-                *flags.KANDINSKY_DECODER,
-            ],
-        ),
-        flags.BUCKETS,
-        flags.TRAINING,
-        flags.OPTIMIZATION,
-        (flags.OBJECTIVE[0], [flags.SNR_GAMMA, flags.NOISE_OFFSET]),
-        flags.EMA,
-        (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
-        flags.CHECKPOINTS,
-        (flags.CACHES[0], flags.without(flags.CACHES, "cache_text_embeddings")),
-        (flags.HARDWARE[0], flags.HARDWARE[1] + flags.LESS_MEMORY),
-        flags.REPORTING,
-    ]
-    defaults = {
-        "output_dir": "kandi_2_2-model-finetuned",
-        "image_interpolation_mode": "bicubic",
-        **flags.KANDINSKY_DEFAULTS,
-    }
-    return flags.parse(argv, __doc__.splitlines()[0], groups, defaults)
+    return cli.parse(argv, script="train_text_to_image_decoder", description=__doc__)
 
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take ten seconds.
-    flags.hide_secrets(parse_args())
+    cli.hide_secrets(parse_args())
 
 from training_utils.base import startup  # noqa: E402
 
@@ -279,7 +254,7 @@ def usage(args, model, public=False):
 def main(argv=None):
     args = parse_args(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
+        return inspection.check_data(args.data, args.resolution, args.buckets)
     run = Run(
         args,
         __file__,
@@ -338,7 +313,9 @@ def main(argv=None):
                 run.log_val_loss(val_set, val_loss)
             if run.prompts:
                 pipeline = KandinskyV22Pipeline(unet, parts.sampler, parts.movq)
-                run.log_images(partial(kandinsky.image, pipeline, **flags.kandinsky_drawing(args)), parts.embeddings)
+                run.log_images(
+                    partial(kandinsky.image, pipeline, **kandinsky.drawing(args.validation)), parts.embeddings
+                )
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     batches = run.batches()

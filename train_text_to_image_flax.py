@@ -4,61 +4,22 @@
 python train_text_to_image_flax.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
 """
 
-from training_utils.cli import flags
-
-OWN_MODEL_FLAGS = [
-    flags.Flag("from_pt", bool, False, "accepted for old command lines: safetensors are read in any case")
-]
-OWN_HARDWARE_FLAGS = [
-    flags.Flag("compilation_cache_dir", help="folder that keeps the compiled step for the next start"),
-]
-TRACKERS = ("tensorboard", "wandb", "all", "none")
-NOT_IN_JAX = {
-    *("optimizer", "use_8bit_adam", "offload_ema", "foreach_ema", "dream_training", "dream_detail_preservation"),
-    *("allow_tf32", "enable_xformers_memory_efficient_attention", "process_group_timeout"),
-}
-HELP = {
-    "dataloader_num_workers": "threads that read images ahead; 0 reads between the steps",
-    "train_batch_size": "images per device and micro-step; lower it when memory runs out",
-    "seed": "every draw of the run comes from it; left out, the checkpoint's that is continued, else the default",
-    "scale_lr": "multiply the learning rate by accumulation steps x batch size x devices",
-    "mixed_precision": "precision of the computation; the weights stay float32. bf16 is the one for TPUs",
-}
+from training_utils import cli
 
 
 def parse_args(argv=None):
-    groups = [
-        (flags.MODEL[0], [*flags.MODEL[1], flags.SINGLE_FILE_CONFIG, *OWN_MODEL_FLAGS]),
-        flags.DATA,
-        flags.TRAINING,
-        flags.OPTIMIZATION,
-        (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.RECTIFICATION),
-        flags.EMA,
-        (flags.VALIDATION[0], [flags.VALIDATION_PROMPTS, *flags.VALIDATION[1]]),
-        flags.CHECKPOINTS,
-        flags.CACHES,
-        (flags.HARDWARE[0], flags.HARDWARE[1] + OWN_HARDWARE_FLAGS),
-        flags.REPORTING,
-    ]
-    groups = [(title, [in_jax(flag) for flag in group if flag.name not in NOT_IN_JAX]) for title, group in groups]
-    defaults = {"output_dir": "sd-model-finetuned", "seed": 0, "mixed_precision": "no"}
-    return flags.parse(argv, __doc__.splitlines()[0], groups, defaults)
-
-
-def in_jax(flag):
-    """A flag of the torch scripts as it is here."""
-    flag = flag._replace(help=HELP.get(flag.name, flag.help))
-    return flag._replace(choices=TRACKERS) if flag.name == "report_to" else flag
+    return cli.parse(argv, script="train_text_to_image_flax", description=__doc__)
 
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take seconds.
-    flags.hide_secrets(parse_args())
+    cli.hide_secrets(parse_args())
 
 from training_utils.base import startup  # noqa: E402
 
 startup.begin()
 
+from dataclasses import asdict  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -270,7 +231,7 @@ def load_models(args):
     base = models.model_folder(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, args.single_file_config
     )
-    changes = flags.schedule_changes(args)
+    changes = args.schedule_changes
     config = models.load_scheduler_config(base)
     schedule = FlaxDDPMScheduler.from_config(config | changes)
     check_prediction_type(args, schedule.config)
@@ -297,9 +258,9 @@ def check_prediction_type(args, config):
 
 def main(argv=None):
     args = parse_args(argv)
-    command = flags.without_secrets(argv)
+    command = cli.without_secrets(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), args.resolution)
+        return inspection.check_data(args.data, args.resolution)
 
     # --- processes, seed and where to begin --------------------------------------------------------------------------
     if args.compilation_cache_dir:
@@ -317,10 +278,10 @@ def main(argv=None):
         )
     )
     from_main(lambda: output_folder.refuse_another_result(args.output_dir, pipeline="StableDiffusionPipeline"))
-    repository, uploads = upload.open_uploads(from_main, is_main(), **flags.hub(args))
+    repository, uploads = upload.open_uploads(from_main, is_main(), args.hub, args.output_dir)
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = opening.load_dataset(**flags.data_source(args))
+    rows = opening.load_dataset(args.data)
     rows = selection.take_subset(rows, args.max_train_samples, state.seed)
     unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
     rows = rows.without(unusable)
@@ -339,7 +300,7 @@ def main(argv=None):
 
     # --- what is frozen runs once ------------------------------------------------------------------------------------
     sets = [samples, val_samples] if val_dataset is not None else [samples]
-    keeping = (flags.encoding_folder(args), sets, args.train_batch_size, mesh)
+    keeping = (args.caches.folder, sets, args.train_batch_size, mesh)
     frozen = {part: cast(parameters[part], vae.dtype) for part in ("vae", "text_encoder")}
     see, read = Encoder(encode_images, vae, "pixels"), Encoder(encode_captions, text_encoder, "tokens")
     if args.cache_latents:
@@ -380,7 +341,7 @@ def main(argv=None):
     about = {
         "script": Path(__file__).name,
         "world_size": devices,
-        "flags": flags.mathematics(args),
+        "flags": args.shapes_result,
         "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
     }
     if resume_from:
@@ -392,7 +353,7 @@ def main(argv=None):
         args.report_to,
         Path(args.output_dir) / args.logging_dir,
         args.tracker_project_name,
-        tracker_config(flags.public(args)),
+        tracker_config(args.public),
     )
 
     named = (about, args.pretrained_model_name_or_path, device_name(), args.output_dir)
@@ -400,7 +361,7 @@ def main(argv=None):
         *named, jax.tree.leaves(trained["params"]), updates, val_dataset, args.max_train_steps, state
     )
     if is_main() and not args.dry_run:
-        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
+        output_folder.write_run_file(args.output_dir, cli.as_file(args, state.seed))
         trackers.append(Metrics(args.output_dir, state.step, facts))
 
     def save(state):
@@ -463,7 +424,7 @@ def main(argv=None):
                     prompts,
                     state.seed,
                     (latents[0], args.resolution // latents[1], args.resolution // latents[1]),
-                    **flags.drawing(args),
+                    **asdict(args.validation),
                 )
                 publish_images(trackers, images, prompts, state.step, args.output_dir)
             grids[:] = [grid_name(state.step)]
@@ -543,7 +504,7 @@ def main(argv=None):
                 base_model=args.pretrained_model_name_or_path,
                 data=args.dataset_name,
                 tags=["stable-diffusion", "stable-diffusion-diffusers"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
+                facts=args.shapes_result | {"seed": state.seed, "steps": state.step, "images": len(rows)},
                 usage=USAGE_IN_TORCH.format(model=repository or args.output_dir),
                 images=[(grid, prompts) for grid in grids],
                 token=args.hub_token,

@@ -4,37 +4,16 @@
 accelerate launch train_text_to_image_lora_prior.py --train_data_dir IMAGES
 """
 
-from training_utils.cli import flags
+from training_utils import cli
 
 
 def parse_args(argv=None):
-    groups = [
-        flags.KANDINSKY,
-        (
-            flags.DATA[0],
-            [
-                *flags.without(flags.DATA, "resolution", "center_crop", "image_interpolation_mode"),
-                flags.KANDINSKY_RESOLUTION,
-            ],
-        ),
-        flags.TRAINING,
-        flags.OPTIMIZATION,
-        (flags.OBJECTIVE[0], [flags.SNR_GAMMA]),
-        (flags.LORA[0], flags.without(flags.LORA, "train_text_encoder", "save_kohya_format")),
-        (flags.EMA[0], flags.without(flags.EMA, "offload_ema", "foreach_ema")),
-        (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
-        flags.CHECKPOINTS,
-        (flags.CACHES[0], flags.without(flags.CACHES, "cached_crops")),
-        flags.HARDWARE,
-        flags.REPORTING,
-    ]
-    defaults = {"output_dir": "kandi_2_2-model-finetuned-lora", "validation_epochs": 1, **flags.KANDINSKY_DEFAULTS}
-    return flags.parse(argv, __doc__.splitlines()[0], groups, defaults)
+    return cli.parse(argv, script="train_text_to_image_lora_prior", description=__doc__)
 
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take ten seconds.
-    flags.hide_secrets(parse_args())
+    cli.hide_secrets(parse_args())
 
 from training_utils.base import startup  # noqa: E402
 
@@ -243,7 +222,7 @@ def usage(args, model, public=False):
 def main(argv=None):
     args = parse_args(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), None)
+        return inspection.check_data(args.data, None)
     run = Run(args, __file__, argv, base_model=args.pretrained_prior_model_name_or_path, adapted=["prior"])
     accelerator = run.accelerator
 
@@ -304,7 +283,7 @@ def main(argv=None):
                     parts.sampler,
                     parts.image_processor,
                 )
-                draw = partial(kandinsky.prompt_image, pipeline, parts.decoder, **flags.kandinsky_drawing(args))
+                draw = partial(kandinsky.prompt_image, pipeline, parts.decoder, **kandinsky.drawing(args.validation))
                 with frozen.temporarily_on(kandinsky.networks(parts.decoder), accelerator.device):
                     run.log_images(draw)
 

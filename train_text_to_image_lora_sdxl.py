@@ -4,43 +4,23 @@
 accelerate launch train_text_to_image_lora_sdxl.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
 """
 
-from training_utils.cli import flags
-
-OWN_REPORTING_FLAGS = [
-    flags.Flag("debug_loss", bool, False, "log the loss of each image under its file name; waits for the device"),
-]
+from training_utils import cli
 
 
 def parse_args(argv=None):
-    groups = [
-        (flags.MODEL[0], [*flags.MODEL[1], flags.SINGLE_FILE_CONFIG, *flags.SDXL]),
-        flags.DATA,
-        flags.BUCKETS,
-        flags.TRAINING,
-        flags.OPTIMIZATION,
-        (flags.OBJECTIVE[0], flags.OBJECTIVE[1] + flags.TIMESTEP_BIAS),
-        flags.LORA,
-        (flags.EMA[0], flags.without(flags.EMA, "offload_ema", "foreach_ema")),
-        (flags.VALIDATION[0], [*flags.VALIDATION_PROMPT, *flags.VALIDATION[1]]),
-        flags.CHECKPOINTS,
-        flags.CACHES,
-        flags.HARDWARE,
-        (flags.REPORTING[0], flags.REPORTING[1] + OWN_REPORTING_FLAGS),
-    ]
-    defaults = {"output_dir": "sd-model-finetuned-lora", "resolution": 1024, "validation_epochs": 1}
-    return flags.parse(argv, __doc__.splitlines()[0], groups, defaults)
+    return cli.parse(argv, script="train_text_to_image_lora_sdxl", description=__doc__)
 
 
 if __name__ == "__main__":
     # --help and a wrong flag are answered before the imports below, which take ten seconds.
-    flags.hide_secrets(parse_args())
+    cli.hide_secrets(parse_args())
 
 from training_utils.base import startup  # noqa: E402
 
 startup.begin()
 startup.prepare()
 
-from dataclasses import dataclass  # noqa: E402
+from dataclasses import asdict, dataclass  # noqa: E402
 from functools import partial  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -214,7 +194,7 @@ def load_models(args, accelerator, seed) -> Parts:
     base = models.model_folder(
         name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
     )
-    changes = flags.schedule_changes(args)
+    changes = args.schedule_changes
     noise_schedule = models.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(noise_schedule.config, zero_snr_asked=args.rescale_betas_zero_snr)
     timestep_probabilities(
@@ -294,7 +274,7 @@ def usage(args, sampler, model, public=False):
 def main(argv=None):
     args = parse_args(argv)
     if args.check_data:
-        return inspection.check_data(flags.data_source(args), args.resolution, flags.bucket_limits(args))
+        return inspection.check_data(args.data, args.resolution, args.buckets)
     run = Run(
         args,
         __file__,
@@ -361,7 +341,7 @@ def main(argv=None):
                     force_zeros_for_empty_prompt=parts.zero_dropped,
                     add_watermarker=False,
                 )
-                run.log_images(partial(stable_diffusion_image, pipeline, **flags.drawing(args)))
+                run.log_images(partial(stable_diffusion_image, pipeline, **asdict(args.validation)))
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     batches = run.batches()

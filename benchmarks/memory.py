@@ -36,7 +36,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
-from training_utils.cli import flags  # noqa: E402
 from training_utils.torch_backend import lora, optimizers, processes  # noqa: E402
 from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
 from training_utils.torch_backend.gradient import FusedBackward  # noqa: E402
@@ -213,7 +212,8 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
     full_bf16, offloaded = getattr(args, "full_bf16", False), getattr(args, "offload_ema", False)
     optimizer = optimizers.make_optimizer(
         parameters,
-        **flags.optimizer(args, window=1),
+        args.optimization,
+        learning_rate=args.learning_rate,
         rounding_seed=(lambda index: index) if full_bf16 else None,
     )
     for group in optimizer.param_groups:

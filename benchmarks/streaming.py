@@ -108,9 +108,12 @@ def main(argv=None):
 
 
 def measure(folder, buffer, pipe):
+    from training_utils.cli.options import DataOptions
     from training_utils.data import opening
     from training_utils.data.plan import BatchPlan
     from training_utils.data.streaming import stream
+
+    options = DataOptions(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
 
     def sent():
         pipe.send("sent")
@@ -125,15 +128,15 @@ def measure(folder, buffer, pipe):
         most = max(most, sum(sizes))
 
     began = time.perf_counter()
-    rows = opening.load_dataset(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
+    rows = opening.load_dataset(options)
     opened, walked = time.perf_counter() - began, sent()
     began = time.perf_counter()
-    opening.load_dataset(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
+    opening.load_dataset(options)
     again, before = time.perf_counter() - began, sent()
     stream.LATE = 0
     first, seconds, count = read(BatchPlan(len(rows), 1, 16, stream=rows), rows, look)
     whole = sum(chunk.bytes for chunk in rows.source.chunks)
-    plain = opening.load_dataset(folder=folder / "set", cache_dir=str(folder / "cache"))
+    plain = opening.load_dataset(DataOptions(folder=folder / "set", cache_dir=str(folder / "cache")))
     _, local, _ = read(BatchPlan(len(plain), 1, 16), plain)
     print(
         f"images            {len(rows):,}, {whole / 1e6:.0f} MB, in {len(rows.source.chunks)} chunks\n"

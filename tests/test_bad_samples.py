@@ -15,6 +15,7 @@ from tiny import image, png, write_images
 from training_utils.base import draws
 from training_utils.base.draws import SampleDraws
 from training_utils.base.errors import UserError
+from training_utils.cli.options import DataOptions
 from training_utils.data import checking, image_ops, inspection, opening, selection
 from training_utils.data.problems import BadSample
 from training_utils.data.samples import Samples, collate, note_skipped
@@ -67,7 +68,7 @@ def test_an_error_names_every_kind_at_once(run, spoiled, tmp_path):
 
 
 def test_what_can_be_found_before_training_is_left_out(spoiled, capsys):
-    rows = opening.load_dataset(folder=spoiled)
+    rows = opening.load_dataset(DataOptions(folder=spoiled))
     rows = rows.without(checking.check_dataset(rows, "skip"))
     assert [rows.name(at)[-5:] for at in range(len(rows))] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
     said = capsys.readouterr().err
@@ -82,19 +83,19 @@ def test_only_ten_of_a_kind_are_named_in_a_sentence(tmp_path):
         add_line(tmp_path, file_name=f"absent{at}.png", text="x")
     long = "13 images named.*absent9.png and 3 more; fix or remove them.*--check_data lists all"
     with pytest.raises(UserError, match=long):
-        checking.check_dataset(opening.load_dataset(folder=tmp_path))
+        checking.check_dataset(opening.load_dataset(DataOptions(folder=tmp_path)))
 
 
 def test_nothing_that_can_be_used_is_an_error(tmp_path):
     write_images(tmp_path, 2)
     for index in range(2):
         (tmp_path / f"{index}.png").write_bytes(b"")
-    rows = opening.load_dataset(folder=tmp_path)
+    rows = opening.load_dataset(DataOptions(folder=tmp_path))
     with pytest.raises(UserError, match="not one sample can be used: 2 files"):
         checking.check_dataset(rows, "skip")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": null}\n')
     with pytest.raises(UserError, match="not one sample can be used: 1 captions"):
-        checking.check_dataset(opening.load_dataset(folder=tmp_path), "skip")
+        checking.check_dataset(opening.load_dataset(DataOptions(folder=tmp_path)), "skip")
 
 
 def test_malformed_metadata_stay_an_error(tmp_path):
@@ -102,7 +103,7 @@ def test_malformed_metadata_stay_an_error(tmp_path):
     with open(tmp_path / "metadata.jsonl", "a") as file:
         file.write('{"file_name": \n[]\n')
     with pytest.raises(UserError, match=r"line 3 is not JSON.* \(and 1 more such lines, which --check_data lists\)"):
-        checking.check_dataset(opening.load_dataset(folder=tmp_path), "skip")
+        checking.check_dataset(opening.load_dataset(DataOptions(folder=tmp_path)), "skip")
 
 
 # --- what only shows in training ------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def samples_of(folder, on_bad_sample="skip"):
     def prepare(rows, index, draw):
         return {"pixels": image_ops.to_array(rows.image(index)), "noise": draw("noise").standard_normal(3)}
 
-    rows = opening.load_dataset(folder=folder)
+    rows = opening.load_dataset(DataOptions(folder=folder))
     return Samples(rows.without(checking.check_dataset(rows, "skip")), prepare, 7, on_bad_sample)
 
 
@@ -206,7 +207,9 @@ def test_a_held_out_image_ends_no_run(run, tmp_path, capsys):
     """It is met at the first look, when there is training to lose."""
     write_images(tmp_path / "set", 10)
     flags = ["--train_data_dir", tmp_path / "set", "--validation_split", "0.2", "--validation_steps", "2"]
-    _, val_samples = selection.split_validation(opening.load_dataset(folder=tmp_path / "set"), 0.2, seed=7)
+    _, val_samples = selection.split_validation(
+        opening.load_dataset(DataOptions(folder=tmp_path / "set")), 0.2, seed=7
+    )
     cut_off(Path(val_samples.name(0)))
     assert run(tmp_path / "out", *flags) == 0
     said = capsys.readouterr().err
@@ -223,7 +226,7 @@ def test_held_out_images_are_skipped_too(run, partly_damaged, tmp_path, capsys):
 def test_other_processes_name_what_they_skip(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("RANK", "1")
     write_images(tmp_path, 2)
-    rows = opening.load_dataset(folder=tmp_path)
+    rows = opening.load_dataset(DataOptions(folder=tmp_path))
     for _ in range(2):
         note_skipped(rows.select([0]), ["1.png cannot be read as an image (cut off)"])
     assert capsys.readouterr().err.count("1.png cannot be read as an image (cut off); the next image") == 1
@@ -293,8 +296,7 @@ def test_every_script_checks_data_without_a_model(each, spoiled, tmp_path, capsy
 
 def report_on(folder=None, resolution=512, capsys=None, **source):
     """(exit code, the report)."""
-    places = dict(dataset_name=None, config_name=None, cache_dir=None, image_column="image", caption_column="text")
-    code = inspection.check_data(places | {"folder": folder} | source, resolution)
+    code = inspection.check_data(DataOptions(folder=folder, **source), resolution)
     return code, capsys.readouterr().out
 
 
@@ -381,7 +383,7 @@ def test_a_report_on_a_table(tmp_path, capsys):
     ):
         assert part in report
     assert "damaged: 1\n      row 4  (" in report and "empty captions, trained as such: 1\n      row 4" in report
-    rows = opening.load_dataset(**source)
+    rows = opening.load_dataset(DataOptions(**source))
     unusable = checking.check_dataset(rows, "skip")
     assert unusable == [1, 3]  # the rest shows when an image is read
     rest = rows.without(unusable)

@@ -21,6 +21,7 @@ import train_text_to_image_lora_sdxl
 import train_text_to_image_sdxl
 from training_utils.base import draws
 from training_utils.base.draws import SampleDraws
+from training_utils.cli.options import BucketLimits, DataOptions
 from training_utils.data import buckets, checking, image_ops, opening, plan
 from training_utils.data.plan import BatchPlan, Position
 
@@ -142,7 +143,9 @@ def test_the_usual_buckets():
     """Those of sd-scripts for 512 pixels, from 256 to 1024 in steps of 64."""
     tall = [*((256, height) for height in (1024, 960, 896, 832)), (320, 768), (320, 704), (384, 640), (448, 576)]
     wide = [(height, width) for width, height in reversed(tall)]
-    assert buckets.make(512, 256, 1024, 64).tolist() == [list(size) for size in [*tall, (512, 512), *wide]]
+    assert buckets.make(BucketLimits(512, 256, 1024, 64)).tolist() == [
+        list(size) for size in [*tall, (512, 512), *wide]
+    ]
 
 
 @quick
@@ -150,7 +153,7 @@ def test_the_usual_buckets():
 def test_buckets_are_as_large_as_the_area_allows(eights, steps, low, high):
     resolution, step = 8 * eights, 8 * steps
     smallest, largest = math.ceil(low * resolution), int(high * resolution)
-    sizes = [tuple(size) for size in buckets.make(resolution, smallest, largest, step).tolist()]
+    sizes = [tuple(size) for size in buckets.make(BucketLimits(resolution, smallest, largest, step)).tolist()]
     assert len({width / height for width, height in sizes}) == len(sizes)
     assert sizes == sorted(sizes, key=lambda size: size[0] / size[1])
     multiples = [side for side in range(0, largest + 1, step) if side >= smallest]
@@ -169,7 +172,7 @@ def test_buckets_are_as_large_as_the_area_allows(eights, steps, low, high):
 @quick
 @given(st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), min_size=1, max_size=20))
 def test_a_image_goes_to_the_nearest_ratio(sizes):
-    choice = buckets.make(512, 256, 1024, 64)
+    choice = buckets.make(BucketLimits(512, 256, 1024, 64))
     for (width, height), number in zip(sizes, buckets.nearest(np.array(sizes), choice)):
         distances = np.abs(np.log(choice[:, 0] / choice[:, 1]) - np.log(width / height))
         assert distances[number] <= distances.min() + 1e-12
@@ -203,17 +206,17 @@ def rows_of(folder, sizes, **broken):
         cells.append({"bytes": broken.get(f"p{index}", content.getvalue()), "path": f"{index}.png"})
     table = datasets.Dataset.from_dict({"image": cells, "text": [str(at) for at in range(len(cells))]})
     table.to_parquet(folder / "train.parquet")
-    return opening.load_dataset(dataset_name=str(folder), cache_dir=str(folder / "cache"))
+    return opening.load_dataset(DataOptions(dataset_name=str(folder), cache_dir=str(folder / "cache")))
 
 
-LIMITS = {"resolution": 64, "smallest": 32, "largest": 128, "step": 16}
+LIMITS = BucketLimits(resolution=64, smallest=32, largest=128, step=16)
 
 
 def test_the_report_tells_of_images_that_no_bucket_suits(tmp_path, capsys):
     sizes = [(64, 64), (128, 32), (600, 60), (20, 20), (96, 54), (90, 90)]
     rows = rows_of(tmp_path, sizes, p5=b"no image")
     assert checking.image_sizes(rows).tolist() == [*map(list, sizes[:5]), [0, 0]]
-    chosen, lines, remarks = buckets.assign(rows, **LIMITS)
+    chosen, lines, remarks = buckets.assign(rows, LIMITS)
     assert chosen.tolist() == [[64, 64], [128, 32], [128, 32], [64, 64], [80, 48], [64, 64]]
     table = [line.split() for line in lines[1:]]
     assert table[1:3] == [["64", "x", "64", "2", "0.0", "%"], ["80", "x", "48", "1", "6.2", "%"]]

@@ -1,5 +1,6 @@
 """The command line that users know is the one they get, and a wrong one is answered at once in one sentence."""
 
+import ast
 import json
 import re
 import subprocess
@@ -8,12 +9,17 @@ import time
 from importlib.util import find_spec
 
 import pytest
+import torch
 from conftest import ROOT
 
 import train_text_to_image
 import train_text_to_image_flax
 import train_text_to_image_lora_sdxl
-from training_utils.cli import flags
+from training_utils import cli
+from training_utils.cli import optimizers, packages, table
+from training_utils.cli.options import OptimizerOptions
+from training_utils.cli.values import plain_type
+from training_utils.torch_backend.optimizers import make_optimizer
 
 # What each script's users know (name, type, default, choices), and what this suite adds, each in every script alike.
 KNOWN = json.loads((ROOT / "tests" / "known_flags.json").read_text())
@@ -141,28 +147,19 @@ SCRIPTS = [name for name in KNOWN if (ROOT / name).exists()]
 MINIMUM = ["--pretrained_model_name_or_path", "model", "--train_data_dir", str(ROOT)]
 
 
-def table(script, monkeypatch):
-    """A script's flags as {name: (type, default, choices, nargs, required)}."""
-    seen = {}
-
-    def capture(argv, description, groups, defaults=None):
-        for _, group in groups:
-            for flag in group:
-                kind = getattr(flag.kind, "kind", flag.kind)
-                default = (defaults or {}).get(flag.name, flag.default)
-                assert flag.name not in seen, f"{flag.name} twice"
-                seen[flag.name] = (kind, default, flag.choices, flag.nargs, flag.required)
-        raise SystemExit
-
-    monkeypatch.setattr(flags, "parse", capture)
-    with pytest.raises(SystemExit):
-        __import__(script.removesuffix(".py")).parse_args([])
-    return seen
+def flags_of(script):
+    """The flags of a script, by its file's name, {name: Flag}; none stands there twice."""
+    names = [flag.name for group in table.groups_of(script.removesuffix(".py")) for flag in group.flags]
+    assert len(names) == len(set(names))
+    return table.flags_of(script.removesuffix(".py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_command_line_is_frozen(script, monkeypatch):
-    have = table(script, monkeypatch)
+def test_command_line_is_frozen(script):
+    have = {
+        name: (plain_type(flag.type), flag.default, flag.choices, flag.nargs, flag.required)
+        for name, flag in flags_of(script).items()
+    }
     for name, fact in KNOWN[script].items():
         kind, default, choices, nargs, required = have.pop(name)
         assert kind is {"int": int, "float": float, "str": str, None: bool}[fact.get("type")], name
@@ -218,7 +215,6 @@ def test_a_start_imports_no_library_that_training_does_not_use():
     """bitsandbytes and scipy.stats cost seconds; what asks for 8 bits still finds its optimizer."""
     code = """
 import sys, train_text_to_image_lora as script
-from training_utils.cli import flags
 from training_utils.torch_backend import lora
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 unet = UNet2DConditionModel(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
@@ -262,7 +258,7 @@ REFUSED = {
     "--adam_beta2 1": "below 1",
     "--lr_scheduler polynomial --learning_rate 1e-7": "must be above it",
     "--min_bucket_reso 256": "--min_bucket_reso has no effect without --aspect_ratio_bucketing",
-    "--bucket_reso_steps 64 --max_bucket_reso 512": "--bucket_reso_steps has no effect without",
+    "--bucket_reso_steps 64": "--bucket_reso_steps has no effect without",
     "--aspect_ratio_bucketing --min_bucket_reso 520": "--min_bucket_reso 520 is above --resolution 512",
     "--aspect_ratio_bucketing --max_bucket_reso 504": "--max_bucket_reso 504 is below --resolution 512",
     "--aspect_ratio_bucketing --bucket_reso_steps 60": "not a multiple of 8; the nearest is 64",
@@ -289,7 +285,7 @@ REFUSED = {
     "--train_data_config x.yaml": "--train_data_config names all datasets, and --train_data_dir another one",
     "--dataset_name x --repeats_from_folders": "--repeats_from_folders is for --train_data_dir alone",
     "--shuffle_buffer 100": "--shuffle_buffer has no effect without --streaming",
-    "--streaming --repeats_from_folders": "of which a stream has none; leave it or --streaming out",
+    "--streaming --repeats_from_folders": "a stream has no folders; leave it or --streaming out",
     "--streaming --aspect_ratio_bucketing": "which is to read them all; leave it or --streaming out",
     "--streaming --cache_latents": "--cache_latents keeps on the disk what is made of every image",
     "--streaming --cache_text_embeddings": "--cache_text_embeddings keeps on the disk what is made of every caption",
@@ -312,15 +308,84 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_wrong_command_line_gets_its_sentence(words, capsys, monkeypatch):
     missing = {"bitsandbytes", "prodigyopt", "xformers", "dvclive"}
-    monkeypatch.setattr(flags, "_missing", lambda package: package in missing)
+    monkeypatch.setattr(packages, "is_missing", lambda package: package in missing)
     assert REFUSED[words] in refusal(capsys, *words.split())
 
 
 @pytest.mark.parametrize("flag", ["--full_bf16", "--fused_backward_pass --max_grad_norm 0"])
 def test_prodigy_does_not_update_weights_one_by_one(flag, capsys, monkeypatch):
-    monkeypatch.setattr(flags, "_missing", lambda package: False)
+    monkeypatch.setattr(packages, "is_missing", lambda package: False)
     assert "one step size for all weights" in refusal(capsys, "--optimizer", "prodigy", *flag.split())
     assert "above 0" in refusal(capsys, "--optimizer", "prodigy", "--learning_rate", "0")
+
+
+def test_an_optimizer_is_one_row(monkeypatch):
+    """Its name is taken, its package asked for, what does not go with it refused, and it is built."""
+    row = optimizers.Optimizer(
+        "sgd",
+        help="is plain",
+        built_by="torch.optim:SGD",
+        takes=("weight_decay",),
+        fixed={"momentum": 0.5},
+        package=packages.Package("some_package", pip="some-package==1", title="some package"),
+        not_with={"use_ema": "does not go with --{flag}"},
+    )
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "sgd", row)
+    monkeypatch.setattr(packages, "is_missing", lambda name: False)
+    args = train_text_to_image.parse_args([*MINIMUM, "--optimizer", "sgd", "--learning_rate", "0.1"])
+    weight = torch.nn.Parameter(torch.ones(2))
+    made = make_optimizer([weight], args.optimization, learning_rate=args.learning_rate)
+    (group,) = made.param_groups
+    assert type(made) is torch.optim.SGD
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.5, 0.01)
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+@pytest.mark.parametrize("loss_scaling", [False, True])
+def test_every_row_builds_its_optimizer(name, loss_scaling):
+    row = optimizers.OPTIMIZERS[name]
+    if row.package is not None:
+        pytest.importorskip(row.package.name)
+    options = OptimizerOptions(name=name, betas=(0.8, 0.9), weight_decay=0.5, epsilon=1e-5)
+    made = make_optimizer(
+        [torch.nn.Parameter(torch.ones(2, 2))], options, learning_rate=0.25, loss_scaling=loss_scaling
+    )
+    (group,) = made.param_groups
+    expected = {"lr": 0.25, "betas": (0.8, 0.9), "weight_decay": 0.5, "eps": 1e-5}
+    assert type(made).__name__ == row.built_by.split(":")[1]
+    for setting in ("lr", *row.takes):
+        assert group[setting] == expected[setting]
+    for setting, value in row.fixed.items():
+        assert group[setting] == value
+    assert group.get("fused", False) == (row.has_fused_kernel and not loss_scaling) or not row.has_fused_kernel
+    assert not row.found_settings or row.found_settings & group.keys()  # some of them after the first step
+    assert all(flag in table.flags_of("train_text_to_image") for flag in (*row.not_with, *row.above_zero))
+
+
+def test_the_table_is_the_only_list_of_flags():
+    """No other module has a list, set, tuple or dict with three or more names of flags in it.
+
+    data/mixture.py has the keys of a file of its own, some of which are named like flags.
+    """
+    flags = table.names(lambda flag: "_" in flag.name)  # one word, such as seed, may mean anything
+    for path in [*ROOT.glob("train_*.py"), *ROOT.glob("training_utils/**/*.py"), *ROOT.glob("tools/*.py")]:
+        if path.parent.name == "table" or path.name == "mixture.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            items = getattr(node, "elts", None) or getattr(node, "keys", None) or []
+            if not isinstance(items, list):
+                continue
+            strings = [item.value for item in items if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
+                strings = node.value.split()
+            assert len(flags & set(strings)) < 3, f"{path}, line {node.lineno}: {strings}"
+
+
+def test_what_rows_say_of_other_flags_exists():
+    everywhere = table.names(lambda flag: True)
+    for flag in table.rows():
+        named = {*flag.replaces, *(flag.needs.flags if flag.needs else ())}
+        assert named <= everywhere, flag.name
 
 
 REFUSED_SDXL = {
@@ -365,7 +430,7 @@ REFUSED_IN_JAX = {
 
 @pytest.mark.parametrize("words", REFUSED_IN_JAX)
 def test_a_wrong_command_line_for_jax_gets_its_sentence(words, capsys, monkeypatch):
-    monkeypatch.setattr(flags, "_missing", lambda package: package == "wandb")
+    monkeypatch.setattr(packages, "is_missing", lambda package: package == "wandb")
     assert REFUSED_IN_JAX[words] in refusal(capsys, *words.split(), script=train_text_to_image_flax)
 
 
@@ -386,16 +451,18 @@ TOLD = {
 
 @pytest.mark.parametrize("words", TOLD)
 def test_what_is_surely_not_meant_is_told(words, monkeypatch):
-    monkeypatch.setattr(flags, "_missing", lambda package: False)
+    monkeypatch.setattr(packages, "is_missing", lambda package: False)
     notices = train_text_to_image.parse_args([*MINIMUM, "--train_data_dir", "tests", *words.split()]).notices
     assert TOLD[words] in notices[0] if TOLD[words] else not notices
 
 
-def test_kohyas_flags_are_called_what_the_docs_say(monkeypatch):
-    table = (ROOT / "docs/from_the_originals.md").read_text().split("| kohya's flag")[1]
+def test_kohyas_flags_are_called_what_the_docs_say():
+    page = (ROOT / "docs/from_the_originals.md").read_text().split("| kohya's flag")[1]
     options = (ROOT / "docs/options.md").read_text()
-    for theirs, ours in flags.KOHYA.items():
-        (line,) = [line for line in table.splitlines() if re.search(rf"`--{theirs}[ `]", line)]
+    names = [(theirs, flag.name) for flag in table.rows() for theirs in flag.other_names]
+    assert len(names) > 20
+    for theirs, ours in names:
+        (line,) = [line for line in page.splitlines() if re.search(rf"`--{theirs}[ `]", line)]
         assert f"`--{ours}" in line and f"| `--{ours}` |" in options, line
 
 
@@ -413,11 +480,11 @@ def test_no_data_at_all(capsys):
 
 def test_secrets_leave_the_command_line():
     words = ["--seed", "1", "--hub_token", "hf_x", "--use_ema", "--hub_token=hf_y", "--push_to_hub"]
-    assert flags.without_secrets(words) == ["--seed", "1", "--use_ema", "--push_to_hub"]
+    assert cli.without_secrets(words) == ["--seed", "1", "--use_ema", "--push_to_hub"]
 
 
 def test_xformers_without_a_gpu(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(flags, "_missing", lambda package: False)
+    monkeypatch.setattr(packages, "is_missing", lambda package: False)
     sentence, code = run.fails(tmp_path, "--enable_xformers_memory_efficient_attention")
     assert "needs a CUDA GPU" in sentence and code == 2
 

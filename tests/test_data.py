@@ -14,6 +14,7 @@ from tiny import image, png, write_images
 
 from training_utils.base.draws import SampleDraws
 from training_utils.base.errors import UserError
+from training_utils.cli.options import DataOptions
 from training_utils.data import checking, image_ops, opening, selection
 from training_utils.data.captions import choose_caption, warn_of_long_captions
 
@@ -27,7 +28,7 @@ def folder_with(tmp_path, lines, count=3):
 
 
 def rows_of(folder, **options):
-    rows = opening.load_dataset(folder=folder, **options)
+    rows = opening.load_dataset(DataOptions(folder=folder, **options))
     checking.check_dataset(rows)
     return rows
 
@@ -408,7 +409,7 @@ def test_max_train_samples(images, capsys):
 def test_a_few_rows_of_many_are_checked_as_themselves(images, most):
     """The datasets library cuts a run of rows out of its table, and keeps a list of indices for other selections."""
     for seed in range(4):
-        rows = selection.take_subset(opening.load_dataset(folder=images), most, seed)
+        rows = selection.take_subset(opening.load_dataset(DataOptions(folder=images)), most, seed)
         assert checking.check_dataset(rows) == [] and len(rows) == most
         assert [int(Path(rows.name(index)).stem) for index in range(most)] == list(rows.numbers)
 

@@ -258,7 +258,7 @@ AGREED = {
 def test_what_agrees_is_let_through_and_a_missing_deepspeed_is_named(run, tmp_path, capsys, launched):
     (tmp_path / "zero.json").write_text(json.dumps(AGREED))
     launched.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
-    launched.setattr("training_utils.cli.flags._missing", lambda package: package == "deepspeed")
+    launched.setattr("training_utils.cli.packages.is_missing", lambda package: package == "deepspeed")
     assert "pip install deepspeed==0.19.8" in refusal(run, tmp_path / "out", capsys)
 
 

@@ -37,7 +37,8 @@ from PIL import Image
 from tiny import image
 
 from training_utils.base.errors import UserError
-from training_utils.cli import flags
+from training_utils.cli import table
+from training_utils.cli.options import DataOptions
 from training_utils.data import checking, opening, selection
 
 COMMANDS = commands()
@@ -321,7 +322,9 @@ def test_listing_of_a_folder(text, run, tmp_path):
         lines = [f'{{"file_name": "{path}", "text": "a"}}\n' for path in images]
         (tmp_path / folder / "metadata.jsonl").write_text("".join(lines))
     repeated = any(path.startswith("10_") for path in paths)
-    rows = opening.load_dataset(folder=tmp_path / folder, cache_dir=tmp_path / "cache", repeats_from_folders=repeated)
+    rows = opening.load_dataset(
+        DataOptions(folder=tmp_path / folder, cache_dir=tmp_path / "cache", repeats_from_folders=repeated)
+    )
     assert not checking.check_dataset(rows) and not rows.findings.unnamed
     assert len(rows) == (len(images) or len(paths))  # each shard or table holds one
     if repeated:
@@ -333,7 +336,7 @@ def test_metadata(block, tmp_path):
     for name in re.findall(r"[\w/]+\.(?:png|jpg)", block.text):
         make_file(tmp_path / name)
     (tmp_path / f"metadata.{'jsonl' if block.language == 'json' else 'csv'}").write_text(block.text)
-    rows = opening.load_dataset(folder=tmp_path)
+    rows = opening.load_dataset(DataOptions(folder=tmp_path))
     assert not checking.check_dataset(rows) and len(rows) == 2 and not rows.findings.unnamed
 
 
@@ -349,7 +352,7 @@ def test_yaml(block, images, tmp_path):
         if "path" in source:
             shutil.copytree(images, tmp_path / source["path"])
     (tmp_path / name).write_text(re.sub(r"dataset_name: \S+", f"dataset_name: {images}", block.text))
-    rows = opening.load_dataset(config=tmp_path / name, cache_dir=tmp_path / "cache")
+    rows = opening.load_dataset(DataOptions(config=tmp_path / name, cache_dir=tmp_path / "cache"))
     assert not checking.check_dataset(rows) and len(rows) == 20
 
 
@@ -376,35 +379,12 @@ def test_every_page_is_linked_from_the_readme():
     assert linked == {name_of(page) for page in PAGES[1:]}
 
 
-class Captured(Exception):
-    pass
-
-
-@pytest.fixture(scope="module")
-def groups():
-    """{script: ([(title, [Flag])], {flag: the script's own default})}."""
-
-    def capture(argv, description, groups, defaults=None):
-        raise Captured(groups, defaults or {})
-
-    found, real = {}, flags.parse
-    flags.parse = capture
-    try:
-        for script in SCRIPTS:
-            with pytest.raises(Captured) as caught:
-                importlib.import_module(script.removesuffix(".py")).parse_args([])
-            found[script] = caught.value.args
-    finally:
-        flags.parse = real
-    return found
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_flags_that_a_page_names_exist(page, groups):
+def test_flags_that_a_page_names_exist(page):
     from accelerate.commands.launch import launch_command_parser
 
     scripts = ["train_text_to_image_flax.py"] if page.stem == "jax" else SCRIPTS
-    ours = {flag.name for script in scripts for _, some in groups[script][0] for flag in some}
+    ours = {name for script in scripts for name in table.flags_of(script.removesuffix(".py"))}
     known = {f"--{no}{name}" for name in ours for no in ("", "no_")} | {"--help", "--logdir"}
     known |= set(launch_command_parser()._option_string_actions)
     for folder in ("benchmarks", "quickstart", "tools"):
@@ -448,15 +428,14 @@ def row(name, text, choices, defaults):
     return f"| `--{name}` | {text} | {shown} | {among(defaults)} |"
 
 
-def test_options(groups):
+def test_options():
     """Each flag of each script stands in its group, with the help, the choices and the default that it has there."""
     rows = {}
     for script, short in SHORT.items():
-        grouped, own = groups[script]
-        for title, some in grouped:
-            for flag in some:
+        for group in table.groups_of(script.removesuffix(".py")):
+            for flag in group.flags:
                 fact = (flag.name, flag.help, flag.choices and tuple(flag.choices))
-                rows.setdefault(title, {}).setdefault(fact, {})[short] = own.get(flag.name, flag.default)
+                rows.setdefault(group.title, {}).setdefault(fact, {})[short] = flag.default
     wanted = {title: [row(*fact, defaults) for fact, defaults in facts.items()] for title, facts in rows.items()}
     sections = re.split(r"^## ", (ROOT / "docs/options.md").read_text(), flags=re.M)[1:]
     have = {section.split("\n")[0]: re.findall(r"^\| `--.*$", section, re.M) for section in sections}

@@ -18,7 +18,7 @@ from processes import launcher, wait_for
 from safetensors.torch import load_file
 from tiny import build_sd
 
-from training_utils.cli.flags import HANDED_ON, hide_secrets, public
+from training_utils.cli.secrets import HANDED_ON, hide_secrets
 from training_utils.run import checkpoints, resume
 
 # --- a loss that is not finite ---------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def test_a_token_that_was_handed_on_is_the_flag(monkeypatch):
     hide_secrets(train_text_to_image.parse_args([*words, "--hub_token", "hf_secret"]))
     assert asked["words"] == [sys.executable, "script.py", "--seed", "1"] and "HF_TOKEN" not in os.environ
     args = train_text_to_image.parse_args(words)
-    assert args.hub_token == "hf_secret" and "hf_secret" not in str(public(args))
+    assert args.hub_token == "hf_secret" and "hf_secret" not in str(args.public)
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("once is enough"))
     hide_secrets(args)
 

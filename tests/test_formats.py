@@ -17,6 +17,7 @@ from tiny import WORDS, image, write_images
 
 from training_utils.base.draws import SampleDraws
 from training_utils.base.errors import UserError
+from training_utils.cli.options import DataOptions
 from training_utils.data import checking, inspection, opening, selection
 from training_utils.data.captions import shuffle_tags
 from training_utils.data.dataset import Source
@@ -27,7 +28,7 @@ CAPTIONS = [f"a handwritten {word}" for word in WORDS]
 
 
 def rows_of(folder, **options):
-    rows = opening.load_dataset(folder=folder, **options)
+    rows = opening.load_dataset(DataOptions(folder=folder, **options))
     checking.check_dataset(rows)
     return rows
 
@@ -402,13 +403,13 @@ def test_folders_of_several_kinds(tmp_path, capsys):
 def test_a_report_on_shards(tmp_path, capsys):
     shard(tmp_path / "set" / "a.tar", [(0, b"zero"), (1, b"one")])
     source = {"dataset_name": None, "folder": str(tmp_path / "set"), "image_column": "image", "caption_column": "text"}
-    assert inspection.check_data(source, 16) == 0
+    assert inspection.check_data(DataOptions(**source), 16) == 0
     assert "a.tar/000.png" in capsys.readouterr().out
     write_tar(
         tmp_path / "set" / "a.tar",
         [("0.png", png_bytes(0)[:300]), ("0.txt", b"x"), ("1.png", png_bytes(1)), ("1.json", b'{"text": 1}')],
     )
-    assert inspection.check_data(source, 16) == 2
+    assert inspection.check_data(DataOptions(**source), 16) == 2
     said = capsys.readouterr().out
     assert "damaged: 1" in said and "a.tar/0.png" in said and "no usable caption: 1" in said and "a.tar/1.png" in said
 
@@ -441,7 +442,7 @@ def test_sources_one_after_the_other(run, images, plain, tmp_path):
     run(tmp_path / "out", *FEW, *flags)
     assert result_bytes(tmp_path / "out") == plain
     assert run(tmp_path / "report", *flags, "--check_data") == 0
-    rows = opening.load_dataset(config=path, cache_dir=str(tmp_path / "cache"))
+    rows = opening.load_dataset(DataOptions(config=path, cache_dir=str(tmp_path / "cache")))
     assert rows.name(8) == f"row 1 of {tmp_path / 'table'}" and rows.name(0) == str(tmp_path / "folder" / "0.png")
 
 
@@ -459,7 +460,7 @@ def halves(images, folder):
 def test_a_report_tells_what_an_epoch_shows_of_each_source(images, tmp_path, capsys):
     path = config(halves(images, tmp_path / "set"), {"path": "a", "weight": 1}, {"path": "b", "weight": 3})
     (tmp_path / "set" / "a" / "0.png").write_bytes(b"")
-    assert inspection.check_data({"dataset_name": None, "folder": None, "config": path}, 16) == 2
+    assert inspection.check_data(DataOptions(config=path), 16) == 2
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["a", "5", "2"] in lines and ["b", "4", "7"] in lines  # of nine, 2.25 and 6.75
 

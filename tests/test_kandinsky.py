@@ -29,7 +29,7 @@ import train_text_to_image_lora_prior
 import train_text_to_image_prior
 from training_utils.base.draws import SampleDraws
 from training_utils.base.errors import UserError
-from training_utils.cli.flags import bucket_limits
+from training_utils.cli.options import DataOptions
 from training_utils.data import buckets, checking, image_ops, opening
 from training_utils.run.hub.card import write_card
 from training_utils.torch_backend import lora, models, optimizers
@@ -189,10 +189,10 @@ def test_learned_variance_gets_no_gradient_of_its_own(kandinsky, stages):
 def prepared(script, run, images, *flags, index=3):
     """A sample as the script prepares it, and its image."""
     args = script.parse_args(run.argv("out", *flags))
-    rows = opening.load_dataset(folder=images, caption_column=getattr(args, "caption_column", None))
+    rows = opening.load_dataset(DataOptions(folder=images, caption_column=getattr(args, "caption_column", None)))
     prior = KandinskyV22PriorPipeline.from_pretrained(run.base[0])
     if "decoder" in script.__name__:
-        rows.sizes = buckets.training_sizes(rows, args.resolution, bucket_limits(args))
+        rows.sizes = buckets.training_sizes(rows, args.resolution, args.buckets)
         prepare = script.SampleTransform(args, prior.image_processor, (4, 2), 1000)
     else:
         prepare = script.SampleTransform(args, prior.tokenizer, prior.image_processor, 16, 1000)
@@ -264,12 +264,12 @@ def test_which_images_of_a_folder_the_decoder_sees(tmp_path, capsys):
     (tmp_path / ".checkpoints").mkdir()
     shutil.copy(tmp_path / "0.png", tmp_path / ".checkpoints" / "0-copy.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "2.png"}\n{"file_name": "0.png"}\n')
-    rows = opening.load_dataset(folder=tmp_path, caption_column=None)
+    rows = opening.load_dataset(DataOptions(folder=tmp_path, caption_column=None))
     checking.check_dataset(rows)
     assert [Path(rows.name(index)).name for index in range(len(rows))] == ["2.png", "0.png"]
     assert "1 of 3 images" in capsys.readouterr().err
     (tmp_path / "metadata.jsonl").unlink()
-    rows = opening.load_dataset(folder=tmp_path, caption_column=None)
+    rows = opening.load_dataset(DataOptions(folder=tmp_path, caption_column=None))
     assert [Path(rows.name(index)).name for index in range(len(rows))] == ["0.png", "1.png", "2.png"]
 
 
@@ -284,7 +284,7 @@ def test_a_table_of_images_alone_is_told_from_another(tmp_path):
         features = datasets.Features({"image": datasets.Image()})
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name / "train.parquet")
         source = dict(dataset_name=str(tmp_path / name), cache_dir=tmp_path / "cache", caption_column=None)
-        prints.append(opening.load_dataset(**source).fingerprint())
+        prints.append(opening.load_dataset(DataOptions(**source)).fingerprint())
     assert prints[0] == prints[2] != prints[1]
 
 
@@ -421,9 +421,9 @@ def test_adapters_train_in_float32(adapters, tmp_path, monkeypatch):
     seen = {}
     real = optimizers.make_optimizer
 
-    def spy(parameters, **options):
+    def spy(parameters, *words, **options):
         seen["types"] = {parameter.dtype for parameter in parameters}
-        return real(parameters, **options)
+        return real(parameters, *words, **options)
 
     monkeypatch.setattr(optimizers, "make_optimizer", spy)
     adapters(tmp_path, "--mixed_precision", "bf16", "--max_train_steps", "1")

@@ -17,6 +17,7 @@ from diffusers import (
 from safetensors.torch import load_file
 
 from training_utils.base import draws
+from training_utils.cli.options import OptimizerOptions
 from training_utils.torch_backend import optimizers
 from training_utils.torch_backend.gradient import FusedBackward
 
@@ -131,7 +132,9 @@ def test_updates_too_small_for_bfloat16_add_up(name):
         weight = torch.nn.Parameter(torch.ones(8192, dtype=dtype))
         step = [0]
         seed = None if dtype == torch.float32 else lambda index, step=step: draws.rounding_seed(0, step[0], index)
-        optimizer = optimizers.make_optimizer([weight], name, 1e-4, (0.9, 0.999), 0.0, 1e-8, rounding_seed=seed)
+        optimizer = optimizers.make_optimizer(
+            [weight], OptimizerOptions(name, weight_decay=0.0), learning_rate=1e-4, rounding_seed=seed
+        )
         for _ in range(100):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
@@ -148,7 +151,10 @@ def test_a_mean_of_squares_can_fall():
     weight = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
     count = iter(range(9999))
     optimizer = optimizers.make_optimizer(
-        [weight], "adamw", 1e-4, (0.9, 0.999), 0.0, 1e-8, rounding_seed=lambda index: next(count)
+        [weight],
+        OptimizerOptions("adamw", weight_decay=0.0),
+        learning_rate=1e-4,
+        rounding_seed=lambda index: next(count),
     )
     weight.grad = torch.ones_like(weight)
     optimizer.step()
@@ -165,7 +171,7 @@ def test_a_weight_in_bfloat16_keeps_the_hooks_of_its_gradient():
     weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     node = weight.view_as(weight).grad_fn.next_functions[0][0]
     optimizer = optimizers.make_optimizer(
-        [weight], "adamw", 1e-2, (0.9, 0.999), 0.0, 1e-8, rounding_seed=lambda index: 0
+        [weight], OptimizerOptions("adamw", weight_decay=0.0), learning_rate=1e-2, rounding_seed=lambda index: 0
     )
     weight.grad = torch.ones_like(weight)
     optimizer.step()

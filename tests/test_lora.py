@@ -184,9 +184,9 @@ def test_adapters_learn_in_float32_and_the_base_stays(either, tmp_path, monkeypa
     seen = {}
     real = optimizers.make_optimizer
 
-    def spy(parameters, **options):
+    def spy(parameters, *words, **options):
         seen["types"] = {parameter.dtype for parameter in parameters}
-        return real(parameters, **options)
+        return real(parameters, *words, **options)
 
     monkeypatch.setattr(optimizers, "make_optimizer", spy)
     flags = ["--mixed_precision", precision, *WITH_TEXT, "--learning_rate", "1e-6", "--adam_weight_decay", "0"]

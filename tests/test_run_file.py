@@ -7,12 +7,12 @@ import yaml
 from conftest import ROOT, reset_accelerate, result_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_command_line import SCRIPTS, table
+from test_command_line import SCRIPTS, flags_of
 
 import train_text_to_image
 import train_text_to_image_sdxl
-from training_utils.cli import flags, run_file
-from training_utils.cli.flags import Flag
+from training_utils.cli import run_file, table
+from training_utils.cli.flag import Flag
 from training_utils.run import output_folder
 
 MODEL = f"pretrained_model_name_or_path: model\ntrain_data_dir: {ROOT}\n"
@@ -45,7 +45,7 @@ def test_a_file_of_another_script_is_named(tmp_path, capsys):
     lora = importlib.import_module("train_text_to_image_lora")
     args = lora.parse_args(["--pretrained_model_name_or_path", "model", "--train_data_dir", str(ROOT / "tests")])
     with pytest.raises(SystemExit):
-        parsed(tmp_path, flags.as_file(args, "train_text_to_image_lora.py", 7))
+        parsed(tmp_path, run_file.as_file(args, 7))
     assert "there is no flag rank; the file was written by train_text_to_image_lora.py" in capsys.readouterr().err
 
 
@@ -176,7 +176,7 @@ def test_any_value_is_read_as_it_was_written(text, number, prompts):
     words = ["--pretrained_model_name_or_path", "model", "--train_data_dir", str(ROOT), f"--cache_dir={text}"]
     args = train_text_to_image.parse_args([*words, "--learning_rate", repr(number)])
     args.validation_prompts = prompts
-    written = flags.as_file(args, "train_text_to_image.py", 7)
+    written = run_file.as_file(args, 7)
     known = {name: Flag(name, nargs="+" if name == "validation_prompts" else None) for name in vars(args)}
     ours = run_file_values(written, known)
     assert (ours["cache_dir"], float(ours["learning_rate"]), ours["validation_prompts"]) == (text, number, prompts)
@@ -189,24 +189,13 @@ def test_any_value_is_read_as_it_was_written(text, number, prompts):
 
 
 def run_file_values(text, known):
-    class File:
-        """Stands in for a path."""
-
-        def read_bytes(self):
-            return text.encode()
-
-    real, run_file.Path = run_file.Path, lambda path: path
-    try:
-        return run_file.read(File(), known, {}, lambda name, value: value)
-    finally:
-        run_file.Path = real
+    return run_file.read_text(text.encode(), known, lambda name, value: value, "the file")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_in_it_once(script, tmp_path, monkeypatch):
+def test_every_flag_is_in_it_once(script, tmp_path):
     """But for secrets and what is for one run only; and a run of it writes the same again."""
-    with monkeypatch.context() as patch:
-        names = table(script, patch).keys()
+    names = flags_of(script)
     module = importlib.import_module(script.removesuffix(".py"))
     kandinsky = "prior" in script or "decoder" in script
     words = [] if kandinsky else ["--pretrained_model_name_or_path", "model"]
@@ -214,15 +203,15 @@ def test_every_flag_is_in_it_once(script, tmp_path, monkeypatch):
         [*words, "--train_data_dir", str(ROOT / "tests"), "--hub_token", "hf_secret", "--random_flip"]
     )
     args.max_train_steps = args.max_train_steps or 800  # as a run does
-    written = flags.as_file(args, script, 7)
-    once = flags.ONCE | flags.SECRETS
+    written = run_file.as_file(args, 7)
+    once = table.names(lambda flag: flag.once or flag.secret)
     for name in names:
         assert written.count(f"\n{name}: ") + written.count(f"\n# {name}: ") == (name not in once), name
     assert "hf_secret" not in written and "\nseed: 7 " in written and "\n# max_train_steps: 800 " in written
     assert all(line.isascii() and line == line.rstrip() for line in written.splitlines())
     again = parsed(tmp_path, written, script=module)
     again.max_train_steps = 800
-    assert not again.notices and flags.as_file(again, script, 7) == written
+    assert not again.notices and run_file.as_file(again, 7) == written
 
 
 def test_bytes_that_are_no_text_cost_the_file_and_not_the_run(tmp_path, capsys):

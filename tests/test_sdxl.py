@@ -16,7 +16,7 @@ import train_text_to_image_lora_sdxl
 import train_text_to_image_sdxl
 from training_utils.base import draws, losses
 from training_utils.base.draws import SampleDraws
-from training_utils.cli.flags import bucket_limits
+from training_utils.cli.options import DataOptions
 from training_utils.data import buckets, image_ops, opening
 
 SCRIPTS = [train_text_to_image_sdxl, train_text_to_image_lora_sdxl]
@@ -28,8 +28,8 @@ def prepared(script, run, tmp_path, *flags, rows=None, probabilities=None):
 
     args = script.parse_args(run.argv(tmp_path, *flags))
     tokenizers = [CLIPTokenizer.from_pretrained(run.base, subfolder=name) for name in ("tokenizer", "tokenizer_2")]
-    rows = opening.load_dataset(folder=args.train_data_dir) if rows is None else rows
-    rows.sizes = buckets.training_sizes(rows, args.resolution, bucket_limits(args))
+    rows = opening.load_dataset(DataOptions(folder=args.train_data_dir)) if rows is None else rows
+    rows.sizes = buckets.training_sizes(rows, args.resolution, args.buckets)
     prepare = script.SampleTransform(args, tokenizers, (4, 2), probabilities, 1000)
     return rows, lambda epoch, index: prepare(rows, index, SampleDraws(args.seed, epoch, index))
 
@@ -172,7 +172,9 @@ def test_an_empty_caption_in_the_data_is_encoded_and_not_dropped(run_sdxl, tmp_p
     folder = tmp_path / "empty"
     write_images(folder, 1)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": ""}\n')
-    rows, sample = prepared(train_text_to_image_sdxl, run_sdxl, tmp_path, rows=opening.load_dataset(folder=folder))
+    rows, sample = prepared(
+        train_text_to_image_sdxl, run_sdxl, tmp_path, rows=opening.load_dataset(DataOptions(folder=folder))
+    )
     assert sample(0, 0)["caption_given"] == 1
 
 

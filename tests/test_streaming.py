@@ -27,6 +27,7 @@ from tiny import WORDS, image
 
 from training_utils.base import draws
 from training_utils.base.errors import UserError
+from training_utils.cli.options import DataOptions
 from training_utils.data import checking, inspection, opening, selection
 from training_utils.data.plan import BatchPlan, Position
 from training_utils.data.streaming import stream
@@ -75,7 +76,7 @@ def tars(folder, files=6, rows=5, change=None, ending="txt"):
 
 def rows_of(folder, cache, **options):
     """The rows of a folder, streamed."""
-    rows = opening.load_dataset(folder=folder, cache_dir=str(cache), **({"shuffle_buffer": 8} | options))
+    rows = opening.load_dataset(DataOptions(folder=folder, cache_dir=str(cache), **({"shuffle_buffer": 8} | options)))
     checking.check_dataset(rows)
     return rows
 
@@ -182,7 +183,7 @@ def test_processes_fetch_what_they_read(tmp_path):
 def test_a_row_is_the_row_of_the_data_set_that_is_not_streamed(kind, request, tmp_path, monkeypatch):
     """Image, caption and, where it has one, its name; in whatever chunks."""
     folder = request.getfixturevalue(kind)
-    plain = opening.load_dataset(folder=folder, cache_dir=str(tmp_path))
+    plain = opening.load_dataset(DataOptions(folder=folder, cache_dir=str(tmp_path)))
     for size in (1, 5000, 2**26):
         monkeypatch.setattr(stream, "CHUNK", size)
         rows = rows_of(folder, tmp_path)
@@ -367,7 +368,7 @@ def test_a_report_reads_a_stream_once(parquet, tmp_path, capsys, monkeypatch):
     real = stream._fetch_of_table
     monkeypatch.setattr(stream, "_fetch_of_table", lambda *words: seen.append(words[-1].file) or real(*words))
     source = {"dataset_name": None, "folder": parquet, "cache_dir": str(tmp_path), "shuffle_buffer": 8}
-    assert inspection.check_data(source, 16) == 0
+    assert inspection.check_data(DataOptions(**source), 16) == 0
     said = capsys.readouterr()
     assert "captions   30\nimages     30 decoded" in said.out and sorted(seen) == list(range(6))
 
@@ -394,9 +395,9 @@ def test_what_cannot_be_streamed(images, parquet, tmp_path):
     assert "holds single images, which are read in place as it is; leave --streaming out" in sentence and code == 2
     options = {"cache_dir": str(tmp_path), "shuffle_buffer": 8}
     with pytest.raises(UserError, match="holds .jsonl, .png files, and --streaming reads .parquet tables or plain"):
-        opening.load_dataset(dataset_name=images, **options)
+        opening.load_dataset(DataOptions(dataset_name=images, **options))
     with pytest.raises(UserError, match="--dataset_name nowhere/at_all cannot be loaded"):
-        opening.load_dataset(dataset_name="nowhere/at_all", **options)
+        opening.load_dataset(DataOptions(dataset_name="nowhere/at_all", **options))
     assert "--image_column text holds string, not images" in refused(parquet, image_column="text")[0]
     assert "--caption_column title: there is no such column" in refused(parquet, caption_column="title")[0]
     (tables(tmp_path / "test", 1) / "train-00000-of-00001.parquet").rename(tmp_path / "test" / "test.parquet")

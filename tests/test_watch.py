@@ -11,6 +11,7 @@ from PIL import Image
 
 import train_text_to_image
 from tools.report import command as report_command
+from training_utils.cli import table
 from training_utils.run.metrics import Log
 
 PAGE = (ROOT / "docs" / "watch.md").read_text()
@@ -71,7 +72,7 @@ def test_what_the_page_names(watched):
     known = {"validation", *Log(watched / "my_model").curves, "memory_peak_gib", "memory_reserved_gib"}
     curves = PAGE.split("| curve |")[1].split("\n\n")[0]
     assert {name for line in curves.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])} == known
-    choices = {name for name in train_text_to_image.flags.TRACKERS if name not in ("all", "none")}
+    choices = set(table.flags_of("train_text_to_image")["report_to"].choices) - {"all", "none"}
     assert all(f"`{name}`" in PAGE or name == "tensorboard" for name in choices)
     for image in re.findall(r"!\[.*?\]\((.*?)\)", PAGE):
         path = ROOT / "docs" / image

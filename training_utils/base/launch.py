@@ -1,67 +1,80 @@
-"""What accelerate was told of FSDP, DeepSpeed and torch.compile: its variables and DeepSpeed's own file, read without
-any library."""
+"""What accelerate's launcher was told of FSDP, DeepSpeed and torch.compile.
+
+It is read from the environment and from DeepSpeed's own file, without any library.
+"""
 
 import json
 import os
+from typing import Any
 
 ZERO_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+STAGE = "zero_optimization.stage"
 # accelerate's variables, and what DeepSpeed's file calls the same.
 NAMES = {
-    ZERO_STAGE: "zero_optimization.stage",
+    ZERO_STAGE: STAGE,
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "zero_optimization.offload_optimizer.device",
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "zero_optimization.offload_param.device",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
     "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
 }
-STAGE = "zero_optimization.stage"
 
 
-def uses_fsdp():
+def uses_fsdp() -> bool:
     """Whether this run was launched with --use_fsdp, or with a configuration that says so."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return _is_on("ACCELERATE_USE_FSDP")
 
 
-def uses_deepspeed():
+def uses_deepspeed() -> bool:
     """Whether this run was launched with --use_deepspeed, or with a configuration that says so."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return _is_on("ACCELERATE_USE_DEEPSPEED")
 
 
-def dynamo_backend():
-    """What compiles the network, in --dynamo_backend's words; "no" where nothing does."""
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def dynamo_backend() -> str:
+    """What compiles the network, in the words of --dynamo_backend; "no" where nothing does."""
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
 
 
-def compiles_by_regions():
+def compiles_by_regions() -> bool:
     """Whether the network's repeated blocks are compiled one by one."""
     return dynamo_backend() != "no" and _dynamo_switch("regional_compilation")
 
 
-def dynamo_words():
-    """The words that say again how the network is compiled."""
+def dynamo_words() -> list[str]:
+    """The launcher's words that compile the network in the same way."""
     if dynamo_backend() == "no":
         return []
     words = ["--dynamo_backend", dynamo_backend()]
     mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
-    words += ["--dynamo_mode", mode] if mode != "default" else []
-    switches = ("fullgraph", "dynamic", "regional_compilation")
-    return words + [f"--dynamo_use_{switch}" for switch in switches if _dynamo_switch(switch)]
+    if mode != "default":
+        words += ["--dynamo_mode", mode]
+    for switch in ("fullgraph", "dynamic", "regional_compilation"):
+        if _dynamo_switch(switch):
+            words.append(f"--dynamo_use_{switch}")
+    return words
 
 
-def _dynamo_switch(name):
+def _dynamo_switch(name: str) -> bool:
     return os.environ.get(f"ACCELERATE_DYNAMO_USE_{name.upper()}", "false").lower() in ("1", "true")
 
 
-def deepspeed_file():
+def deepspeed_file() -> str | None:
     """The path of DeepSpeed's own configuration file, or None."""
     return os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
 
 
-def deepspeed_settings():
-    """The settings of a run with DeepSpeed in the words of its file, {"zero_optimization.stage": 2, …}, without those
-    that are "auto" or "none". Raises OSError or ValueError where the file cannot be read."""
-    settings = {STAGE: 2}  # accelerate's default
-    if deepspeed_file() is not None:
-        with open(deepspeed_file()) as file:
+def deepspeed_settings() -> dict[str, Any]:
+    """The settings of a run with DeepSpeed in the words of its file, {"zero_optimization.stage": 2, …}.
+
+    Those that are "auto" or "none" are left out. Raises OSError or ValueError where the file cannot be read.
+    """
+    settings: dict[str, Any] = {STAGE: 2}  # accelerate's default
+    path = deepspeed_file()
+    if path is not None:
+        with open(path) as file:
             content = json.load(file)
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
@@ -73,13 +86,18 @@ def deepspeed_settings():
     return settings
 
 
-def deepspeed_words():
-    """The words behind --use_deepspeed that say the same again."""
-    told = {"--deepspeed_config_file": deepspeed_file(), "--zero_stage": os.environ.get(ZERO_STAGE)}
-    return [word for flag, value in told.items() if value is not None for word in (flag, value)]
+def deepspeed_words() -> list[str]:
+    """The launcher's words, behind --use_deepspeed, that configure DeepSpeed in the same way."""
+    words = []
+    if deepspeed_file() is not None:
+        words += ["--deepspeed_config_file", deepspeed_file()]
+    if ZERO_STAGE in os.environ:
+        words += ["--zero_stage", os.environ[ZERO_STAGE]]
+    return words
 
 
-def _flat(tree, path=""):
+def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """A nested dict as {"outer.inner": value}, without what is left to accelerate."""
     found = {}
     for name, value in tree.items():
         if isinstance(value, dict):

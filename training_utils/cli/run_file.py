@@ -5,9 +5,17 @@ and `no` a word, whatever YAML makes of them, and nothing that a file holds can 
 """
 
 import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from training_utils.cli import flags
+from training_utils.cli import table
+from training_utils.cli.arguments import Arguments
+from training_utils.cli.flag import Flag, Group
+from training_utils.cli.suggestion import suggestion
+
+if TYPE_CHECKING:
+    import yaml
 
 WIDTH = 44  # of a flag and its value, before the comment
 
@@ -17,69 +25,92 @@ WIDTH = 44  # of a flag and its value, before the comment
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read(path, known, refused, convert):
+def read(path: str | Path, known: Mapping[str, Flag], convert: Callable[[str, str], Any]) -> dict[str, Any]:
     """The flags that a file gives, {name: value}; one that is null or false is not given.
 
-    `known` is {name: flags.Flag}, `refused` {name: why it may not stand in a file}; `convert(name, text)` makes a
-    value of a text. Raises ValueError with a sentence that names the file and the line.
+    `known` is {name: Flag}; `convert(name, text)` makes a value of a text. Raises ValueError with a sentence that
+    names the file and the line.
     """
-    import yaml
-
     file = f"--config {path}"
     try:
-        root = yaml.compose(Path(path).read_bytes().decode("utf-8-sig"), Loader=yaml.BaseLoader)
+        content = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8") from None
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    return read_text(content, known, convert, file)
+
+
+def read_text(
+    content: bytes, known: Mapping[str, Flag], convert: Callable[[str, str], Any], file: str
+) -> dict[str, Any]:
+    """What `read` makes of the content of a file; `file` is what a sentence calls it."""
+    import yaml
+
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file} is not YAML: {_reason(error)}") from None
+        raise ValueError(f"{file} is not YAML: {_reason(error)}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{file} must hold a flag and its value on each line, such as learning_rate: 1e-4")
-    values, lines = {}, {}
+    values = {}
+    lines: dict[str, int] = {}
     for key, node in root.value:
-        name, line = _words(key).lstrip("-").replace("-", "_"), key.start_mark.line + 1
+        name = _words(key).lstrip("-").replace("-", "_")
+        line = key.start_mark.line + 1
+        place = f"{file}, line {line}"
         if name in lines:
-            raise ValueError(f"{file}, line {line}: {name} stands in line {lines[name]} already")
+            raise ValueError(f"{place}: {name} stands in line {lines[name]} already")
         lines[name] = line
         if name not in known:
-            writer = re.match(r"# The flags of a run of (\S+)\. ", Path(path).read_text(encoding="utf-8-sig"))
-            advice = flags.suggestion(name, known, cutoff=0.8 if writer else 0.6)
-            advice += f"; the file was written by {writer[1]}" if writer else ""
-            raise ValueError(f"{file}, line {line}: there is no flag {name}{advice}")
-        if name in refused:
-            raise ValueError(f"{file}, line {line}: {name} {refused[name]}")
+            raise ValueError(f"{place}: there is no flag {name}{_advice(name, known, text)}")
+        if known[name].not_in_file is not None:
+            raise ValueError(f"{place}: {name} {known[name].not_in_file}")
         try:
             value = _value(node, known[name], convert)
         except ValueError as error:
-            raise ValueError(f"{file}, line {line}, {name}: {error}") from None
+            raise ValueError(f"{place}, {name}: {error}") from error
         if value is not None:
             values[name] = value
     return values
 
 
-def _reason(error):
+def _advice(name: str, known: Mapping[str, Flag], text: str) -> str:
+    """What to add to the sentence that there is no flag of this name: the nearest one, and who wrote the file."""
+    writer = re.match(r"# The flags of a run of (\S+)\. ", text)
+    if writer is None:
+        return suggestion(name, known)
+    return suggestion(name, known, cutoff=0.8) + f"; the file was written by {writer[1]}"
+
+
+def _reason(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}: {error.problem}" if mark else str(error).splitlines()[0]
+    if mark is None:
+        return str(error).splitlines()[0]
+    return f"line {mark.line + 1}: {error.problem}"
 
 
-def _words(node):
+def _words(node: "yaml.Node") -> str:
     return node.value if node.id == "scalar" else f"of {node.id} kind"
 
 
-def _value(node, flag, convert):
+def _value(node: "yaml.Node", flag: Flag, convert: Callable[[str, str], Any]) -> Any:
     """What a YAML node gives a flag, or None."""
     if node.id == "scalar" and node.style is None and node.value.lower() in ("", "~", "null"):
         return None
     items = node.value if node.id == "sequence" and flag.nargs else [node]
     if not all(item.id == "scalar" for item in items):
         raise ValueError("takes a value, or a list of values" if flag.nargs else "takes one value")
-    if flag.kind is bool:
+    if flag.type is bool:
         if node.value.lower() not in ("true", "false"):
             raise ValueError(f"must be true or false, not {node.value}")
         return True if node.value.lower() == "true" else None
     values = [convert(flag.name, item.value) for item in items]
-    return (values or None) if flag.nargs else values[0]
+    if flag.nargs:
+        return values or None
+    return values[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,29 +118,55 @@ def _value(node, flag, convert):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def text(about, groups, values, silent):
-    """What `read` reads: `about`, lines of comment, then the `values` in `groups`, [(title, {name: help})].
+def as_file(args: Arguments, seed: int) -> str:
+    """The text of run.yaml: the flags of a run, without secrets and what is for one run alone; and its seed.
 
-    Those that are `silent` stand there as comments: they follow from others, or have no effect beside them.
+    Those that have no effect stand there as comments.
     """
-    lines = [f"# {line}" for line in about]
-    for title, helps in groups:
-        lines += ["", f"# {title}"]
-        for name, explained in helps.items():
-            if name in values:
-                first, *more = _lines(name, values[name])
-                shown = f"# {first}" if name in silent else first
-                lines += [f"{shown:<{WIDTH}}  # {explained.split(';')[0]}", *more]
+    header = [
+        f"The flags of a run of {args.script.name}.py. --config with this file repeats it; flags beside --config win.",
+        "A relative path begins in the folder that the command is called in. A flag that is commented out follows",
+        "from the others, or has no effect beside them.",
+    ]
+    once = table.names(lambda flag: flag.once)
+    values = {name: value for name, value in args.public.items() if name not in once} | {"seed": seed}
+    commented_out = _without_effect(args) - args.given
+    return text_of(header, table.groups_of(args.script.name), values, commented_out)
+
+
+def _without_effect(args: Arguments) -> set[str]:
+    """The flags that follow from others or have no effect beside them, and of which reading them would tell."""
+    found = {"max_train_steps"}
+    if args.lr_scheduler == "constant":
+        found.add("lr_warmup_steps")
+    for name, flag in table.flags_of(args.script.name).items():
+        if flag.needs is not None and flag.needs.even_default and not flag.needs.are_met(vars(args)):
+            found.add(name)
+    return found
+
+
+def text_of(
+    header: Sequence[str], groups: Sequence[Group], values: Mapping[str, Any], commented_out: Collection[str]
+) -> str:
+    """What `read` reads: `header`, lines of comment, then the `values` by groups, some of them as comments."""
+    lines = [f"# {line}" for line in header]
+    for group in groups:
+        lines += ["", f"# {group.title}"]
+        for flag in group.flags:
+            if flag.name in values:
+                first, *more = _lines(flag.name, values[flag.name])
+                shown = f"# {first}" if flag.name in commented_out else first
+                lines += [f"{shown:<{WIDTH}}  # {flag.help.split(';')[0]}", *more]
     return "\n".join(lines) + "\n"
 
 
-def _lines(name, value):
+def _lines(name: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"{name}:", *(f"  - {_scalar(item)}" for item in value)]
     return [f"{name}: {_scalar(value)}"]
 
 
-def _scalar(value):
+def _scalar(value: Any) -> str:
     """A value as YAML, on one line, that any reader of YAML takes for what it is."""
     import yaml
 

@@ -8,23 +8,25 @@ import numpy as np
 
 from training_utils.base.console import say, warn
 from training_utils.base.formats import shortened
+from training_utils.cli.options import BucketLimits
 from training_utils.data import checking
 
 MUCH_CROPPED = 0.25  # the share of an image from which on it is named
 MUCH_ENLARGED = 2.0  # times
 
 
-def make(resolution, smallest, largest, step):
+def make(limits: BucketLimits) -> np.ndarray:
     """All buckets, int64, shape (B, 2), from the tallest to the widest.
 
     Their sides are multiples of `step` from `smallest` to `largest`. To each side belongs the longest other one with
     which the area is at most resolution^2, as the width and as the height. No two buckets have the same ratio: the
     larger one's would fit the smaller one's side.
     """
+    step, smallest, largest = limits.step, limits.smallest, limits.largest
     sides = range(-(-smallest // step) * step, largest + 1, step)
     found = set()
     for side in sides:
-        other = min(resolution**2 // side, largest) // step * step
+        other = min(limits.resolution**2 // side, largest) // step * step
         if other >= smallest:
             found |= {(side, other), (other, side)}
     return np.array(sorted(found, key=lambda size: size[0] / size[1]), dtype=np.int64).reshape(-1, 2)
@@ -51,14 +53,14 @@ def scale(sizes, buckets):
     return (buckets / sizes).max(axis=1)
 
 
-def assign(rows, resolution, smallest, largest, step):
-    """Read the header of every image and find its bucket, of those that `make` makes.
+def assign(rows, limits: BucketLimits) -> tuple[np.ndarray, list[str], list[tuple[str, list[str]]]]:
+    """Read the header of every image and find its bucket, of those that `make` makes with these limits.
 
     Returns the size at which each row is trained, int64, shape (N, 2); the lines of a table; and remarks about
     images that the buckets do not suit, each a clause and the names of the images. Images that cannot be opened
     are put with the squares and not counted.
     """
-    sizes, choice = checking.image_sizes(rows), make(resolution, smallest, largest, step)
+    sizes, choice = checking.image_sizes(rows), make(limits)
     chosen = choice[nearest(sizes, choice)]
     known = np.flatnonzero(sizes.all(axis=1))
     sizes, targets = sizes[known], chosen[known]
@@ -69,7 +71,7 @@ def assign(rows, resolution, smallest, largest, step):
         table.append((f"{used[at, 0]} x {used[at, 1]}", f"{counts[at]:,}", _percent(lost[number.reshape(-1) == at])))
     table.append(("in all", f"{len(known):,}", _percent(lost)))
     width, wide = (max(len(line[column]) for line in table) for column in (0, 1))
-    squares = _percent(cropped(sizes, np.array([[resolution, resolution]])))
+    squares = _percent(cropped(sizes, np.array([[limits.resolution, limits.resolution]])))
     lines = [
         "aspect-ratio buckets, width x height in pixels",
         *(f"{size:>{width}}  {images:>{wide}}  {share:>7}" for size, images, share in table),
@@ -86,12 +88,12 @@ def assign(rows, resolution, smallest, largest, step):
     return chosen, lines, remarks
 
 
-def training_sizes(rows, resolution, limits=None):
-    """The size at which each row is trained, int64, shape (N, 2): squares of the resolution, or with `limits`, what
-    `make` takes, the buckets that `assign` finds, of which it tells."""
+def training_sizes(rows, resolution: int, limits: BucketLimits | None = None) -> np.ndarray:
+    """The size at which each row is trained, int64, shape (N, 2): squares of the resolution, or with `limits` the
+    buckets that `assign` finds, about which it prints a table."""
     if limits is None:
         return np.full((len(rows), 2), resolution)
-    chosen, lines, remarks = assign(rows, **limits)
+    chosen, lines, remarks = assign(rows, limits)
     say("\n  ".join(lines))
     for remark, names in remarks:
         warn(f"{remark}: {shortened(names)}")

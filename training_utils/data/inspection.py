@@ -10,6 +10,7 @@ from PIL import ExifTags
 
 from training_utils.base.console import bar, is_main_process
 from training_utils.base.formats import shortened
+from training_utils.cli.options import BucketLimits, DataOptions
 from training_utils.data import buckets, image_ops, opening, parallel, selection
 from training_utils.data.captions import caption_problems, texts_of
 from training_utils.data.problems import KINDS, open_image, problem_of
@@ -39,22 +40,22 @@ class Look(NamedTuple):
     turned: bool
 
 
-def check_data(source, resolution, limits=None):
+def check_data(options: DataOptions, resolution: int | None, limits: BucketLimits | None = None) -> int:
     """Look at a whole dataset and print a report. Returns the exit code: 0 when every sample can be used, else 2.
 
-    `source` is the dict of what data.load_rows takes; `resolution` is the side in pixels that the images are resized
-    to, None where the script does not resize them; `limits` is what buckets.make takes, None where they are cut to
-    squares. Of several processes only the first one looks. Raises UserError for a dataset that cannot be opened.
+    `resolution` is the side in pixels that the images are resized to, None where the script does not resize them;
+    without `limits` they are cut to squares. Of several processes only the first one looks. Raises UserError for a
+    dataset that cannot be opened.
     """
     if not is_main_process():
         return 0
-    rows = opening.load_dataset(**source)
+    rows = opening.load_dataset(options)
     looks, problems, bad = look_at_images(rows)
     captions, empty = caption_problems(rows)
     unusable = len(rows.findings.problems) + len(bad | captions.keys())
     problems = [*rows.findings.problems, *captions.values(), *problems]
     samples = len(rows) + len(rows.findings.problems)
-    title = source["dataset_name"] or source["folder"] or source.get("config")
+    title = options.dataset_name or options.folder or options.config
     blocks = [
         _summary(title, samples, unusable, rows, captions, looks),
         _sources(rows.without(sorted(bad | captions.keys()))),
@@ -239,7 +240,7 @@ def _buckets(rows, limits):
     """What a run would say of its aspect-ratio buckets."""
     if limits is None or not len(rows):
         return []
-    _, lines, remarks = buckets.assign(rows, **limits)
+    _, lines, remarks = buckets.assign(rows, limits)
     lines = [lines[0], *(f"  {line}" for line in lines[1:])]
     for remark, names in remarks:
         lines += [f"  {remark}", f"      {shortened([_short(name, rows.root) for name in names])}"]

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from training_utils.base.errors import UserError, reason_of
-from training_utils.cli import flags
+from training_utils.cli.options import DataOptions
+from training_utils.cli.suggestion import suggestion
 from training_utils.data import opening
 from training_utils.data.dataset import ImageDataset, Source
 from training_utils.data.problems import Findings
@@ -34,14 +35,15 @@ def load_rows(config, cache_dir, image_column, caption_column):
     for number, entry in enumerate(_entries(config), start=1):
         prefix = entry.get("caption_prefix", "")
         try:
-            rows = opening.load_dataset(
-                entry.get("dataset_name"),
-                entry.get("dataset_config_name"),
-                Path(config).parent / entry["path"] if "path" in entry else None,
-                cache_dir,
-                entry.get("image_column", image_column),
-                None if caption_column is None else entry.get("caption_column", caption_column),
+            options = DataOptions(
+                dataset_name=entry.get("dataset_name"),
+                config_name=entry.get("dataset_config_name"),
+                folder=Path(config).parent / entry["path"] if "path" in entry else None,
+                cache_dir=cache_dir,
+                image_column=entry.get("image_column", image_column),
+                caption_column=None if caption_column is None else entry.get("caption_column", caption_column),
             )
+            rows = opening.load_dataset(options)
         except UserError as error:
             raise UserError(f"{config} source {number}: {error}") from None
         title = entry.get("path") or entry["dataset_name"]
@@ -82,7 +84,7 @@ def _problem(entry, folder):
         return f"{entry!r:.60} is no dict of keys and values like `path: FOLDER`"
     for key, value in entry.items():
         if key not in KEYS:
-            return f"there is no key '{key}'" + flags.suggestion(str(key), KEYS, quote="'")
+            return f"there is no key '{key}'" + suggestion(str(key), KEYS, quote="'")
         if key in TEXTS and (not isinstance(value, str) or not value):
             return f"{key} is {value!r:.60}, not text"
     if ("path" in entry) == ("dataset_name" in entry):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError
+from training_utils.cli.options import DataOptions
 from training_utils.data import mixture, tables
 from training_utils.data.dataset import ImageDataset
 from training_utils.data.files import FolderRepeats, files_of
@@ -12,32 +13,27 @@ from training_utils.data.problems import Findings
 from training_utils.data.streaming import stream
 
 
-def load_dataset(
-    dataset_name=None,
-    config_name=None,
-    folder=None,
-    cache_dir=None,
-    image_column="image",
-    caption_column="text",
-    repeats_from_folders=False,
-    config=None,
-    shuffle_buffer=None,
-):
-    """Open a dataset. Returns Rows.
+def load_dataset(options: DataOptions) -> ImageDataset:
+    """Open a dataset.
 
-    `config` is a file that names several, as `sources` says; or else `dataset_name` (a hub id or local path, through
-    the datasets library, `folder` passed on as data_dir); or else `folder`, a folder of images, of tar shards or of
-    parquet tables. `repeats_from_folders` makes the folders in it that are named like `10_sks dog` sources that are
-    repeated so often, and these words the caption of an image there that has no other. With `caption_column` None no
-    captions are read, and none are needed. With a `shuffle_buffer`, a number of samples, shards and tables are read
-    where they lie, as `streams` says. A column of the default name that is missing is taken to be the first (image)
-    or second (caption) one, with a notice. Raises UserError for a dataset that cannot be opened. What is
-    wrong with its samples is for `check` to say, which must follow: of a folder the samples whose caption or file is
-    missing are left out already, and noted in the findings.
+    Of the options, `config` is a file that names several, as `mixture` says; or else `dataset_name` (a hub id or local
+    path, through the datasets library, `folder` passed on as data_dir); or else `folder`, a folder of images, of tar
+    shards or of parquet tables. `repeats_from_folders` makes the folders in it that are named like `10_sks dog`
+    sources that are repeated so often, and these words the caption of an image there that has no other. With
+    `caption_column` None no captions are read, and none are needed. With a `shuffle_buffer`, a number of samples,
+    shards and tables are read where they lie, as `streams` says. A column of the default name that is missing is taken
+    to be the first (image) or second (caption) one, with a notice. Raises UserError for a dataset that cannot be
+    opened. What is wrong with its samples is for `check` to say, which must follow: of a folder the samples whose
+    caption or file is missing are left out already, and noted in the findings.
     """
     import datasets
 
     datasets.disable_progress_bars()
+    dataset_name, config_name = options.dataset_name, options.config_name
+    folder, cache_dir = options.folder, options.cache_dir
+    image_column, caption_column = options.image_column, options.caption_column
+    config, shuffle_buffer = options.config, options.shuffle_buffer
+    repeats_from_folders = options.repeats_from_folders
     if config is not None:
         return mixture.load_rows(config, cache_dir, image_column, caption_column)
     if shuffle_buffer is not None:

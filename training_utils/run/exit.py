@@ -11,7 +11,7 @@ from pathlib import Path
 from training_utils.base import exit_callbacks
 from training_utils.base.console import TolerantStream, is_main_process, warn
 from training_utils.base.errors import UserError, reason_of
-from training_utils.cli import flags
+from training_utils.cli.secrets import without_secrets
 from training_utils.run import signals
 
 
@@ -21,7 +21,7 @@ def run_main(main):
     Secrets leave sys.argv, which trackers record.
     """
     argv = sys.argv[1:]
-    sys.argv[1:] = flags.without_secrets(argv)
+    sys.argv[1:] = without_secrets(argv)
     sys.stderr = TolerantStream(sys.stderr)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as libraries.begin has left it
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from training_utils import cli
 from training_utils.base.console import warn
-from training_utils.cli import flags
 from training_utils.data import buckets, checking, opening, selection
 from training_utils.data.captions import warn_of_long_captions
 from training_utils.data.dataset import ImageDataset
@@ -73,7 +73,7 @@ class Session:
         self.script = Path(script).name
         self.processes = processes
         self.base_model = base_model
-        self.command = flags.without_secrets(argv)
+        self.command = cli.without_secrets(argv)
         for notice in args.notices:
             warn(notice)
         self.output_dir = None if args.dry_run else args.output_dir
@@ -89,8 +89,10 @@ class Session:
             )
         )
         processes.from_main(lambda: output_folder.refuse_another_result(args.output_dir, pipeline, adapted))
-        self.repository, self.uploads = upload.open_uploads(processes.from_main, processes.is_main, **flags.hub(args))
-        self.prompts: list[str] = flags.prompts(args)
+        self.repository, self.uploads = upload.open_uploads(
+            processes.from_main, processes.is_main, args.hub, args.output_dir
+        )
+        self.prompts: list[str] = args.prompts
         self.grids: list[str] = []
         self.stopped_by = 0
         self.newest_checkpoint: Path | None = None
@@ -104,13 +106,14 @@ class Session:
         """
         args = self.args
         seed = self.state.seed
-        opened = opening.load_dataset(**flags.data_source(args))
+        opened = opening.load_dataset(args.data)
         dataset = selection.take_subset(opened, args.max_train_samples, seed)
         unusable = self.processes.from_main(lambda: checking.check_dataset(dataset, args.on_bad_sample))
         usable = dataset.without(unusable)
         if sized:
-            limits = flags.bucket_limits(args)
-            usable.sizes = self.processes.from_main(lambda: buckets.training_sizes(usable, args.resolution, limits))
+            usable.sizes = self.processes.from_main(
+                lambda: buckets.training_sizes(usable, args.resolution, args.buckets)
+            )
         self.dataset, self.val_dataset = selection.split_validation(usable, args.validation_split, seed)
         return self.dataset, self.val_dataset
 
@@ -135,7 +138,7 @@ class Session:
         return {
             "sets": [samples for samples in (self.train_set, self.val_set) if samples is not None],
             "batch_size": args.train_batch_size,
-            "cache_folder": flags.encoding_folder(args),
+            "cache_folder": args.caches.folder,
             "cache_images": args.cache_latents,
             "cache_captions": getattr(args, "cache_text_embeddings", False),
             "crops": args.cached_crops,
@@ -165,7 +168,7 @@ class Session:
         self.about = {
             "script": self.script,
             "world_size": self.processes.world_size,
-            "flags": flags.mathematics(self.args),
+            "flags": self.args.shapes_result,
             "data": {"samples": len(self.dataset), "sha256": self.processes.from_main(self.dataset.fingerprint)},
         }
         if self.resume_from:
@@ -187,7 +190,7 @@ class Session:
             self.state,
         )
         if self.processes.is_main and not args.dry_run:
-            output_folder.write_run_file(args.output_dir, flags.as_file(args, self.script, self.state.seed))
+            output_folder.write_run_file(args.output_dir, cli.as_file(args, self.state.seed))
             trackers.append(Metrics(args.output_dir, self.state.step, facts))
         if self.prompts:
             self.grids = standing_grids(args.output_dir, self.state.step)
@@ -303,7 +306,7 @@ class Session:
                     base_model=self.base_model,
                     data=args.dataset_name,
                     tags=tags,
-                    facts=flags.mathematics(args) | facts,
+                    facts=args.shapes_result | facts,
                     usage=public_usage,
                     images=[(grid, self.prompts) for grid in self.grids],
                     token=args.hub_token,

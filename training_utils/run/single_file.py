@@ -8,7 +8,7 @@ from pathlib import Path
 
 from training_utils.base.console import say
 from training_utils.base.errors import UserError, reason_of
-from training_utils.cli import flags
+from training_utils.cli import folders
 
 FORMAT = 1  # part of a folder's name; raise it when the conversion changes
 
@@ -27,7 +27,7 @@ def folder_of(path, pipeline_class, config=None, cache_dir=None):
             f"base model {path} is a file, but no .safetensors; others are pickles, which could run code: where you "
             "trust it, load it with diffusers' from_single_file and save it as a folder"
         )
-    root = Path(flags.downloads(cache_dir)) / "text-to-image-models"
+    root = Path(folders.downloads(cache_dir)) / "text-to-image-models"
     folder = root / f"{pipeline_class.__name__}-{_digest(path, config)}"
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from training_utils.base.errors import UserError
+from training_utils.cli.options import ValidationOptions
 from training_utils.torch_backend import frozen, models
 
 
@@ -104,6 +105,15 @@ def embed_prompts(folder, variant, image_encoder, device, prompts, seed, steps, 
 
 # What a prior makes of a prompt: the embeddings of its image and of no image, each of shape (1, D).
 Embeddings = tuple[torch.Tensor, torch.Tensor]
+
+
+def drawing(options: ValidationOptions) -> dict[str, float]:
+    """How validation images are drawn, as `image` and `prompt_image` take it."""
+    return {
+        "side": options.height,
+        "steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+    }
 
 
 def embedding_statistics(prior: PriorTransformer) -> tuple[torch.Tensor, torch.Tensor]:

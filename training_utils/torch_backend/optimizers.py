@@ -1,15 +1,19 @@
 """Optimizers, bfloat16 weights with stochastic rounding, and the learning rate after a resume."""
 
+import importlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 
 import torch
+from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
-# What torch's optimizers keep as large as a weight, or as one of its sides; bitsandbytes' state is in 8 bits already.
-HALVED = frozenset(["exp_avg", "exp_avg_sq", "row_var", "col_var", "variance"])
+from training_utils.cli.optimizers import OPTIMIZERS
+from training_utils.cli.options import LearningRateOptions, OptimizerOptions
 
 
 @contextmanager
-def only_parameter(optimizer, parameter):
+def only_parameter(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Iterator[None]:
     """Within this context a step of an optimizer with one group of parameters updates this parameter alone."""
     (group,) = optimizer.param_groups
     every, group["params"] = group["params"], [parameter]
@@ -19,14 +23,14 @@ def only_parameter(optimizer, parameter):
         group["params"] = every
 
 
-def to_bfloat16(model):
+def to_bfloat16(model: torch.nn.Module) -> None:
     """Put the weights of a model that are trained into bfloat16; what is not trained keeps its precision."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
 
 
-def round_stochastically(values, into, generator):
+def round_stochastically(values: torch.Tensor, into: torch.Tensor, generator: torch.Generator) -> None:
     """Round a float32 tensor to the bfloat16 tensor `into`, of the same shape; `values` is spent.
 
     Each value goes to one of its two neighbours, with probabilities that keep its expectation, so that steps smaller
@@ -48,6 +52,7 @@ class StochasticRounding:
     """
 
     rounding_seed = None
+    bfloat16_state = frozenset()  # what of an optimizer's state is kept in bfloat16 too, by its names there
 
     def add_param_group(self, group):  # called once, by the constructor
         super().add_param_group(group)
@@ -67,54 +72,61 @@ class StochasticRounding:
         exact = torch.nn.Parameter(parameter.float())
         exact.grad = parameter.grad.float()
         state = self.state.pop(parameter, {})
-        self.state[exact] = {name: value.float() if name in HALVED else value for name, value in state.items()}
+        for name in state.keys() & self.bfloat16_state:
+            state[name] = state[name].float()
+        self.state[exact] = state
         with only_parameter(self, exact):
             super().step()
         generator = self.generator.manual_seed(self.rounding_seed(self.index[parameter]))
         round_stochastically(exact.data, parameter, generator)
         state = self.state[parameter] = self.state.pop(exact)
-        for name in sorted(state.keys() & HALVED):
+        for name in sorted(state.keys() & self.bfloat16_state):
             half = torch.empty_like(state[name], dtype=torch.bfloat16)
             round_stochastically(state[name], half, generator)
             state[name] = half
 
 
 def make_optimizer(
-    parameters, name, learning_rate, betas, weight_decay, epsilon, loss_scaling=False, rounding_seed=None
-):
-    """An optimizer by its name in `--optimizer`; `loss_scaling` says that fp16 gradients will be scaled.
+    parameters: Iterable[torch.nn.Parameter],
+    options: OptimizerOptions,
+    *,
+    learning_rate: float,
+    loss_scaling: bool = False,
+    rounding_seed: Callable[[int], int] | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer of `options`, built as its row in the optimizer table says.
 
-    With `rounding_seed` the weights may be bfloat16, as optimizers.StochasticRounding says.
+    `learning_rate` is the peak, as it is after --scale_lr. `loss_scaling` says that fp16 gradients will be scaled.
+    With `rounding_seed` the weights may be bfloat16, as StochasticRounding says.
     """
-    options = {"lr": learning_rate, "weight_decay": weight_decay}
-    if name == "adafactor":
-        cls = torch.optim.Adafactor
-        options["foreach"] = False  # torch's choice on a GPU, which holds several times the weights for a moment
-        # The rate as it is: by default torch takes it in proportion to a weight's RMS, which for adapters,
-        # zero at first, is a thousandth of it.
-        options["eps"] = (None, 1.0)
-    else:
-        options |= {"betas": betas, "eps": epsilon}
-    if name == "adamw":
-        cls = torch.optim.AdamW
-        # Under loss scaling the fused kernel skips an overflow in itself, and accelerate could not tell that it did.
-        options["fused"] = not loss_scaling
-    if name in ("adamw8bit", "paged_adamw8bit"):
-        from bitsandbytes import optim
-
-        cls = optim.AdamW8bit if name == "adamw8bit" else optim.PagedAdamW8bit
-    if name == "prodigy":
-        from prodigyopt import Prodigy as cls
-
-        # What diffusers' own scripts set; without the second a warm-up would distort the step size that it finds.
-        options |= {"use_bias_correction": True, "safeguard_warmup": True}
+    row = OPTIMIZERS[options.name]
+    settings = {"betas": options.betas, "eps": options.epsilon, "weight_decay": options.weight_decay}
+    arguments = {"lr": learning_rate, **{name: settings[name] for name in row.takes}, **row.fixed}
+    if row.has_fused_kernel:
+        # Under loss scaling it skips an overflow in itself, and accelerate could not tell that it did.
+        arguments["fused"] = not loss_scaling
+    module, name = row.built_by.split(":")
+    cls = getattr(importlib.import_module(module), name)
     if rounding_seed is not None:
-        cls = type(cls.__name__, (StochasticRounding, cls), {"rounding_seed": staticmethod(rounding_seed)})
+        members = {"rounding_seed": staticmethod(rounding_seed), "bfloat16_state": row.bfloat16_state}
+        cls = type(cls.__name__, (StochasticRounding, cls), members)
     with redirect_stdout(None):  # Prodigy prints that it decays weights
-        return cls(parameters, **options)
+        return cls(parameters, **arguments)
 
 
-def restart_schedule(optimizer, lr_scheduler, step):
+def make_schedule(optimizer: torch.optim.Optimizer, options: LearningRateOptions, steps: int) -> LambdaLR:
+    """The learning rate over a run of so many steps."""
+    return get_scheduler(
+        options.name,
+        optimizer=optimizer,
+        num_warmup_steps=options.warmup_steps,
+        num_training_steps=steps,
+        num_cycles=options.cycles,
+        power=options.power,
+    )
+
+
+def restart_schedule(optimizer: torch.optim.Optimizer, lr_scheduler: LambdaLR, step: int) -> None:
     """Put a LambdaLR at `step` steps: the rate is a function of the step and of this run's flags alone."""
     lr_scheduler.last_epoch, lr_scheduler._step_count = step, step + 1
     rates = [base * curve(step) for base, curve in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)]

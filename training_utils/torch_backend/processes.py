@@ -13,6 +13,7 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_obje
 
 from training_utils.base import environment
 from training_utils.base.errors import UserError, reason_of
+from training_utils.cli.options import MachineOptions
 from training_utils.run import output_folder, trackers
 from training_utils.run.progress import Progress
 from training_utils.torch_backend import deepspeed, sharding
@@ -20,58 +21,50 @@ from training_utils.torch_backend import deepspeed, sharding
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_accelerator(
-    output_dir,
-    logging_dir,
-    accumulation,
-    mixed_precision,
-    report_to,
-    timeout,
-    allow_tf32,
-    fused_backward=False,
-    **ddp,
-):
-    """The Accelerator of a run. `timeout` in seconds; `ddp` are options of DistributedDataParallel.
+def make_accelerator(options: MachineOptions, **ddp: Any) -> Accelerator:
+    """The Accelerator of a run. `ddp` are options of DistributedDataParallel.
 
     Raises UserError where the device cannot do the precision, or the launch does not go with `fused_backward`, steps
     during the backward pass.
     """
-    project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))
+    logging_dir = os.path.join(options.output_dir, options.logging_dir)
+    project = ProjectConfiguration(project_dir=options.output_dir, logging_dir=logging_dir)
     try:
         with deepspeed.hidden():
             accelerator = Accelerator(
-                gradient_accumulation_steps=accumulation,
-                mixed_precision=mixed_precision,
+                gradient_accumulation_steps=options.accumulation,
+                mixed_precision=options.mixed_precision,
                 cpu=not torch.accelerator.is_available(),  # else two processes without a GPU would not see each other
-                log_with=None if report_to == "none" else report_to,
+                log_with=None if options.report_to == "none" else options.report_to,
                 project_config=project,
                 kwargs_handlers=[
-                    InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
+                    InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=options.process_group_timeout)),
                     DistributedDataParallelKwargs(**ddp),
                 ],
             )
     except ValueError as error:
         if "mixed precision" in str(error):
-            raise UserError(f"--mixed_precision {mixed_precision} does not run on this device: {error}") from None
+            precision = options.mixed_precision
+            raise UserError(f"--mixed_precision {precision} does not run on this device: {error}") from error
         raise
     if accelerator.distributed_type == "MEGATRON_LM":
         raise UserError("Megatron-LM is not supported; launch with --multi_gpu")
     sharding.begin(accelerator, PRECISIONS.get(accelerator.mixed_precision))
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
-    if fused_backward and accelerator.num_processes > 1:
+    if options.fused_backward and accelerator.num_processes > 1:
         raise UserError(
             "--fused_backward_pass updates each weight before processes have exchanged their gradients; leave it out, "
             "or start one process"
         )
-    if fused_backward and accelerator.scaler is not None:
+    if options.fused_backward and accelerator.scaler is not None:
         raise UserError("--fused_backward_pass frees gradients that fp16 would scale back first; use bf16 or no")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         import torch._dynamo as dynamo
 
         # Each size of a batch is compiled by itself, and buckets have more than the eight that torch would compile.
         dynamo.config.recompile_limit = max(64, dynamo.config.recompile_limit)
-    if allow_tf32:
+    if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 

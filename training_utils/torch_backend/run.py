@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 
 from training_utils.base import draws
-from training_utils.cli import flags
 from training_utils.data.samples import Samples
 from training_utils.run import trackers
 from training_utils.run.session import Session
@@ -44,9 +42,7 @@ class Run(Session):
         find_unused_parameters: bool = False,
     ):
         """Start the processes; beside that as Session. `find_unused_parameters` is DistributedDataParallel's."""
-        self.accelerator = processes.make_accelerator(
-            **flags.machine(args), find_unused_parameters=find_unused_parameters
-        )
+        self.accelerator = processes.make_accelerator(args.machine, find_unused_parameters=find_unused_parameters)
         args.mixed_precision = self.accelerator.mixed_precision
         super().__init__(
             args,
@@ -67,11 +63,12 @@ class Run(Session):
         args = self.args
         optimizer = optimizers.make_optimizer(
             parameters,
-            **flags.optimizer(args, self.plan.window),
+            args.optimization,
+            learning_rate=args.optimization.peak_learning_rate(self.plan.window),
             loss_scaling=self.accelerator.scaler is not None,
             rounding_seed=self._rounding_seed if getattr(args, "full_bf16", False) else None,
         )
-        return optimizer, get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
+        return optimizer, optimizers.make_schedule(optimizer, args.lr_schedule, args.max_train_steps)
 
     def _rounding_seed(self, index: int) -> int:
         """The seed with which the weight of this index is rounded in the coming step."""
@@ -91,7 +88,7 @@ class Run(Session):
         self.identify()
         if self.resume_from:
             self.training.read(self.resume_from, self.state.step)
-        settings = trackers.tracker_config(flags.public(args))
+        settings = trackers.tracker_config(args.public)
         processes.start_trackers(accelerator, args.tracker_project_name, settings)
         self.announce(parameters, processes.device_name(accelerator), accelerator.trackers)
         self.gradient = Gradient(

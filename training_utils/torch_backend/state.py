@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
+from training_utils.cli.optimizers import found_settings
 from training_utils.run import checkpoints, resume
 from training_utils.run.state import RunState
 from training_utils.torch_backend import optimizers, sharding
@@ -77,10 +78,6 @@ class FullWeights:
             self.ema.reset()
 
 
-# What Prodigy finds out during a run and keeps beside its settings.
-FOUND = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
-
-
 class TrainingState:
     """Writes and reads a checkpoint's weights, optimizer, schedule and loss scale: the same files, however many
     processes there are and whether they share weights out.
@@ -100,8 +97,10 @@ class TrainingState:
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.weights = weights
+        not_from_flags = {"params", "lr"} | found_settings()
         self.options = [
-            {k: v for k, v in group.items() if k not in ("params", "lr", *FOUND)} for group in optimizer.param_groups
+            {name: value for name, value in group.items() if name not in not_from_flags}
+            for group in optimizer.param_groups
         ]
 
     def write(self, folder):

@@ -35,7 +35,7 @@ import pyarrow.ipc
 from training_utils.base import draws, exit_callbacks, hub_errors
 from training_utils.base.console import bar, say, warn
 from training_utils.base.errors import UserError, reason_of
-from training_utils.cli import flags
+from training_utils.cli import folders
 from training_utils.data import parallel, problems, tables, tar
 from training_utils.data.captions import texts_of
 from training_utils.data.dataset import ImageDataset
@@ -677,7 +677,7 @@ def load_rows(dataset_name, config_name, folder, cache_dir, image_column, captio
         image_column, caption_column = _columns(files[0], image_column, caption_column)
         wanted = [column for column in (image_column, caption_column) if column is not None]
         look, fetch = partial(_look_through_table, wanted), partial(_fetch_of_table, image_column, caption_column)
-    root = Path(flags.downloads(cache_dir)) / "text-to-image-streams"
+    root = Path(folders.downloads(cache_dir)) / "text-to-image-streams"
     try:
         (root / "files").mkdir(parents=True, exist_ok=True)
         with _locked(root / "files.lock"):  # else each process of a machine would look through all of them

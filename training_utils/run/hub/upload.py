@@ -4,11 +4,13 @@ import os
 import shlex
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from training_utils.base import hub_errors
 from training_utils.base.console import say, warn
 from training_utils.base.errors import UserError
+from training_utils.cli.options import HubOptions
 
 CHECKPOINTS = "checkpoints"  # a branch of their own: who loads a pipeline by its id fetches all weights of a branch
 
@@ -51,13 +53,22 @@ def open_repository(name, output_dir, token, private, checkpoints):
         ) from None
 
 
-def open_uploads(ask, is_main, push, name, output_dir, token, private, checkpoints):
+def open_uploads(
+    ask: Callable[[Callable[[], str]], str], is_main: bool, options: HubOptions, output_dir: str
+) -> tuple[str | None, "Uploads"]:
     """The repository of a run, its id or None, and the Uploads of its checkpoints.
 
     `ask` gives each process what a function returns in the main one. Raises UserError, as `open_repository` does.
     """
-    repository = ask(lambda: open_repository(name, output_dir, token, private, checkpoints)) if push else None
-    return repository, Uploads(repository if checkpoints and is_main else None, token, output_dir)
+    repository = None
+    if options.push:
+        repository = ask(
+            lambda: open_repository(
+                options.model_id, output_dir, options.token, options.private, options.push_checkpoints
+            )
+        )
+    uploads_checkpoints = options.push_checkpoints and is_main
+    return repository, Uploads(repository if uploads_checkpoints else None, options.token, output_dir)
 
 
 def _later(command, token):
