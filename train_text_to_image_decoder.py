@@ -399,7 +399,7 @@ def main(argv=None):
                 pipeline = KandinskyV22Pipeline(unet, sampler, movq)
 
                 def draw(at, noise):
-                    return kandinsky.image(pipeline, pairs[at], noise, args.resolution, *drawing)
+                    return kandinsky.draw_embedding(pipeline, pairs[at], noise, args.resolution, *drawing)
 
                 grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
         unet.train()

@@ -242,7 +242,7 @@ def usage(args, sampler, model, public=False):
     base = card.loading_call(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.single_file_config, public
     )
-    return USAGE.format(base=base, model=model, **lora.words_of_sampler("StableDiffusionPipeline", sampler, model))
+    return USAGE.format(base=base, model=model, **lora.sampler_usage("StableDiffusionPipeline", sampler, model))
 
 
 def main(argv=None):
@@ -310,7 +310,7 @@ def main(argv=None):
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
-    parameters = lora.parameters(adapted.values())
+    parameters = lora.trainable_parameters(adapted.values())
     optimizer = optimizers.make_optimizer(
         parameters,
         **flags.optimizer(args, updates.window),

@@ -334,7 +334,7 @@ def main(argv=None):
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
-    parameters = lora.parameters([unet])
+    parameters = lora.trainable_parameters([unet])
     optimizer = optimizers.make_optimizer(
         parameters,
         **flags.optimizer(args, updates.window),
@@ -397,7 +397,7 @@ def main(argv=None):
                 pipeline = KandinskyV22Pipeline(unet, sampler, movq)
 
                 def draw(at, noise):
-                    return kandinsky.image(pipeline, pairs[at], noise, args.resolution, *drawing)
+                    return kandinsky.draw_embedding(pipeline, pairs[at], noise, args.resolution, *drawing)
 
                 grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
         unet.train()
@@ -473,7 +473,7 @@ def main(argv=None):
     if accelerator.is_main_process:
         with output_folder.rescue_weights(args.output_dir, state, about, saved.weights.save):
             with averaged(ema):
-                lora.save(args.output_dir, adapted)
+                lora.save_adapters(args.output_dir, adapted)
             card.write_card(
                 args.output_dir,
                 repository,

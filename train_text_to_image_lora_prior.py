@@ -322,7 +322,7 @@ def main(argv=None):
     )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * updates.per_epoch
-    parameters = lora.parameters([prior])
+    parameters = lora.trainable_parameters([prior])
     optimizer = optimizers.make_optimizer(
         parameters,
         **flags.optimizer(args, updates.window),
@@ -385,10 +385,10 @@ def main(argv=None):
                 pipeline = KandinskyV22PriorPipeline(
                     prior, image_encoder, text_encoder, tokenizer, sampler, image_processor
                 )
-                with frozen.temporarily_on(kandinsky.networks(decoder), accelerator.device):
+                with frozen.temporarily_on(kandinsky.pipeline_networks(decoder), accelerator.device):
 
                     def draw(at, noise):
-                        return kandinsky.prompt_image(pipeline, decoder, prompts[at], noise, args.resolution, *drawing)
+                        return kandinsky.draw_prompt(pipeline, decoder, prompts[at], noise, args.resolution, *drawing)
 
                     grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
         prior.train()
@@ -464,7 +464,7 @@ def main(argv=None):
     if accelerator.is_main_process:
         with output_folder.rescue_weights(args.output_dir, state, about, saved.weights.save):
             with averaged(ema):
-                lora.save(args.output_dir, adapted)
+                lora.save_adapters(args.output_dir, adapted)
             card.write_card(
                 args.output_dir,
                 repository,

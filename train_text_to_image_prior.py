@@ -386,10 +386,10 @@ def main(argv=None):
                 pipeline = KandinskyV22PriorPipeline(
                     prior, image_encoder, text_encoder, tokenizer, sampler, image_processor
                 )
-                with frozen.temporarily_on(kandinsky.networks(decoder), accelerator.device):
+                with frozen.temporarily_on(kandinsky.pipeline_networks(decoder), accelerator.device):
 
                     def draw(at, noise):
-                        return kandinsky.prompt_image(pipeline, decoder, prompts[at], noise, args.resolution, *drawing)
+                        return kandinsky.draw_prompt(pipeline, decoder, prompts[at], noise, args.resolution, *drawing)
 
                     grids[:] = [validation.show_images(accelerator, draw, prompts, state, args.output_dir)]
         prior.train()

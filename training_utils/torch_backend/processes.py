@@ -37,7 +37,7 @@ def make_accelerator(
     """
     project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))
     try:
-        with deepspeed.hidden():
+        with deepspeed.hidden_from_accelerate():
             accelerator = Accelerator(
                 gradient_accumulation_steps=accumulation,
                 mixed_precision=mixed_precision,
@@ -55,7 +55,7 @@ def make_accelerator(
         raise
     if accelerator.distributed_type == "MEGATRON_LM":
         raise UserError("Megatron-LM is not supported; launch with --multi_gpu")
-    sharding.begin(accelerator, PRECISIONS.get(accelerator.mixed_precision))
+    sharding.configure_fsdp(accelerator, PRECISIONS.get(accelerator.mixed_precision))
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
     if fused_backward and accelerator.num_processes > 1:
