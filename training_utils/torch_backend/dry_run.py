@@ -13,14 +13,14 @@ from training_utils.torch_backend.deepspeed import PartitionedOptimizer
 from training_utils.torch_backend.ema import EMAWeights
 
 
-def begin_dry_run(accelerator: Accelerator, batches: Iterator, samples: Any, updates: Any) -> Iterator:
+def begin_dry_run(accelerator: Accelerator, batches: Iterator, samples: Any, batch_plan: Any) -> Iterator:
     """The batches for a dry run, whose use of memory is measured from here on.
 
     Those of data.Samples that caches stand in for are made now: a run finds them on the disk.
     """
     prepare = samples.prepare
     if prepare.images or getattr(prepare, "captions", None):
-        batches = dry_run.ahead(batches, dry_run.STEPS * updates.accumulation)
+        batches = dry_run.ahead(batches, dry_run.STEPS * batch_plan.accumulation)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     return batches

@@ -43,19 +43,19 @@ class EMAWeights(EMAModel):
         return [sharding.local_slice(parameter.detach()) for parameter in self.parameters]
 
     @torch.no_grad()
-    def step(self, held: torch.Tensor | None = None) -> None:
+    def step(self, skipped: torch.Tensor | None = None) -> None:
         """Move the average towards the parameters, once per optimizer step.
 
-        `held` is a scalar tensor, 1 where the step was skipped and the average is to stay too, else 0; None where no
-        step is skipped.
+        `skipped` is a scalar tensor, 1 where the step was skipped and the average is to stay too, else 0; None where
+        no step is skipped.
         """
         self.optimization_step += 1
         weight = 1 - self.get_decay(self.optimization_step)
         parameters = self.slices()
-        if held is not None:
-            weight = weight * (1 - held)
+        if skipped is not None:
+            weight = weight * (1 - skipped)
         if self.all_float32 and not self.offload:
-            weights = weight if held is None else [weight] * len(parameters)
+            weights = weight if skipped is None else [weight] * len(parameters)
             torch._foreach_lerp_(self.shadow_params, parameters, weights)
             return
         for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
@@ -124,7 +124,7 @@ class EMAWeights(EMAModel):
         self.optimization_step = config["optimization_step"]
 
     def write(self, path: Path) -> None:
-        """Write the average alone as one file; for models of which only a part is trained."""
+        """Write the average alone as one file, for models that are trained in part."""
         self._wait_for_copies()
         torch.save(self.state_dict(), path)
 

@@ -150,7 +150,7 @@ def load_sdxl_vae(
 @cache
 def other_model_folder(name: str, cache_dir: str | None = None) -> Path:
     """The local folder of a model that is no part of a pipeline, fetched from the hub where `name` is an id; the same
-    one for a whole run, whatever is uploaded there meanwhile."""
+    one for a run, whatever is uploaded there meanwhile."""
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download

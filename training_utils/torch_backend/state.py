@@ -25,7 +25,7 @@ class Weights(Protocol):
     def save(self, folder: Path) -> None:
         """Write the weights, and their average where there is one, into a checkpoint's folder.
 
-        Where the processes share the weights out, this is a collective call, of which the main process writes.
+        The main process writes. Where the processes share the weights out, this is a collective call.
         """
 
     def load(self, folder: Path) -> None:

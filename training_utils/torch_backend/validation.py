@@ -36,7 +36,7 @@ def stable_diffusion_image(pipeline: Any, prompt: str, noise: torch.Generator, *
     """What a Stable Diffusion or SDXL pipeline draws for a prompt, a PIL image. `options` go to the pipeline's call.
 
     Each network runs in the precision that it trains in: the VAE is therefore called here, since a VAE that is kept in
-    float32 overflows where an autocast around the whole pipeline would put it in half precision.
+    float32 overflows where an autocast around the pipeline would put it in half precision.
     """
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline(prompt, generator=noise, output_type="latent", **options).images
