@@ -79,7 +79,7 @@ def test_what_was_trained_is_what_loads(either, tmp_path, monkeypatch, form):
 
 
 def test_kohya_layout_is_the_one_that_webui_reads(run_lora, run_lora_sdxl, tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "BASES", {16: "tiny", 32: "tiny"})
+    monkeypatch.setattr(lora, "KOHYA_BASE_VERSIONS", {16: "tiny", 32: "tiny"})
     flags = [*WITH_TEXT, "--save_kohya_format", "--rank", "2", "--lora_alpha", "6"]
     run_lora(tmp_path / "sd", *flags)
     run_lora_sdxl(tmp_path / "xl", *flags)
