@@ -169,7 +169,7 @@ class Parts:
     noise_schedule: DDPMScheduler
     sampler: SchedulerMixin
     latents: LatentShape
-    embeddings: list[kandinsky.Embeddings]
+    embeddings: list[kandinsky.PromptEmbedding]
 
 
 def load_models(args, accelerator, prompts, seed) -> Parts:
@@ -314,7 +314,7 @@ def main(argv=None):
             if run.prompts:
                 pipeline = KandinskyV22Pipeline(unet, parts.sampler, parts.movq)
                 run.log_images(
-                    partial(kandinsky.image, pipeline, **kandinsky.drawing(args.validation)), parts.embeddings
+                    partial(kandinsky.draw_embedding, pipeline, **kandinsky.drawing(args.validation)), parts.embeddings
                 )
 
     # --- the loop ----------------------------------------------------------------------------------------------------

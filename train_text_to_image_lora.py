@@ -216,7 +216,7 @@ def usage(args, sampler, model, public=False):
     base = card.loading_call(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.single_file_config, public
     )
-    return USAGE.format(base=base, model=model, **lora.words_of_sampler("StableDiffusionPipeline", sampler, model))
+    return USAGE.format(base=base, model=model, **lora.sampler_usage("StableDiffusionPipeline", sampler, model))
 
 
 def main(argv=None):
@@ -252,7 +252,7 @@ def main(argv=None):
 
     # --- optimizer, schedule, EMA, resume ----------------------------------------------------------------------------
     run.plan_batches()
-    optimizer, lr_scheduler = run.make_optimizer(lora.parameters(adapted.values()))
+    optimizer, lr_scheduler = run.make_optimizer(lora.trainable_parameters(adapted.values()))
     # The loop calls `network`, which DDP may wrap; `unet` stays the bare model.
     network, optimizer, parameters = prepare_network(accelerator, unet, optimizer)
     text_network = parts.text_encoder

@@ -166,7 +166,7 @@ class Parts:
     noise_schedule: DDPMScheduler
     sampler: SchedulerMixin
     latents: LatentShape
-    embeddings: list[kandinsky.Embeddings]
+    embeddings: list[kandinsky.PromptEmbedding]
 
 
 def load_models(args, accelerator, prompts, seed) -> Parts:
@@ -282,7 +282,7 @@ def main(argv=None):
 
     # --- optimizer, schedule, EMA, resume ----------------------------------------------------------------------------
     run.plan_batches()
-    optimizer, lr_scheduler = run.make_optimizer(lora.parameters(adapted.values()))
+    optimizer, lr_scheduler = run.make_optimizer(lora.trainable_parameters(adapted.values()))
     # The loop calls `network`, which DDP may wrap; `unet` stays the bare model.
     network, optimizer, parameters = prepare_network(accelerator, unet, optimizer)
     ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
@@ -301,7 +301,7 @@ def main(argv=None):
             if run.prompts:
                 pipeline = KandinskyV22Pipeline(unet, parts.sampler, parts.movq)
                 run.log_images(
-                    partial(kandinsky.image, pipeline, **kandinsky.drawing(args.validation)), parts.embeddings
+                    partial(kandinsky.draw_embedding, pipeline, **kandinsky.drawing(args.validation)), parts.embeddings
                 )
 
     # --- the loop ----------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def main(argv=None):
     # --- the result --------------------------------------------------------------------------------------------------
     weights = weights.gather_full()
     return run.publish_weights(
-        partial(lora.save, args.output_dir, adapted),
+        partial(lora.save_adapters, args.output_dir, adapted),
         weights,
         tags=["kandinsky", "lora"],
         usage=usage(args, args.output_dir),

@@ -258,7 +258,7 @@ def main(argv=None):
 
     # --- optimizer, schedule, EMA, resume ----------------------------------------------------------------------------
     run.plan_batches()
-    optimizer, lr_scheduler = run.make_optimizer(lora.parameters(adapted.values()))
+    optimizer, lr_scheduler = run.make_optimizer(lora.trainable_parameters(adapted.values()))
     # The loop calls `network`, which DDP may wrap; `prior` stays the bare model.
     network, optimizer, parameters = prepare_network(accelerator, prior, optimizer)
     ema = EMAWeights(adapted.values(), args.ema_decay) if args.use_ema else None
@@ -283,8 +283,8 @@ def main(argv=None):
                     parts.sampler,
                     parts.image_processor,
                 )
-                draw = partial(kandinsky.prompt_image, pipeline, parts.decoder, **kandinsky.drawing(args.validation))
-                with frozen.temporarily_on(kandinsky.networks(parts.decoder), accelerator.device):
+                draw = partial(kandinsky.draw_prompt, pipeline, parts.decoder, **kandinsky.drawing(args.validation))
+                with frozen.temporarily_on(kandinsky.pipeline_networks(parts.decoder), accelerator.device):
                     run.log_images(draw)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def main(argv=None):
     # --- the result --------------------------------------------------------------------------------------------------
     weights = weights.gather_full()
     return run.publish_weights(
-        partial(lora.save, args.output_dir, adapted),
+        partial(lora.save_adapters, args.output_dir, adapted),
         weights,
         tags=["kandinsky", "lora"],
         usage=usage(args, args.output_dir),

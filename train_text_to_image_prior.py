@@ -293,8 +293,8 @@ def main(argv=None):
                     parts.sampler,
                     parts.image_processor,
                 )
-                draw = partial(kandinsky.prompt_image, pipeline, parts.decoder, **kandinsky.drawing(args.validation))
-                with frozen.temporarily_on(kandinsky.networks(parts.decoder), accelerator.device):
+                draw = partial(kandinsky.draw_prompt, pipeline, parts.decoder, **kandinsky.drawing(args.validation))
+                with frozen.temporarily_on(kandinsky.pipeline_networks(parts.decoder), accelerator.device):
                     run.log_images(draw)
 
     # --- the loop ----------------------------------------------------------------------------------------------------

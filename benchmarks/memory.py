@@ -208,7 +208,7 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
     if args.cache_latents:
         start = {name: value for name, value in start.items() if not name.endswith("pixels")}
 
-    parameters = lora.parameters([trained])
+    parameters = lora.trainable_parameters([trained])
     full_bf16, offloaded = getattr(args, "full_bf16", False), getattr(args, "offload_ema", False)
     optimizer = optimizers.make_optimizer(
         parameters,

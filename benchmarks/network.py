@@ -124,7 +124,7 @@ def main(argv=None):
     if device.type == "cuda":
         adapted.bfloat16()
     lora.add_adapter(adapted, lora.UNET_LAYERS, rank=4)
-    parameters = lora.parameters([adapted])
+    parameters = lora.trainable_parameters([adapted])
     for name, own in 2 * [("ours", True), ("PEFT's", False)]:  # in turn, twice
         use_own_forward(adapted, own)
         for batch in (1, 16) if device.type == "cuda" else args.batches:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,6 +149,7 @@ def test_a_failed_write_leaves_the_old_ones_and_the_run(tmp_path, capsys):
 KILLED = """
 import os, sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_checkpoints as t
 from training_utils.run import checkpoints
@@ -382,6 +384,27 @@ def test_a_checkpoint_cannot_run_code(run, tmp_path):
     assert "cannot be read" in sentence and not mark.exists()
     torch.load(folder / "optimizer.bin", weights_only=False)
     assert mark.exists(), "the file would have run code"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), TypeError("a bug of ours")])
+def test_a_bug_is_not_reported_as_a_bad_checkpoint(tmp_path, monkeypatch, error):
+    """What bad files raise becomes one sentence, with the cause at hand; anything else passes as it is."""
+
+    class Weights:
+        ema = None
+
+        def load(self, folder):
+            raise error
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    state = TrainingState(
+        accelerator=SimpleNamespace(scaler=None), optimizer=optimizer, lr_scheduler=scheduler, weights=Weights()
+    )
+    monkeypatch.setattr("training_utils.run.resume.require_everywhere", lambda *_: None)
+    with pytest.raises(UserError if isinstance(error, RuntimeError) else TypeError) as caught:
+        state.read(tmp_path, 1)
+    assert error in (caught.value, caught.value.__cause__)
 
 
 def test_left_overs_of_a_killed_run_go(run, tmp_path):

@@ -368,8 +368,10 @@ def test_adapters_that_load_are_those_that_were_trained(adapters, kandinsky, tmp
     """The loaded pipeline draws the very image that the network draws which was just trained; the base stays."""
     name, network = ("prior", "prior") if "prior" in adapters.script else ("unet", "decoder")
     trained = {}
-    real = lora.save
-    monkeypatch.setattr(lora, "save", lambda folder, adapted: (trained.update(adapted), real(folder, adapted)))
+    real = lora.save_adapters
+    monkeypatch.setattr(
+        lora, "save_adapters", lambda folder, adapted: (trained.update(adapted), real(folder, adapted))
+    )
     adapters(tmp_path, *LARGE, *FORMS[form])
     own = dict(zip(("prior", "decoder"), fresh(kandinsky)))
     before = draw(**own)

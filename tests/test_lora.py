@@ -79,7 +79,7 @@ def test_what_was_trained_is_what_loads(either, tmp_path, monkeypatch, form):
 
 
 def test_kohya_layout_is_the_one_that_webui_reads(run_lora, run_lora_sdxl, tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "BASES", {16: "tiny", 32: "tiny"})
+    monkeypatch.setattr(lora, "KOHYA_BASE_VERSIONS", {16: "tiny", 32: "tiny"})
     flags = [*WITH_TEXT, "--save_kohya_format", "--rank", "2", "--lora_alpha", "6"]
     run_lora(tmp_path / "sd", *flags)
     run_lora_sdxl(tmp_path / "xl", *flags)
@@ -106,7 +106,9 @@ def test_adapters_beside_their_base_leave_it_as_it_was(run_lora, tmp_path):
     with pytest.raises(SystemExit):
         run_lora(tmp_path, *beside, "--prediction_type", "v_prediction")
     run_lora(tmp_path, *beside)
-    assert (tmp_path / lora.FILE).exists() and all(path.read_bytes() == content for path, content in before.items())
+    assert (tmp_path / lora.ADAPTER_FILE).exists() and all(
+        path.read_bytes() == content for path, content in before.items()
+    )
 
 
 def test_what_an_earlier_run_left_beside_the_adapters_goes(run_lora, tmp_path):
@@ -150,7 +152,7 @@ def test_our_forward_is_that_of_peft(run_lora, alpha, dropout, precision):
         unet.bfloat16()
     lora.add_adapter(unet, lora.UNET_LAYERS, 4, alpha, dropout)
     draw = torch.Generator().manual_seed(0)
-    for parameter in lora.parameters([unet]):
+    for parameter in lora.trainable_parameters([unet]):
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=draw)
     latents, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 77, 16, generator=draw)
     if precision == "float64":
@@ -170,7 +172,7 @@ def test_our_forward_is_that_of_peft(run_lora, alpha, dropout, precision):
             output = network(latents, torch.tensor([3, 800]), text).sample
         assert output.dtype == latents.dtype or precision == "autocast" and output.dtype == torch.bfloat16
         output.double().square().sum().backward()
-        found[name] = [output, *(parameter.grad for parameter in lora.parameters([network]))]
+        found[name] = [output, *(parameter.grad for parameter in lora.trainable_parameters([network]))]
     assert all(gradient.abs().max() > 0 for gradient in found["ours"])
     ours, theirs = (torch.cat([tensor.detach().double().flatten() for tensor in all]) for all in found.values())
     allowed = {"float64": 1e-13, "float32": 1e-5}.get(precision, 0.03)

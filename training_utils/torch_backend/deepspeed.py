@@ -1,62 +1,79 @@
-"""DeepSpeed's ZeRO, stages 1 and 2: every process has all weights, and updates its share of them alone.
+"""DeepSpeed's ZeRO, stages 1 and 2: every process has all weights, and steps its share of them alone.
+
+This file has never run on GPUs: its tests are on CPU processes.
 
 The share is a slice of the trained weights laid in a row; a process keeps AdamW's moments of that slice and, in stage
-2, its gradient. accelerate's own way to DeepSpeed updates weights inside the backward pass, before a gradient can be
+2, its gradient. accelerate's own way to DeepSpeed steps the weights inside the backward pass, before a gradient can be
 clipped or found not finite, so accelerate is not told of it, and DeepSpeed's engine is driven here.
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from training_utils.base import launch
 
-# Of the zero_optimization section of DeepSpeed's file: what decides how much is sent at once.
-SIZES = ["reduce_bucket_size", "allgather_bucket_size", "overlap_comm"]
+# The settings in the zero_optimization section of DeepSpeed's file that decide how much is sent at once.
+BUCKET_SETTINGS = ["reduce_bucket_size", "allgather_bucket_size", "overlap_comm"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @contextmanager
-def hidden():
+def hidden_from_accelerate() -> Iterator[None]:
     """Within this context accelerate does not see that it was launched with DeepSpeed, nor an accumulation that may be
-    "auto"; the flags say how many passes a step has."""
+    "auto"; the flags say how many micro-steps a step has."""
     names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-    told = {name: os.environ.pop(name) for name in names if name in os.environ}
+    removed = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ |= told
+        os.environ |= removed
 
 
-def prepare(accelerator, model, optimizer):
+def prepare_model(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple["EngineModule", "PartitionedOptimizer"]:
     """What `accelerator.prepare` returns of a model and its torch AdamW, for processes that share the steps out."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__ = {}  # else it compiles for minutes, for processes that meet on a CPU
+    # Else it compiles for minutes, for processes that meet on a CPU.
+    deepspeed.ops.__compatible_ops__ = {}
     settings = launch.deepspeed_settings()
-    sizes = {name: settings[f"zero_optimization.{name}"] for name in SIZES if f"zero_optimization.{name}" in settings}
+    buckets = {}
+    for name in BUCKET_SETTINGS:
+        if f"zero_optimization.{name}" in settings:
+            buckets[name] = settings[f"zero_optimization.{name}"]
     stage = int(settings[launch.STAGE])
     config = {
-        "zero_optimization": {"stage": stage, "compute_grad_norm": False, **sizes},
-        "gradient_clipping": 0.0,  # `Optimizer.clip` does it; left out, the engine would clip to a norm of 1
-        "train_micro_batch_size_per_gpu": 1,  # asked for, to count samples
+        "zero_optimization": {"stage": stage, "compute_grad_norm": False, **buckets},
+        # PartitionedOptimizer.clip_gradient clips; without this line the engine would clip to a norm of 1.
+        "gradient_clipping": 0.0,
+        # DeepSpeed wants to know it, to count samples.
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
-        "timers": {"throughput": {"enabled": False, "synchronized": False}},  # else each forward waits for the device
+        # Else each forward waits for the device.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "steps_per_print": None,
     }
     parameters = optimizer.param_groups[0]["params"]
-    model = accelerator.prepare_model(model, evaluation_mode=True)  # the mixed precision alone
+    # With `evaluation_mode` accelerate prepares the mixed precision alone.
+    model = accelerator.prepare_model(model, evaluation_mode=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.set_gradient_accumulation_boundary(True)
-    return Network(engine), Optimizer(accelerator, engine, optimizer, parameters, stage)
+    return EngineModule(engine), PartitionedOptimizer(accelerator, engine, optimizer, parameters, stage)
 
 
-class Network(torch.nn.Module):
+class EngineModule(torch.nn.Module):
     """What the loop calls in place of the model."""
 
-    def __init__(self, engine):
+    def __init__(self, engine: Any) -> None:
         super().__init__()
         self.engine = engine
 
@@ -64,8 +81,8 @@ class Network(torch.nn.Module):
         return self.engine(*inputs, **options)
 
     @contextmanager
-    def no_sync(self):
-        """What accelerate enters for the passes of a step before the last, as with DistributedDataParallel."""
+    def no_sync(self) -> Iterator[None]:
+        """What accelerate enters for the micro-steps of a step before the last, as with DistributedDataParallel."""
         self.engine.set_gradient_accumulation_boundary(False)
         try:
             yield
@@ -73,83 +90,106 @@ class Network(torch.nn.Module):
             self.engine.set_gradient_accumulation_boundary(True)
 
 
-class Parameters(list):
+class PartitionedParameters(list):
     """The parameters of a model whose steps are shared out, and `optimizer`, which has their gradient."""
 
-    def __init__(self, parameters, optimizer):
+    def __init__(self, parameters: list[torch.nn.Parameter], optimizer: "PartitionedOptimizer") -> None:
         super().__init__(parameters)
         self.optimizer = optimizer
 
 
-class Optimizer:
+class PartitionedOptimizer:
     """What the scripts call of an optimizer. `optimizer` is torch's, whose one parameter is this process' slice."""
 
-    def __init__(self, accelerator, engine, optimizer, parameters, stage):
-        self.accelerator, self.engine, self.optimizer, self.stage = accelerator, engine, optimizer, stage
-        self.parameters = Parameters(parameters, self)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        engine: Any,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[torch.nn.Parameter],
+        stage: int,
+    ) -> None:
+        self.accelerator = accelerator
+        self.engine = engine
+        self.optimizer = optimizer
+        self.stage = stage
+        self.parameters = PartitionedParameters(parameters, self)
         (self.slice,) = optimizer.param_groups[0]["params"]
 
     @property
-    def param_groups(self):
+    def param_groups(self) -> list[dict]:
         return self.optimizer.param_groups
 
     @property
-    def state(self):
+    def state(self) -> dict:
         return self.optimizer.state
 
-    def clip(self, max_norm):
-        """The norm of the whole gradient, a scalar tensor, which is then clipped to `max_norm`; 0 means no clipping. A
+    def clip_gradient(self, max_norm: float) -> torch.Tensor:
+        """The norm of the full gradient, a scalar tensor, which is then clipped to `max_norm`; 0 means no clipping. A
         collective call, between the last backward pass of a step and `step`."""
         parts = self.engine.optimizer.averaged_gradients[0]
         square = torch.nn.utils.get_total_norm(parts).square()
         dist.all_reduce(square)
         norm = square.sqrt()
         if max_norm:
-            torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1))  # as torch.nn.utils.clip_grad_norm_
+            # The factor of torch.nn.utils.clip_grad_norm_.
+            torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1))
         return norm
 
-    def step(self):
-        """Step the slice, and gather all of them; after the other passes of a step nothing."""
+    def step(self) -> None:
+        """Step the slice, and gather all of them; after the other micro-steps of a step nothing."""
         if self.accelerator.sync_gradients:
             self.engine.step()
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Nothing: the engine has freed the gradients that it has used."""
 
-    def _pieces(self, rank):
+    def _pieces(self, rank: int) -> Iterator[tuple[int, slice, slice]]:
         """Where the slice of a process lies, as (number of a parameter, range in it, range in the slice)."""
-        begin, end, at = rank * self.slice.numel(), (rank + 1) * self.slice.numel(), 0
+        begin = rank * self.slice.numel()
+        end = begin + self.slice.numel()
+        start = 0
         for number, parameter in enumerate(self.parameters):
             size = parameter.numel() if parameter.requires_grad else 0
-            first, last = max(at, begin), min(at + size, end)
+            first = max(start, begin)
+            last = min(start + size, end)
             if first < last:
-                yield number, slice(first - at, last - at), slice(first - begin, last - begin)
-            at += size
+                yield number, slice(first - start, last - start), slice(first - begin, last - begin)
+            start += size
 
-    def whole_state(self):
-        """The state_dict that one process would have; None in every process but the first. A collective call."""
-        mine, main = self.state[self.slice], dist.get_rank() == 0
+    def gather_full_state(self) -> dict | None:
+        """The state_dict that one process would have; None in every process except the main one. A collective call."""
+        own = self.state[self.slice]
+        is_main = dist.get_rank() == 0
         trained = [number for number, parameter in enumerate(self.parameters) if parameter.requires_grad]
-        state = {number: {"step": mine["step"].to("cpu", copy=True)} for number in trained}
-        for name in ("exp_avg", "exp_avg_sq"):
-            if main:
+        state = {number: {"step": own["step"].to("cpu", copy=True)} for number in trained}
+        for name in MOMENTS:
+            if is_main:
                 for number in trained:
-                    state[number][name] = torch.empty_like(self.parameters[number], device="cpu").requires_grad_(False)
-            for rank in range(dist.get_world_size()):  # one slice after the other, for a device that has no more room
-                part = mine[name] if rank == dist.get_rank() else torch.empty_like(mine[name])
+                    full = torch.empty_like(self.parameters[number], device="cpu")
+                    state[number][name] = full.requires_grad_(False)
+            # One slice after the other, for a device that has no more room.
+            for rank in range(dist.get_world_size()):
+                part = own[name] if rank == dist.get_rank() else torch.empty_like(own[name])
                 dist.broadcast(part, rank)
-                for number, there, here in self._pieces(rank) if main else ():
-                    state[number][name].view(-1)[there] = part[here].cpu()
+                if not is_main:
+                    continue
+                for number, in_parameter, in_slice in self._pieces(rank):
+                    state[number][name].view(-1)[in_parameter] = part[in_slice].cpu()
+        if not is_main:
+            return None
         (group,) = self.param_groups
-        return {"state": state, "param_groups": [group | {"params": [*range(len(self.parameters))]}]} if main else None
+        return {"state": state, "param_groups": [group | {"params": [*range(len(self.parameters))]}]}
 
-    def load_state(self, saved):
-        """Put what `whole_state` returned, in whatever run, into this process' slice; no collective call. The weights
-        must be the model's already."""
+    def load_full_state(self, saved: dict) -> None:
+        """Put what `gather_full_state` returned, in whatever run, into this process' slice; no collective call. The
+        weights must be the model's already."""
         self.engine.optimizer.refresh_fp32_params()
-        found = [moments for _, moments in sorted(saved["state"].items())]
-        mine = {name: torch.zeros_like(self.slice) for name in ("exp_avg", "exp_avg_sq")}
-        for number, there, here in self._pieces(dist.get_rank()):
-            for name, part in mine.items() if number in saved["state"] else ():
-                part[here] = saved["state"][number][name].flatten()[there].to(part.device)
-        self.state[self.slice] = {"step": found[0]["step"].clone(), **mine}
+        first = saved["state"][min(saved["state"])]
+        own = {name: torch.zeros_like(self.slice) for name in MOMENTS}
+        for number, in_parameter, in_slice in self._pieces(dist.get_rank()):
+            if number not in saved["state"]:
+                continue
+            for name, part in own.items():
+                part[in_slice] = saved["state"][number][name].flatten()[in_parameter].to(part.device)
+        self.state[self.slice] = {"step": first["step"].clone(), **own}

@@ -1,71 +1,122 @@
 """What a dry run measures."""
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
-import torch.utils.checkpoint
+from accelerate import Accelerator
 
 from training_utils.base import environment
 from training_utils.run import dry_run
 from training_utils.torch_backend import sharding
-from training_utils.torch_backend.deepspeed import Optimizer
+from training_utils.torch_backend.deepspeed import PartitionedOptimizer
+from training_utils.torch_backend.ema import EMAWeights
 
 
-def begin_dry_run(accelerator, batches, samples, updates):
+def begin_dry_run(accelerator: Accelerator, batches: Iterator, samples: Any, batch_plan: Any) -> Iterator:
     """The batches for a dry run, whose use of memory is measured from here on.
 
     Those of data.Samples that caches stand in for are made now: a run finds them on the disk.
     """
     prepare = samples.prepare
     if prepare.images or getattr(prepare, "captions", None):
-        batches = dry_run.ahead(batches, dry_run.STEPS * updates.accumulation)
+        batches = dry_run.ahead(batches, dry_run.STEPS * batch_plan.accumulation)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     return batches
 
 
-def report_dry_run(accelerator, plan, networks, others, optimizer, ema, fused=None):
-    """Print what a dry run has found. `plan` is what `dry_run.report` takes first; `networks` are those that are
-    trained, {name: module}; of the `others` one may be None. `fused` is a FusedBackward or None."""
+def report_dry_run(
+    accelerator: Accelerator,
+    plan: tuple,
+    networks: dict[str, torch.nn.Module],
+    others: Iterable[torch.nn.Module | None],
+    optimizer: Any,
+    ema: EMAWeights | None,
+    fused: Any = None,
+) -> None:
+    """Print what a dry run has found.
+
+    `plan` is what `dry_run.report` takes first; `networks` are those that are trained, {name: module}, and `others`
+    the frozen ones. `fused` is a FusedBackward or None.
+    """
     device = accelerator.device
-    models = [*networks.values(), *(network for network in others if network is not None)]
-    trained = sharding.trained(optimizer)
-    ids = {id(parameter) for parameter in trained}
-    still = [tensor for model in models for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in ids]
-    state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+    memory = memory_by_part(
+        device,
+        models=[*networks.values(), *(network for network in others if network is not None)],
+        optimizer=optimizer,
+        ema=ema,
+        frees_gradients=fused is not None,
+    )
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        device_name = "this machine"
+        peak = environment.peak_memory()
+    parameters = {name: _parameters_by_module(network) for name, network in networks.items()}
+    dry_run.report(*plan, parameters, device_name, memory, peak)
+
+
+def memory_by_part(
+    device: torch.device,
+    *,
+    models: list[torch.nn.Module],
+    optimizer: Any,
+    ema: EMAWeights | None,
+    frees_gradients: bool,
+) -> dict[str, int]:
+    """What each part of a training takes on the device, {part in words: bytes}.
+
+    `frees_gradients` says that a weight's gradient is freed before the next one's is there.
+    """
+    trained = sharding.trained_parameters(optimizer)
+    trained_ids = {id(parameter) for parameter in trained}
+    frozen = []
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in trained_ids:
+                frozen.append(tensor)
     gradients = [parameter for parameter in trained if parameter.requires_grad]
-    if fused:
+    if frees_gradients:
         gradients = [max(gradients, key=_bytes)]
-    if isinstance(optimizer, Optimizer):
-        state.append(optimizer.slice)
-        gradients = [optimizer.slice] if optimizer.stage == 2 else gradients
-    memory = {
+    optimizer_state = []
+    for values in optimizer.state.values():
+        optimizer_state += [value for value in values.values() if torch.is_tensor(value)]
+    if isinstance(optimizer, PartitionedOptimizer):
+        optimizer_state.append(optimizer.slice)
+        if optimizer.stage == 2:
+            gradients = [optimizer.slice]
+    parts = {
         "weights that are trained": trained,
         "their gradients": gradients,
-        "state of the optimizer": state,
+        "state of the optimizer": optimizer_state,
         "moving average": ema.shadow_params if ema is not None else [],
-        "weights that are frozen": still,
+        "weights that are frozen": frozen,
     }
-    memory = {what: _bytes_on(device, tensors) for what, tensors in memory.items()}
-    name, peak = "this machine", environment.peak_memory()
-    if device.type == "cuda":
-        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
-    dry_run.report(*plan, {name: _modules(network) for name, network in networks.items()}, name, memory, peak)
+    return {part: _bytes_on(device, tensors) for part, tensors in parts.items()}
 
 
-def _bytes(tensor):
-    tensor = sharding.local(tensor)
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensor: torch.Tensor) -> int:
+    part = sharding.local_slice(tensor)
+    return part.numel() * part.element_size()
 
 
-def _bytes_on(device, tensors):
+def _bytes_on(device: torch.device, tensors: Iterable[torch.Tensor]) -> int:
     """What tensors take on a device, in bytes; one that is there twice counts once."""
-    return sum(_bytes(tensor) for tensor in {id(t): t for t in tensors if t.device.type == device.type}.values())
+    distinct = {id(tensor): tensor for tensor in tensors if tensor.device.type == device.type}
+    return sum(_bytes(tensor) for tensor in distinct.values())
 
 
-def _modules(network):
-    """The parameters of each top-level module, {name: (how many are trained, how many are not)}."""
+def _parameters_by_module(network: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """The parameters of each top-level module, {name: (how many are trained, how many are frozen)}."""
     counts = {}
     for name, parameter in network.named_parameters():
-        trained, frozen = counts.get(name.split(".")[0], (0, 0))
-        more = parameter.numel()
-        counts[name.split(".")[0]] = (trained + more, frozen) if parameter.requires_grad else (trained, frozen + more)
+        module = name.split(".")[0]
+        trained, frozen = counts.get(module, (0, 0))
+        if parameter.requires_grad:
+            trained += parameter.numel()
+        else:
+            frozen += parameter.numel()
+        counts[module] = (trained, frozen)
     return counts

@@ -7,19 +7,19 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 
 from training_utils.torch_backend import optimizers, sharding
-from training_utils.torch_backend.deepspeed import Parameters
+from training_utils.torch_backend.deepspeed import PartitionedParameters
 
 
 def clip_gradient(accelerator: Accelerator, parameters: Any, max_norm: float) -> torch.Tensor:
     """The norm of the gradient, a scalar tensor, which is then clipped to `max_norm`; 0 means no clipping."""
-    if isinstance(parameters, Parameters):
-        return parameters.optimizer.clip(max_norm)
+    if isinstance(parameters, PartitionedParameters):
+        return parameters.optimizer.clip_gradient(max_norm)
     if max_norm:
         norm = accelerator.clip_grad_norm_(parameters, max_norm)
     else:
         accelerator.unscale_gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return sharding.full(norm)
+    return sharding.gather_full_tensor(norm)
 
 
 class Gradient:
@@ -144,8 +144,8 @@ class FusedBackward:
 def prepare_network(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> tuple[Any, Any, Any]:
     """What the loop calls of a model, its optimizer, and the parameters that this one steps from now on, which are
     others where the processes share them out."""
-    network, optimizer = sharding.prepare(accelerator, model, optimizer)
-    parameters = sharding.trained(optimizer)
+    network, optimizer = sharding.prepare_model(accelerator, model, optimizer)
+    parameters = sharding.trained_parameters(optimizer)
     if accelerator.gradient_accumulation_steps > 1 and _replays_graphs(accelerator.state.dynamo_plugin):
         own_gradients(parameters)
     return network, optimizer, parameters

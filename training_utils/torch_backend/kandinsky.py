@@ -1,10 +1,13 @@
 """Kandinsky 2.2's two stages at work together, for validation images: text to embedding, embedding to image."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
+    DiffusionPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
     PriorTransformer,
@@ -12,6 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from PIL.Image import Image
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from training_utils.base.errors import UserError
@@ -19,25 +23,44 @@ from training_utils.cli.options import ValidationOptions
 from training_utils.torch_backend import frozen, models
 
 
-@torch.no_grad()
-def embeddings(pipeline, prompt, noise, steps, guidance_scale):
-    """What a KandinskyV22PriorPipeline makes of a prompt: the embeddings of its image and of no image, each of
-    shape (1, width). `noise` is a torch.Generator."""
-    pipeline.set_progress_bar_config(disable=True)
-    steps = max(2, steps)  # its scheduler divides by steps - 1
-    output = pipeline(prompt, generator=noise, num_inference_steps=steps, guidance_scale=guidance_scale)
-    return output.image_embeds, output.negative_image_embeds
+class PromptEmbedding(NamedTuple):
+    """What a prior makes of a prompt: the embeddings of its image and of no image, each of shape (1, width).
+
+    In the order in which a KandinskyV22Pipeline takes them.
+    """
+
+    image: torch.Tensor
+    no_image: torch.Tensor
 
 
 @torch.no_grad()
-def image(pipeline, pair, noise, side, steps, guidance_scale):
-    """What a KandinskyV22Pipeline draws for a pair that `embeddings` made: a PIL image of `side` pixels.
+def embed_prompt(
+    prior: KandinskyV22PriorPipeline, prompt: str, noise: torch.Generator, steps: int, guidance_scale: float
+) -> PromptEmbedding:
+    """Embed a prompt with the prior's pipeline."""
+    prior.set_progress_bar_config(disable=True)
+    # The prior's scheduler divides by steps - 1.
+    steps = max(2, steps)
+    output = prior(prompt, generator=noise, num_inference_steps=steps, guidance_scale=guidance_scale)
+    return PromptEmbedding(output.image_embeds, output.negative_image_embeds)
+
+
+@torch.no_grad()
+def draw_embedding(
+    decoder: KandinskyV22Pipeline,
+    embedding: PromptEmbedding,
+    noise: torch.Generator,
+    side: int,
+    steps: int,
+    guidance_scale: float,
+) -> Image:
+    """Draw the image of an embedded prompt with the decoder's pipeline: a PIL image of `side` pixels.
 
     MOVQ is called here, in its own precision, whatever the UNet's is.
     """
-    pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(
-        *pair,
+    decoder.set_progress_bar_config(disable=True)
+    latents = decoder(
+        *embedding,
         height=side,
         width=side,
         generator=noise,
@@ -45,20 +68,49 @@ def image(pipeline, pair, noise, side, steps, guidance_scale):
         guidance_scale=guidance_scale,
         output_type="latent",
     ).images
-    pixels = pipeline.movq.decode(latents.to(pipeline.movq.dtype), force_not_quantize=True).sample
+    pixels = decoder.movq.decode(latents.to(decoder.movq.dtype), force_not_quantize=True).sample
     array = (pixels.float() / 2 + 0.5).clip(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return pipeline.numpy_to_pil(array)[0]
+    return decoder.numpy_to_pil(array)[0]
 
 
-def prompt_image(prior, decoder, prompt, noise, side, steps, guidance_scale):
-    """What the pipelines of both stages draw for a prompt: `image` for the pair that `embeddings` makes."""
-    pair = embeddings(prior, prompt, noise, steps, guidance_scale)
-    return image(decoder, pair, noise, side, steps, guidance_scale)
+def draw_prompt(
+    prior: KandinskyV22PriorPipeline,
+    decoder: KandinskyV22Pipeline,
+    prompt: str,
+    noise: torch.Generator,
+    side: int,
+    steps: int,
+    guidance_scale: float,
+) -> Image:
+    """Draw the image of a prompt with the pipelines of both stages: a PIL image of `side` pixels."""
+    embedding = embed_prompt(prior, prompt, noise, steps, guidance_scale)
+    return draw_embedding(decoder, embedding, noise, side, steps, guidance_scale)
 
 
-def load_decoder(name, revision, variant, cache_dir, dtype):
-    """A decoder that shows what a prior has learned, in host memory. Raises UserError where it is not at hand."""
-    with _for_images():
+def pipeline_networks(pipeline: DiffusionPipeline) -> list[torch.nn.Module]:
+    """The networks among a pipeline's parts."""
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+
+
+@contextmanager
+def _explained_by_validation_images() -> Iterator[None]:
+    """Within this context a UserError also says that the part is for validation images alone."""
+    try:
+        yield
+    except UserError as error:
+        # Each process loads by itself, so one alone may fail.
+        raise UserError(
+            f"the validation images need both networks, and {error}; name one that is there, or leave the "
+            "validation prompt out",
+            everywhere=False,
+        ) from error
+
+
+def load_decoder(
+    name: str, revision: str | None, variant: str | None, cache_dir: str | None, dtype: torch.dtype
+) -> KandinskyV22Pipeline:
+    """Load a decoder that shows what a prior has learned, in host memory. Raises UserError where it cannot be had."""
+    with _explained_by_validation_images():
         folder = models.model_folder(name, KandinskyV22Pipeline, revision, variant, cache_dir, trained=False)
         unet = models.load_part(UNet2DConditionModel, folder, "unet", variant, dtype=dtype)
         movq = models.load_part(VQModel, folder, "movq", variant, dtype=dtype)
@@ -66,49 +118,38 @@ def load_decoder(name, revision, variant, cache_dir, dtype):
         return KandinskyV22Pipeline(unet, models.sampling_scheduler(folder, {}), movq)
 
 
-@contextmanager
-def _for_images():
-    try:
-        yield
-    except UserError as error:  # on each process by itself: one alone may fail
-        raise UserError(
-            f"the validation images need both networks, and {error}; name one that is there, or leave the "
-            "validation prompt out",
-            everywhere=False,
-        ) from None
-
-
-def networks(pipeline):
-    """The networks among a pipeline's parts, a list."""
-    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-
-
-def embed_prompts(folder, variant, image_encoder, device, prompts, seed, steps, guidance_scale):
-    """The pairs of `embeddings` for some prompts, by the prior in a folder, which is loaded, used and let go: in the
-    training of a decoder they never change. Raises UserError where the folder lacks a part of the prior."""
-    with _for_images():
-        parts = dict(
-            prior=models.load_part(PriorTransformer, folder, "prior", variant, dtype=torch.float32),
-            text_encoder=models.load_part(
-                CLIPTextModelWithProjection, folder, "text_encoder", variant, dtype=torch.float32
-            ),
+def embed_prompts(
+    folder: Path,
+    variant: str | None,
+    image_encoder: torch.nn.Module,
+    device: torch.device,
+    prompts: list[str],
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+) -> list[PromptEmbedding]:
+    """Embed some prompts with the prior in a folder, which is loaded, used and let go: in the training of a decoder
+    the embeddings never change. Raises UserError where a part of the prior is missing."""
+    options = {"variant": variant, "dtype": torch.float32}
+    with _explained_by_validation_images():
+        prior = KandinskyV22PriorPipeline(
+            prior=models.load_part(PriorTransformer, folder, "prior", **options),
+            text_encoder=models.load_part(CLIPTextModelWithProjection, folder, "text_encoder", **options),
             tokenizer=models.load_part(CLIPTokenizer, folder, "tokenizer"),
             scheduler=models.load_part(UnCLIPScheduler, folder, "scheduler"),
+            image_encoder=image_encoder,
+            image_processor=None,
         )
-    pipeline = KandinskyV22PriorPipeline(**parts, image_encoder=image_encoder, image_processor=None)
-    with frozen.temporarily_on(networks(pipeline), device):
-        return [
-            embeddings(pipeline, prompt, torch.Generator("cpu").manual_seed(seed + at), steps, guidance_scale)
-            for at, prompt in enumerate(prompts)
-        ]
-
-
-# What a prior makes of a prompt: the embeddings of its image and of no image, each of shape (1, D).
-Embeddings = tuple[torch.Tensor, torch.Tensor]
+    embeddings = []
+    with frozen.temporarily_on(pipeline_networks(prior), device):
+        for number, prompt in enumerate(prompts):
+            noise = torch.Generator("cpu").manual_seed(seed + number)
+            embeddings.append(embed_prompt(prior, prompt, noise, steps, guidance_scale))
+    return embeddings
 
 
 def drawing(options: ValidationOptions) -> dict[str, float]:
-    """How validation images are drawn, as `image` and `prompt_image` take it."""
+    """How validation images are drawn, as `draw_embedding` and `draw_prompt` take it."""
     return {
         "side": options.height,
         "steps": options.num_inference_steps,

@@ -1,7 +1,9 @@
 """Low-rank adapters through PEFT: adding, saving in the library's layout and in that of WebUI and ComfyUI, loading."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
@@ -15,17 +17,25 @@ from training_utils.base.console import warn
 from training_utils.base.errors import UserError
 from training_utils.torch_backend.ema import EMAWeights
 
-FILE = "pytorch_lora_weights.safetensors"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
-AVERAGE = "ema.bin"
+AVERAGE_FILE = "ema.bin"
 # What kohya's trainers call the base model in a file, by which WebUI sorts it: by the width of the text states.
-BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
+KOHYA_BASE_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 ADDED_KV_LAYERS = ["add_k_proj", "add_v_proj"]  # Kandinsky's UNet: keys and values from the image's embedding
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def add_adapter(model, layers, rank, alpha=None, dropout=0.0, use_dora=False, seed=0):
+def add_adapter(
+    model: torch.nn.Module,
+    layers: list[str],
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    use_dora: bool = False,
+    seed: int = 0,
+) -> None:
     """Freeze a model and give the linear layers of these names trainable low-rank terms (Hu et al. 2021, 2106.09685).
 
     W x becomes W x + (alpha / rank) B A x, with A (rank, in) gaussian and B (out, rank) zero at the start; `alpha`
@@ -44,16 +54,17 @@ def add_adapter(model, layers, rank, alpha=None, dropout=0.0, use_dora=False, se
             target_modules=layers,
         )
     )
-    for parameter in parameters([model]):
+    for parameter in trainable_parameters([model]):
         parameter.data = parameter.data.float()
     if not use_dora:
         for module in model.modules():
             if isinstance(module, LoraLayer):
-                module.lora_variant["default"], module.cast_input_dtype_enabled = FewerPasses, False
+                module.lora_variant["default"] = FewerPasses
+                module.cast_input_dtype_enabled = False
 
 
 class FewerPasses(LoraVariant):
-    """PEFT's forward of an adapted layer in fewer skips memory, which are what a low-rank term costs.
+    """PEFT's forward of an adapted layer in fewer passes over memory, which are what a low-rank term costs.
 
     PEFT scales the term at the width of the layer's output, not at the rank's, writes it and its sum with the output
     to new memory, and makes an input float32 that autocast then makes half precision again. Here the product adds
@@ -63,20 +74,25 @@ class FewerPasses(LoraVariant):
 
     @staticmethod
     def forward(module, active_adapter, x, result, **_):
-        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        down = module.lora_A[active_adapter]
+        up = module.lora_B[active_adapter]
+        scaling = module.scaling[active_adapter]
         if x.dtype != down.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(down.weight.dtype)
-        term, scaling = down(module.lora_dropout[active_adapter](x)), module.scaling[active_adapter]
-        term = (term if scaling == 1 else term * scaling).to(result.dtype)  # autocast leaves in-place calls alone
+        term = down(module.lora_dropout[active_adapter](x))
+        if scaling != 1:
+            term = term * scaling
+        # By hand, since autocast leaves in-place calls alone.
+        term = term.to(result.dtype)
         return result.baddbmm_(term, up.weight.to(result.dtype).t().expand(result.shape[0], -1, -1))
 
 
-def parameters(models):
-    """The trainable parameters of some models, a list."""
+def trainable_parameters(models: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The trainable parameters of some models."""
     return [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _state(model):
+def _adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's weights on the host, under the names that loaders look for.
 
     A text encoder's begin with text_model, as in every file in the wild: transformers 5 itself has dropped that level,
@@ -91,19 +107,19 @@ def _state(model):
     }
 
 
-def _is_flat_text_encoder(model):
+def _is_flat_text_encoder(model: torch.nn.Module) -> bool:
     return hasattr(model, "embeddings") and hasattr(model, "encoder")
 
 
-def _facts(model):
+def _adapter_settings(model: torch.nn.Module) -> dict:
     """The adapter's configuration for a file's metadata: sorted, so that equal runs write equal files, and without the
     path of the base model on this machine."""
-    facts = model.peft_config["default"].to_dict() | {"base_model_name_or_path": None}
-    return {key: sorted(value) if isinstance(value, set | list) else value for key, value in facts.items()}
+    settings = model.peft_config["default"].to_dict() | {"base_model_name_or_path": None}
+    return {name: sorted(value) if isinstance(value, set | list) else value for name, value in settings.items()}
 
 
-def words_of_sampler(pipeline, sampler, model):
-    """What the lines that use adapters say of their sampler: {"classes": what is imported, "sampler": a line or ""}.
+def sampler_usage(pipeline: str, sampler: Any, model: str) -> dict[str, str]:
+    """What the usage lines of adapters say of their sampler: {"classes": what is imported, "sampler": a line or ""}.
 
     `pipeline` is the name of a class; `sampler` lies beside the adapters in `model`, a folder or repository, and is
     None where the base model's own one is right.
@@ -115,47 +131,51 @@ def words_of_sampler(pipeline, sampler, model):
     return {"classes": ", ".join(sorted([pipeline, name])), "sampler": line}
 
 
-def save_result(folder, adapted, kohya, sampler=None):
-    """Write the adapters as `save` does, with `kohya` as `save_kohya` too, and beside them a `sampler`, which is None
-    where the base model's own one is right. What an earlier run has left of both goes."""
+def save_result(folder: Path, adapted: dict[str, torch.nn.Module], kohya: bool, sampler: Any = None) -> None:
+    """Write the adapters as `save_adapters` does, with `kohya` as `save_kohya` too, and beside them a `sampler`, which
+    is None where the base model's own one is right. What an earlier run has left of both is removed."""
     folder = Path(folder)
     (folder / KOHYA_FILE).unlink(missing_ok=True)
-    if not (folder / "model_index.json").exists():  # else it is the base model's own
+    # A folder with a model_index.json is the base model's, and so is its sampler.
+    if not (folder / "model_index.json").exists():
         shutil.rmtree(folder / "scheduler", ignore_errors=True)
-    save(folder, adapted)
+    save_adapters(folder, adapted)
     if kohya:
         save_kohya(folder, adapted)
     if sampler is not None:
         sampler.save_pretrained(folder / "scheduler")
 
 
-def save(folder, adapted):
+def save_adapters(folder: Path, adapted: dict[str, torch.nn.Module]) -> None:
     """Write the adapters of `adapted` ({"unet": model, ...}) as one file that `load_lora_weights(folder)` takes.
 
     Where a pipeline has no such method, its networks do: `load_lora_adapter(folder, prefix="unet")`.
     Float32, with rank, alpha and layers in the file's metadata: without them a loader takes alpha to be the rank.
     """
-    LoraBaseMixin._save_lora_weights(  # what every pipeline's save_lora_weights calls; Kandinsky's have none
+    # What every pipeline's save_lora_weights calls; Kandinsky's pipelines have none.
+    LoraBaseMixin._save_lora_weights(
         folder,
-        lora_layers={name: _state(model) for name, model in adapted.items()},
-        lora_metadata={name: _facts(model) for name, model in adapted.items()},
+        lora_layers={name: _adapter_state(model) for name, model in adapted.items()},
+        lora_metadata={name: _adapter_settings(model) for name, model in adapted.items()},
     )
 
 
-def load(folder, adapted):
-    """Put the weights that `save`, or an original script, wrote back into the adapters. Raises UserError."""
-    state = load_file(folder / FILE)
-    if not any(".lora_A." in name for name in state):  # the originals write diffusers' older names
+def load_adapters(folder: Path, adapted: dict[str, torch.nn.Module]) -> None:
+    """Put the weights that `save_adapters`, or an original script, wrote back into the adapters. Raises UserError."""
+    state = load_file(folder / ADAPTER_FILE)
+    # The originals write diffusers' older names.
+    if not any(".lora_A." in name for name in state):
         state = convert_all_state_dict_to_peft(state)
-    others = {key.split(".")[0] for key in state} - set(adapted)
-    if others and not adapted.keys() - {key.split(".")[0] for key in state}:
-        what = ", ".join(sorted(others))
-        raise UserError(f"{folder} holds adapters of {what} too, which this run does not train; use the same flags")
+    stored = {name.split(".")[0] for name in state}
+    others = stored - adapted.keys()
+    if others and adapted.keys() <= stored:
+        names = ", ".join(sorted(others))
+        raise UserError(f"{folder} holds adapters of {names} too, which this run does not train; use the same flags")
     for name, model in adapted.items():
-        part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-        if _is_flat_text_encoder(model):
-            part = {key.removeprefix("text_model."): value for key, value in part.items()}
-        part = {key.replace("magnitude_vector.weight", "magnitude_vector"): value for key, value in part.items()}
+        part = {}
+        for key, value in state.items():
+            if key.startswith(f"{name}."):
+                part[_name_in_model(key.removeprefix(f"{name}."), model)] = value
         rank = model.peft_config["default"].r
         for key, value in part.items():
             if ".lora_A." in key and value.shape[0] != rank:
@@ -164,6 +184,13 @@ def load(folder, adapted):
         missing = [key for key in result.missing_keys if "lora_" in key]
         if missing or result.unexpected_keys or not part:
             raise UserError(f"{folder} does not hold the adapters of this run's {name}; train it with the same flags")
+
+
+def _name_in_model(name: str, model: torch.nn.Module) -> str:
+    """The name that PEFT has in a model for a weight that `_adapter_state` has written."""
+    if _is_flat_text_encoder(model):
+        name = name.removeprefix("text_model.")
+    return name.replace("magnitude_vector.weight", "magnitude_vector")
 
 
 class AdapterWeights:
@@ -179,28 +206,31 @@ class AdapterWeights:
 
     def save(self, folder: Path) -> None:
         """Write the adapters, and their average where there is one. The main process calls it."""
-        save(folder, self.adapted)
+        save_adapters(folder, self.adapted)
         if self.ema is not None:
-            self.ema.write(folder / AVERAGE)
+            self.ema.write(folder / AVERAGE_FILE)
 
     def load(self, folder: Path) -> None:
         """Read what `save`, or an original script, wrote. Where the folder holds no average, it starts from the
         adapters' weights. Raises UserError where the adapters are others."""
-        load(folder, self.adapted)
+        load_adapters(folder, self.adapted)
         if self.ema is None:
             return
-        if (folder / AVERAGE).exists():
-            self.ema.read(folder / AVERAGE)
+        if (folder / AVERAGE_FILE).exists():
+            self.ema.read(folder / AVERAGE_FILE)
         else:
             warn(f"{folder} holds no EMA weights; the average starts from its weights")
             self.ema.reset()
 
 
-def save_kohya(folder, adapted):
+def save_kohya(folder: Path, adapted: dict[str, torch.nn.Module]) -> None:
     """Write the adapters once more with the names that WebUI and ComfyUI read, and the facts that they show."""
-    state = {f"{name}.{key}": value for name, model in adapted.items() for key, value in _state(model).items()}
+    state = {}
+    for name, model in adapted.items():
+        state |= {f"{name}.{key}": value for key, value in _adapter_state(model).items()}
     converted = convert_state_dict_to_kohya(state)
-    if "text_encoder" in adapted and "text_encoder_2" not in adapted:  # with one encoder its prefix has no number
+    # With one text encoder its prefix has no number.
+    if "text_encoder" in adapted and "text_encoder_2" not in adapted:
         converted = {key.replace("lora_te1_", "lora_te_"): value for key, value in converted.items()}
     alphas = {name: float(model.peft_config["default"].lora_alpha) for name, model in adapted.items()}
     assert len(set(alphas.values())) == 1, alphas
@@ -209,9 +239,13 @@ def save_kohya(folder, adapted):
     converted = {
         key: alpha.clone() if key.endswith(".alpha") else value.contiguous() for key, value in converted.items()
     }
-    rank, width = adapted["unet"].peft_config["default"].r, adapted["unet"].config.cross_attention_dim
-    about = {"network_module": "networks.lora", "network_dim": rank, "network_alpha": alpha.item()}
-    if width in BASES:
-        about["base_model_version"] = BASES[width]
-    metadata = {f"ss_{name}": str(value) for name, value in about.items()}
+    unet = adapted["unet"]
+    facts = {
+        "network_module": "networks.lora",
+        "network_dim": unet.peft_config["default"].r,
+        "network_alpha": alpha.item(),
+    }
+    if unet.config.cross_attention_dim in KOHYA_BASE_VERSIONS:
+        facts["base_model_version"] = KOHYA_BASE_VERSIONS[unet.config.cross_attention_dim]
+    metadata = {f"ss_{name}": str(value) for name, value in facts.items()}
     save_file(converted, Path(folder) / KOHYA_FILE, metadata={"format": "pt"} | metadata)

@@ -3,12 +3,15 @@
 import inspect
 import json
 import os
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import diffusers
 import torch
 import torch.utils.checkpoint
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,64 +22,75 @@ from training_utils.run import base_model, single_file
 
 
 def model_folder(
-    name, pipeline_class, revision=None, variant=None, cache_dir=None, left_out=(), trained=True, config=None
-):
+    name: str,
+    pipeline_class: type[DiffusionPipeline],
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    left_out: Iterable[str] = (),
+    trained: bool = True,
+    config: str | None = None,
+) -> Path:
     """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError.
 
-    A model in one file is converted, as single_file.folder_of says, which takes `config`. Parts `left_out` are
+    A model in one file is converted, as single_file.converted_folder says, which takes `config`. Parts `left_out` are
     not fetched; of a model that is not `trained`, `variant` is read where there is one.
     """
     if os.path.isdir(name):
         folder = Path(name)
     elif os.path.isfile(name):
-        folder = single_file.folder_of(name, pipeline_class, config, cache_dir)
+        folder = single_file.converted_folder(name, pipeline_class, config, cache_dir)
     else:
+        options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, **dict.fromkeys(left_out)}
         try:
-            folder = Path(
-                pipeline_class.download(
-                    name, revision=revision, variant=variant, cache_dir=cache_dir, **dict.fromkeys(left_out)
-                )
-            )
-        except Exception as error:  # the hub client raises a dozen kinds, its transport more
+            folder = Path(pipeline_class.download(name, **options))
+        except Exception as error:
+            # The hub client raises a dozen kinds, its transport more.
             if variant is not None and "`variant=" in str(error):
-                raise UserError(f"base model {name} has no weights of --variant {variant}") from None
+                raise UserError(f"base model {name} has no weights of --variant {variant}") from error
             reason = hub_errors.not_found(name, error)
-            raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from None
+            raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from error
     base_model.refuse_another_family(name, folder, pipeline_class.__name__)
     if trained and variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(f"base model {name} has no weights of --variant {variant}")
     return folder
 
 
-def load_part(cls, folder, subfolder="", variant=None, **options):
-    """`cls.from_pretrained` of one part of a base model. Raises UserError that names the part when it cannot.
+def load_part(part_class: type, folder: str | Path, subfolder: str = "", variant: str | None = None, **options) -> Any:
+    """Load one part of a base model by `part_class.from_pretrained`. Raises UserError, which names the part.
 
     A part that is not stored in this variant (`non_ema` exists for UNets alone) is read without it, as pipelines do.
     """
     part = Path(folder) / subfolder
     if not part.is_dir():
         raise UserError(f"base model {folder} has no part '{subfolder}'; there must be a folder of that name")
-    what = f"part '{subfolder}' of base model {folder}" if subfolder else f"model {folder}"
-    pickles, weights = sorted(part.glob("*.bin")), sorted(part.glob("*.safetensors"))
+    title = f"part '{subfolder}' of base model {folder}" if subfolder else f"model {folder}"
+    pickles = sorted(part.glob("*.bin"))
+    weights = sorted(part.glob("*.safetensors"))
     if pickles and not weights:
         raise UserError(
-            f"{what} has its weights as a pickle only ({pickles[0].name}), which could run code; where you trust it, "
+            f"{title} has its weights as a pickle only ({pickles[0].name}), which could run code; where you trust it, "
             "load the model with diffusers and save it again, as safetensors"
         )
-    if issubclass(cls, torch.nn.Module):
-        for kind, there in (("settings, config.json", (part / "config.json").is_file()), ("weights", weights)):
-            if not there:
-                raise UserError(f"{what} has no {kind}; {part} must hold config.json and .safetensors files")
+    if issubclass(part_class, torch.nn.Module):
+        missing = None
+        if not (part / "config.json").is_file():
+            missing = "settings, config.json"
+        elif not weights:
+            missing = "weights"
+        if missing is not None:
+            raise UserError(f"{title} has no {missing}; {part} must hold config.json and .safetensors files")
     if variant is not None and any(part.glob(f"*.{variant}*")):
         options["variant"] = variant
     try:
-        return cls.from_pretrained(folder, subfolder=subfolder, **options)
+        return part_class.from_pretrained(folder, subfolder=subfolder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = next(filter(None, map(_damage, weights)), reason_of(error))
-        raise UserError(f"{what} cannot be loaded: {reason}") from None
+        damages = [damage for damage in map(_damage_of, weights) if damage is not None]
+        reason = damages[0] if damages else reason_of(error)
+        raise UserError(f"{title} cannot be loaded: {reason}") from error
 
 
-def _damage(path):
+def _damage_of(path: Path) -> str | None:
     """What is wrong with a .safetensors file as far as its header tells, as a clause, or None."""
     try:
         with safe_open(path, framework="pt"):
@@ -85,30 +99,39 @@ def _damage(path):
         return f"{path.name} is damaged or cut off at {path.stat().st_size:,} bytes ({reason_of(error)})"
 
 
-def load_replacement(cls, name, base, subfolder, cache_dir=None, dtype=None):
+def load_replacement(
+    part_class: type,
+    name: str,
+    base: Path,
+    subfolder: str,
+    cache_dir: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.nn.Module:
     """A network in place of a part of a base model. Raises UserError.
 
-    `name` is the network's folder or hub id, that of a whole model with such a part, or a .safetensors file, which is
-    read with the settings of the base model's. `dtype` None means that of its weights.
+    `name` is the network's folder or hub id, that of a complete model with such a part, or a .safetensors file, which
+    is read with the settings of the base model's. `dtype` None means that of its weights.
     """
     if os.path.isfile(name):
-        options = dict(config=str(base), subfolder=subfolder, local_files_only=True)
+        options = {"config": str(base), "subfolder": subfolder, "local_files_only": True}
         try:
             with safe_open(name, framework="pt") as file:
                 stored = file.get_tensor(next(iter(file.keys()))).dtype
-            return cls.from_single_file(name, dtype=dtype or stored, **options)
-        except Exception as error:  # no .safetensors, or weights of something else: diffusers' own kinds
-            raise UserError(f"{name} cannot be loaded as a '{subfolder}': {reason_of(error)}") from None
+            return part_class.from_single_file(name, dtype=dtype or stored, **options)
+        except Exception as error:
+            # No .safetensors, or weights of something else, for which diffusers has kinds of its own.
+            raise UserError(f"{name} cannot be loaded as a '{subfolder}': {reason_of(error)}") from error
     folder = other_model_folder(name, cache_dir)
-    inner = subfolder if (folder / subfolder).is_dir() and not (folder / "config.json").is_file() else ""
-    return load_part(cls, folder, inner, dtype=dtype or stored_dtype(folder / inner))
+    is_complete_model = (folder / subfolder).is_dir() and not (folder / "config.json").is_file()
+    inner = subfolder if is_complete_model else ""
+    return load_part(part_class, folder, inner, dtype=dtype or stored_dtype(folder / inner))
 
 
-def load_sdxl_vae(base, variant, half, other=None, cache_dir=None):
-    """SDXL's VAE in float32, since its activations overflow in half precision; the `other` one, which `load_instead`
-    finds, in the torch.dtype `half`, unless its configuration says the same of it."""
-    from diffusers import AutoencoderKL
-
+def load_sdxl_vae(
+    base: Path, variant: str | None, half: torch.dtype, other: str | None = None, cache_dir: str | None = None
+) -> torch.nn.Module:
+    """SDXL's VAE in float32, since its activations overflow in half precision; the `other` one, which
+    `load_replacement` finds, in the torch.dtype `half`, unless its configuration says the same of it."""
     name = "SDXL's own VAE" if other is None else f"the VAE {other}"
     if other is not None:
         vae = load_replacement(AutoencoderKL, other, base, "vae", cache_dir, half)
@@ -125,9 +148,9 @@ def load_sdxl_vae(base, variant, half, other=None, cache_dir=None):
 
 
 @cache
-def other_model_folder(name, cache_dir=None):
+def other_model_folder(name: str, cache_dir: str | None = None) -> Path:
     """The local folder of a model that is no part of a pipeline, fetched from the hub where `name` is an id; the same
-    one for a whole run, whatever is uploaded there meanwhile."""
+    one for a run, whatever is uploaded there meanwhile."""
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -135,19 +158,24 @@ def other_model_folder(name, cache_dir=None):
     try:
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
+        # The hub client raises a dozen kinds, its transport more.
         reason = hub_errors.not_found(name, error)
-        raise UserError(f"model {name} is neither a folder nor found on the hub: {reason}") from None
+        raise UserError(f"model {name} is neither a folder nor found on the hub: {reason}") from error
 
 
-def stored_dtype(folder, variant=None):
+def stored_dtype(folder: str | Path, variant: str | None = None) -> torch.dtype:
     """The torch.dtype of the weights in a model folder; float32 where they are not safetensors.
 
     Of several stored copies it is the one that is read: `variant` where the folder has it, else the plain one, whose
     file names hold one dot.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
-    chosen = [path for path in files if variant is not None and f".{variant}" in path.name]
-    for path in chosen or [path for path in files if path.name.count(".") == 1]:
+    chosen = []
+    if variant is not None:
+        chosen = [path for path in files if f".{variant}" in path.name]
+    if not chosen:
+        chosen = [path for path in files if path.name.count(".") == 1]
+    for path in chosen:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
                 dtype = file.get_tensor(name).dtype
@@ -156,43 +184,43 @@ def stored_dtype(folder, variant=None):
     return torch.float32
 
 
-def stored_dtypes(folder, variant=None):
+def stored_dtypes(folder: str | Path, variant: str | None = None) -> dict[str, torch.dtype]:
     """The torch.dtype of each part of a model folder, {part: dtype}, as pipelines take it."""
     parts = [path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
     return {part.name: stored_dtype(part, variant) for part in parts} | {"default": torch.float32}
 
 
-def sampling_scheduler(folder, changes):
+def sampling_scheduler(folder: Path, changes: dict[str, Any]) -> SchedulerMixin:
     """The base model's own sampler with `changes` to its configuration, so that it samples what was trained.
 
     A sampler that cannot end in pure noise (zero terminal SNR) is replaced by DDIM. Raises UserError where the
     folder has none.
     """
-    import diffusers
-
     try:
         config = dict(diffusers.DDPMScheduler.load_config(folder, subfolder="scheduler"))
     except OSError as error:
-        raise UserError(f"part 'scheduler' of base model {folder} cannot be loaded: {reason_of(error)}") from None
+        raise UserError(f"part 'scheduler' of base model {folder} cannot be loaded: {reason_of(error)}") from error
     name = config.get("_class_name", "DDPMScheduler")
-    cls = getattr(diffusers, name, None)
-    if cls is None:
+    scheduler_class = getattr(diffusers, name, None)
+    if scheduler_class is None:
         raise UserError(f"part 'scheduler' of base model {folder} is a {name}, which this diffusers does not have")
-    takes = inspect.signature(cls.__init__).parameters
-    if name != "UnCLIPScheduler" and "beta_schedule" not in takes:
+    settings = inspect.signature(scheduler_class.__init__).parameters
+    if name != "UnCLIPScheduler" and "beta_schedule" not in settings:
         raise UserError(
             f"part 'scheduler' of base model {folder} is a {name}, which has no schedule of betas: the model is of a "
             "kind that this script does not train"
         )
     if changes.get("rescale_betas_zero_snr"):
-        if "rescale_betas_zero_snr" not in takes:
-            cls = diffusers.DDIMScheduler
-            changes = changes | {"clip_sample": False}  # DDIM's default is for pixels: it would cut latents at 1
-        changes = changes | {"timestep_spacing": "trailing"}  # sampling must begin at the noisy end (2305.08891, 3.3)
-    return cls.from_config(config, **changes)
+        if "rescale_betas_zero_snr" not in settings:
+            scheduler_class = diffusers.DDIMScheduler
+            # DDIM's default is for pixels: it would cut latents at 1.
+            changes = changes | {"clip_sample": False}
+        # Sampling must begin at the noisy end (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+        changes = changes | {"timestep_spacing": "trailing"}
+    return scheduler_class.from_config(config, **changes)
 
 
-def save_pipeline(pipeline, folder):
+def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     """Write a pipeline as a folder that older libraries read too, without the paths of this machine.
 
     transformers 5 writes a tokenizer as tokenizer.json alone, a text encoder that it has built itself without the
@@ -203,7 +231,8 @@ def save_pipeline(pipeline, folder):
     pipeline.save_pretrained(folder)
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer"):
-            part.backend_tokenizer.model.save(str(folder / name))  # as vocab.json and merges.txt
+            # As vocab.json and merges.txt.
+            part.backend_tokenizer.model.save(str(folder / name))
     for weights in folder.glob("text_encoder/model.safetensors"):
         with safe_open(weights, framework="pt") as file:
             flat = "final_layer_norm.weight" in file.keys()  # noqa: SIM118 (safe_open is no dict)
@@ -211,9 +240,9 @@ def save_pipeline(pipeline, folder):
             tensors = {f"text_model.{name}": tensor for name, tensor in load_file(weights).items()}
             save_file(tensors, weights, metadata={"format": "pt"})
     for path in (folder / "model_index.json", *folder.glob("*/config.json")):
-        facts = json.loads(path.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
-        facts.pop("_name_or_path", None)
-        path.write_text(json.dumps(facts, indent=2) + "\n")
+        settings = json.loads(path.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
+        settings.pop("_name_or_path", None)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 class LatentShape(NamedTuple):
@@ -229,28 +258,30 @@ def latent_shape(autoencoder: torch.nn.Module) -> LatentShape:
     return LatentShape(config.latent_channels, 2 ** (len(config.block_out_channels) - 1))
 
 
-def check_channels(unet, autoencoder):
+def check_channels(unet: torch.nn.Module, autoencoder: torch.nn.Module) -> None:
     """Refuse the UNets of other tasks, which are told more than noisy latents. Raises UserError."""
-    takes, gives = unet.config.in_channels, autoencoder.config.latent_channels
-    if takes != gives:
+    unet_channels = unet.config.in_channels
+    latent_channels = autoencoder.config.latent_channels
+    if unet_channels != latent_channels:
         raise UserError(
-            f"the base model's UNet takes {takes} channels, and its latents have {gives}: it is one for another task, "
-            "such as inpainting; name a text-to-image model"
+            f"the base model's UNet takes {unet_channels} channels, and its latents have {latent_channels}: it "
+            "is one for another task, such as inpainting; name a text-to-image model"
         )
 
 
-def checkpoint_blocks(blocks):
+def checkpoint_blocks(blocks: Iterable[torch.nn.Module]) -> None:
     """Gradient checkpointing for a network whose library has none: what is computed inside each of these modules is
     computed again in the backward pass instead of kept."""
     for block in blocks:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
-def enable_xformers(model):
+def enable_xformers(model: torch.nn.Module) -> None:
     """Switch a diffusers model to xFormers attention. Raises UserError where the device cannot run it."""
     if not torch.cuda.is_available():
         raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU; leave it out on this device")
     try:
         model.enable_xformers_memory_efficient_attention()
     except Exception as error:
-        raise UserError(f"xFormers does not work here ({reason_of(error)}); leave its flag out") from None
+        # xFormers tries itself on this device, which may raise anything.
+        raise UserError(f"xFormers does not work here ({reason_of(error)}); leave its flag out") from error

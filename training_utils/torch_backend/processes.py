@@ -30,7 +30,7 @@ def make_accelerator(options: MachineOptions, **ddp: Any) -> Accelerator:
     logging_dir = os.path.join(options.output_dir, options.logging_dir)
     project = ProjectConfiguration(project_dir=options.output_dir, logging_dir=logging_dir)
     try:
-        with deepspeed.hidden():
+        with deepspeed.hidden_from_accelerate():
             accelerator = Accelerator(
                 gradient_accumulation_steps=options.accumulation,
                 mixed_precision=options.mixed_precision,
@@ -49,7 +49,7 @@ def make_accelerator(options: MachineOptions, **ddp: Any) -> Accelerator:
         raise
     if accelerator.distributed_type == "MEGATRON_LM":
         raise UserError("Megatron-LM is not supported; launch with --multi_gpu")
-    sharding.begin(accelerator, PRECISIONS.get(accelerator.mixed_precision))
+    sharding.configure_fsdp(accelerator, PRECISIONS.get(accelerator.mixed_precision))
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
     if options.fused_backward and accelerator.num_processes > 1:

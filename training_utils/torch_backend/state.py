@@ -1,11 +1,13 @@
 """What a checkpoint holds of a training: weights, optimizer, schedule, loss scale."""
 
+import pickle
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
@@ -24,7 +26,7 @@ class Weights(Protocol):
     def save(self, folder: Path) -> None:
         """Write the weights, and their average where there is one, into a checkpoint's folder.
 
-        Where the processes share the weights out, this is a collective call, of which the main process writes.
+        The main process writes. Where the processes share the weights out, this is a collective call.
         """
 
     def load(self, folder: Path) -> None:
@@ -65,8 +67,8 @@ class FullWeights:
             full.ema.save(folder / f"{self.name}_ema", full.model)
 
     def load(self, folder: Path) -> None:
-        """Read what `save`, or an original script, wrote; no collective call. Where the folder holds no average, it
-        starts from the model's weights."""
+        """Read what `save`, or an original script, wrote. Where the folder holds no average, it starts from the
+        model's weights. A collective call where the processes share the weights out."""
         model_class = sharding.model_class(self.model)
         sharding.load_model(self.model, model_class.from_pretrained(folder, subfolder=self.name).state_dict())
         if self.ema is None:
@@ -76,6 +78,20 @@ class FullWeights:
         else:
             warn(f"{folder} holds no EMA weights; the average starts from its weights")
             self.ema.reset()
+
+
+# What a damaged file, or one of another model, raises when it is read: torch, safetensors and diffusers have no kind
+# of their own for it.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 class TrainingState:
@@ -89,59 +105,73 @@ class TrainingState:
         self,
         *,
         accelerator: Accelerator,
-        optimizer: torch.optim.Optimizer,
-        lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
+        optimizer: Any,
+        lr_scheduler: Any,
         weights: Weights,
     ) -> None:
         self.accelerator = accelerator
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.weights = weights
-        not_from_flags = {"params", "lr"} | found_settings()
-        self.options = [
-            {name: value for name, value in group.items() if name not in not_from_flags}
+        # This run's settings, which stay in force whatever a checkpoint says. The rate follows the schedule.
+        not_settings = {"params", "lr"} | found_settings()
+        self.settings = [
+            {name: value for name, value in group.items() if name not in not_settings}
             for group in optimizer.param_groups
         ]
 
-    def write(self, folder):
-        """Write into `folder`; every process must call it."""
-        folder, main = Path(folder), self.accelerator.is_main_process
+    def write(self, folder: Path) -> None:
+        """Write into `folder`. A collective call."""
+        folder = Path(folder)
+        is_main = self.accelerator.is_main_process
         try:
-            if main or self.accelerator.is_fsdp2:
+            if is_main or self.accelerator.is_fsdp2:
                 self.weights.save(folder)
-        finally:  # the other processes are waiting in it, whatever has kept this one from writing
-            state = sharding.whole_state(self.optimizer)
-        if main:
-            torch.save(state, folder / "optimizer.bin")
-            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.bin")
-            if self.accelerator.scaler is not None:
-                torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
+        finally:
+            # Whatever has kept this process from writing, the others are waiting for it in here.
+            state = sharding.gather_full_optimizer_state(self.optimizer)
+        if not is_main:
+            return
+        torch.save(state, folder / "optimizer.bin")
+        torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.bin")
+        if self.accelerator.scaler is not None:
+            torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
 
-    def read(self, folder, step):
-        """Read what `write`, or an original script, wrote; learning rate and Adam's settings stay this run's."""
-        folder, scaler = Path(folder), self.accelerator.scaler
+    def read(self, folder: Path, step: int) -> None:
+        """Read what `write`, or an original script, wrote; learning rate and Adam's settings stay this run's.
+
+        A collective call. Raises UserError where the folder is missing on a machine, or its files cannot be read.
+        """
+        folder = Path(folder)
+        scaler = self.accelerator.scaler
         resume.require_everywhere(folder, gather_object)
         if scaler is not None and not (folder / "scaler.pt").exists():
             raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
         try:
             self.weights.load(folder)
-            options = {"map_location": "cpu", "weights_only": True, "mmap": sharding.takes_slices(self.optimizer)}
-            sharding.load_state(self.optimizer, torch.load(folder / "optimizer.bin", **options))
+            self._read_optimizer(folder / "optimizer.bin")
             if scaler is not None:
                 scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
-        except UserError:
-            raise
-        except Exception as error:  # another model's shapes, or files that are not what they should be
-            reason = reason_of(error)
-            raise UserError(f"{folder} cannot be read: {reason}") from None
-        self.accelerator.step = 0  # accelerate counts micro-steps; a checkpoint always stands after a whole step
-        for group, options in zip(self.optimizer.param_groups, self.options, strict=True):
-            group.update(options)
+        except UNREADABLE as error:
+            raise UserError(f"{folder} cannot be read: {reason_of(error)}") from error
+        # accelerate counts micro-steps; a checkpoint always stands after a complete step.
+        self.accelerator.step = 0
+        optimizers.restart_schedule(self.optimizer, self.lr_scheduler, step)
+
+    def _read_optimizer(self, path: Path) -> None:
+        # Where this process keeps slices, the file is mapped to memory, and only they are read.
+        mmap = sharding.has_sharded_state(self.optimizer)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+            raise ValueError(f"{path.name} holds no state of an optimizer")
+        sharding.load_optimizer_state(self.optimizer, saved)
+        for group, settings in zip(self.optimizer.param_groups, self.settings, strict=True):
+            group.update(settings)
             for parameter in group["params"]:
                 moments = self.optimizer.state.get(parameter, {})
-                if torch.is_tensor(moments.get("step")):  # the fused kernel wants it on the device, the others do not
+                if torch.is_tensor(moments.get("step")):
+                    # The fused kernel wants it on the device, the other implementations do not.
                     moments["step"] = moments["step"].to(parameter.device if group.get("fused") else "cpu")
-        optimizers.restart_schedule(self.optimizer, self.lr_scheduler, step)
 
     def save_earlier_checkpoint(
         self, root: Path | None, state: RunState, facts: dict, limit: int | None, steps_back: int
