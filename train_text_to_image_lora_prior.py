@@ -270,7 +270,7 @@ def main(argv=None):
     rows = opening.load_dataset(**flags.data_source(args))
     rows = selection.take_subset(rows, args.max_train_samples, state.seed)
     unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
-    rows = rows.without(unusable)
+    rows = rows.drop(unusable)
     rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
     tokenizer, image_processor, text_encoder, image_encoder, prior, statistics, schedule, sampler = load_models(
         args, accelerator, state.seed
@@ -317,15 +317,15 @@ def main(argv=None):
         return batch | images | captions
 
     # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = BatchPlan.of(
+    updates = BatchPlan.for_dataset(
         rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     )
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * updates.per_epoch
+        args.max_train_steps = args.num_train_epochs * updates.steps_per_epoch
     parameters = lora.parameters([prior])
     optimizer = optimizers.make_optimizer(
         parameters,
-        **flags.optimizer(args, updates.window),
+        **flags.optimizer(args, updates.samples_per_step),
         loss_scaling=accelerator.scaler is not None,
     )
     lr_scheduler = get_scheduler(optimizer=optimizer, **flags.learning_rate_curve(args))
@@ -364,7 +364,7 @@ def main(argv=None):
             saved.keep(args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step),
             from_main,
         ),
-        lambda before: updates.names(rows, before.position),
+        lambda before: updates.image_names(rows, before.position),
     )
     progress = processes.start_progress(accelerator, guard, updates, state, args.max_train_steps, args.logging_steps)
     grids = standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
@@ -429,7 +429,7 @@ def main(argv=None):
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of a step.
-            state.position = updates.after(state.position)
+            state.position = updates.position_after(state.position)
             finished_loss, step_loss = step_loss, 0.0
             updated = not accelerator.optimizer_step_was_skipped  # False: an fp16 overflow, only the data moved on
             if updated:

@@ -42,7 +42,7 @@ def load_batches(samples, batch_sampler, device, workers=0):
         if isinstance(batch, UserError):
             batch.everywhere = False  # the other processes have other images
             raise batch
-        note_skipped(samples.rows, batch.pop("skipped", []))
+        note_skipped(samples.dataset, batch.pop("skipped", []))
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 

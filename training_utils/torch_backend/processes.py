@@ -148,7 +148,7 @@ def start_progress(accelerator, guard, updates, state, total, logging_steps):
         state,
         total,
         logging_steps,
-        updates.samples,
+        updates.mean_samples_per_step,
         lambda scalars: fetch_mean(accelerator, scalars),
         lambda values, step: log_metrics(accelerator, values, step),
         guard.report,

@@ -44,7 +44,7 @@ def validation_loss(accelerator, samples, batch_size, loss_of):
     """
     world, total = accelerator.num_processes, torch.zeros((), device=accelerator.device)
     shares = [
-        plan.validation_batches(len(samples), batch_size, rank, world, samples.rows.sizes) for rank in range(world)
+        plan.validation_batches(len(samples), batch_size, rank, world, samples.dataset.sizes) for rank in range(world)
     ]
     longest, mine = max(shares, key=len), shares[accelerator.process_index]
     counted = len(mine)
