@@ -191,8 +191,8 @@ def _advice_on_captions(folder, images, caption_column, words_of):
         return "with --repeats_from_folders the words in the names of its folders are the captions"
     first = images[0]
     return (
-        f'write a metadata.jsonl with lines like {{"file_name": "{first.name}", "{caption_column}": "what it shows"}}, '
-        f"or a {first.stem}.txt beside each image"
+        "write a metadata.jsonl with lines like "
+        f'{{"file_name": "{first.name}", "{caption_column}": "what it shows"}}, or a {first.stem}.txt beside each image'
     )
 
 
