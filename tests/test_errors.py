@@ -113,7 +113,7 @@ def test_a_bug_in_a_report_is_raised(folder, plant, name):
         report_on(folder)
 
 
-def test_a_bug_in_a_reader_that_pillow_calls_is_raised(folder, tmp_path, plant):
+def test_a_bug_in_a_reader_that_pillow_calls_is_raised(folder, tmp_path, monkeypatch):
     import tarfile
 
     (tmp_path / "shards").mkdir()
@@ -121,9 +121,9 @@ def test_a_bug_in_a_reader_that_pillow_calls_is_raised(folder, tmp_path, plant):
         for path in sorted(folder.iterdir()):
             shard.add(path, path.name)
     dataset = opening.load_dataset(folder=tmp_path / "shards", caption_column=None)
-    bug = plant(tar._Member, "readinto")
+    monkeypatch.setattr(tar, "memoryview", None, raising=False)  # so that `readinto` itself raises a TypeError
     for read in (dataset.image, dataset.digest_and_size, lambda _: checking.check_dataset(dataset, "skip")):
-        with pytest.raises(bug, match="^planted$"):
+        with pytest.raises(TypeError, match="not callable"):
             read(0)
 
 

@@ -192,7 +192,8 @@ def _advice_on_captions(folder, images, caption_column, words_of):
     first = images[0]
     return (
         "write a metadata.jsonl with lines like "
-        f'{{"file_name": "{first.name}", "{caption_column}": "what it shows"}}, or a {first.stem}.txt beside each image'
+        f'{{"file_name": "{first.name}", "{caption_column}": "what it shows"}}, '
+        f"or a {first.stem}.txt beside each image"
     )
 
 
