@@ -345,7 +345,7 @@ def test_a_report_remarks_on_what_can_be_used(tmp_path, capsys):
         "largest    16 x 800  long.png\n",
         "empty captions, trained as such: 8\n",
         "a side below 16 pixels, which are enlarged: 2\n      dot.png, tiny.png\n",
-        "more than one frame, of which the first is used: 1\n      moving.gif\n",
+        "more than one frame; the first is used: 1\n      moving.gif\n",
         "laid on white: 1\n      seen-through.png\n",
         "turned upright: 1\n      turned.png\n",
         "without a caption, which are left out: 1\n      unnamed.png\n",

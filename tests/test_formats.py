@@ -550,7 +550,7 @@ BAD_CONFIGS = {
     "[": "cannot be read as YAML at line 1",
     "path: a": "is not a list of sources",
     "[]": "is not a list of sources",
-    "[a]": "source 1: 'a' is no dict",
+    "[a]": "source 1: 'a' is not a dict",
     "[{path: a, repeat: 3}]": "source 1: there is no key 'repeat'; did you mean 'repeats'?",
     "[{path: a}, {}]": "source 2: give it a path or a dataset_name",
     "[{path: a, dataset_name: x}]": "source 1: give it a path or a dataset_name",
