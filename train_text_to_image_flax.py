@@ -284,7 +284,7 @@ def main(argv=None):
     rows = opening.load_dataset(args.data)
     rows = selection.take_subset(rows, args.max_train_samples, state.seed)
     unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
-    rows = rows.without(unusable)
+    rows = rows.drop(unusable)
     rows.sizes = np.full((len(rows), 2), args.resolution)
     rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
     pipeline, parameters, schedule = load_models(args)
@@ -319,15 +319,15 @@ def main(argv=None):
         return batch if args.cache_text_embeddings else read(frozen["text_encoder"], batch)
 
     # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = BatchPlan.of(rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
+    updates = BatchPlan.for_dataset(rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * updates.per_epoch
+        args.max_train_steps = args.num_train_epochs * updates.steps_per_epoch
     optimizer = optimizers.make_optimizer(
         (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon
     )
     learning_rate = optimizers.learning_rate_curve(
         args.lr_scheduler,
-        args.learning_rate * (updates.window if args.scale_lr else 1),
+        args.learning_rate * (updates.samples_per_step if args.scale_lr else 1),
         args.lr_warmup_steps,
         args.max_train_steps,
         args.lr_num_cycles,
@@ -384,14 +384,14 @@ def main(argv=None):
             end_training(trackers)
             return folder
 
-        names = updates.names(rows, before.position)
+        names = updates.image_names(rows, before.position)
         report_not_finite(step, loss, names, args.on_nan == "stop", keep)
 
     progress = Progress(
         state,
         args.max_train_steps,
         args.logging_steps,
-        updates.samples,
+        updates.mean_samples_per_step,
         lambda scalars: [float(scalar) for scalar in jax.device_get(scalars)],
         lambda values, step: log_metrics(trackers, values, step),
         not_finite,
@@ -466,7 +466,7 @@ def main(argv=None):
             pace(seen["loss"])
             state.micro_step += args.gradient_accumulation_steps
             # As in the torch scripts: the end of a step.
-            state.position = updates.after(state.position)
+            state.position = updates.position_after(state.position)
             updated = not fp16 or bool(seen["applied"])  # False: an overflow, only data moved on
             if updated:
                 state.step += 1

@@ -75,7 +75,7 @@ def read(updates, rows, look=None):
 
     began, first, count = time.perf_counter(), None, 0
     for at, batch in enumerate(updates.batches(Position())):
-        if at == updates.per_epoch:
+        if at == updates.steps_per_epoch:
             break
         for _, index, _ in batch:
             rows.captions(index), rows.image(index)

@@ -69,7 +69,7 @@ def test_an_error_names_every_kind_at_once(run, spoiled, tmp_path):
 
 def test_what_can_be_found_before_training_is_left_out(spoiled, capsys):
     rows = opening.load_dataset(DataOptions(folder=spoiled))
-    rows = rows.without(checking.check_dataset(rows, "skip"))
+    rows = rows.drop(checking.check_dataset(rows, "skip"))
     assert [rows.name(at)[-5:] for at in range(len(rows))] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
     said = capsys.readouterr().err
     assert "warning: 9 of 14 samples are left out: " in said
@@ -114,7 +114,7 @@ def samples_of(folder, on_bad_sample="skip"):
         return {"pixels": image_ops.to_array(rows.image(index)), "noise": draw("noise").standard_normal(3)}
 
     rows = opening.load_dataset(DataOptions(folder=folder))
-    return Samples(rows.without(checking.check_dataset(rows, "skip")), prepare, 7, on_bad_sample)
+    return Samples(rows.drop(checking.check_dataset(rows, "skip")), prepare, 7, on_bad_sample)
 
 
 def test_the_next_image_stands_in_with_the_draws_of_the_place(tmp_path):
@@ -347,7 +347,7 @@ def test_a_report_remarks_on_what_can_be_used(tmp_path, capsys):
         "largest    16 x 800  long.png\n",
         "empty captions, trained as such: 8\n",
         "a side below 16 pixels, which are enlarged: 2\n      dot.png, tiny.png\n",
-        "more than one frame, of which the first is used: 1\n      moving.gif\n",
+        "more than one frame; the first is used: 1\n      moving.gif\n",
         "laid on white: 1\n      seen-through.png\n",
         "turned upright: 1\n      turned.png\n",
         "without a caption, which are left out: 1\n      unnamed.png\n",
@@ -386,7 +386,7 @@ def test_a_report_on_a_table(tmp_path, capsys):
     rows = opening.load_dataset(DataOptions(**source))
     unusable = checking.check_dataset(rows, "skip")
     assert unusable == [1, 3]  # the rest shows when an image is read
-    rest = rows.without(unusable)
+    rest = rows.drop(unusable)
     assert [rest.name(index) for index in range(len(rest))] == ["row 0", "row 2", "row 4", "row 5"]
     with pytest.raises(UserError, match="1 rows hold no image: row 1; 1 captions are .*: row 3 .nothing."):
         checking.check_dataset(rows)

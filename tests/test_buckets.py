@@ -37,9 +37,9 @@ def epoch_of(updates, position):
     """The shares of each step from a position to the end of its epoch, and the positions before them."""
     shares, positions, epoch = [], [], position.epoch
     while position.epoch == epoch:
-        shares.append(updates.shares(position))
+        shares.append(updates.step_samples(position))
         positions.append(position)
-        position = updates.after(position)
+        position = updates.position_after(position)
     assert position == Position(epoch + 1)
     return shares, positions
 
@@ -50,7 +50,7 @@ def test_an_epoch_visits_each_sample_once_in_batches_of_one_shape(shapes, split,
     updates = BatchPlan(len(shapes), 5, *split, shapes=shapes)
     batch_size, accumulation, world = split
     shares, _ = epoch_of(updates, Position(epoch))
-    assert len(shares) == updates.per_epoch
+    assert len(shares) == updates.steps_per_epoch
     visited = np.concatenate([share for update in shares for share in update])
     assert sorted(visited) == list(range(len(shapes)))
     for update in shares:
@@ -91,7 +91,7 @@ def flat(updates):
 @given(SHAPES, SPLITS, SPLITS, st.integers(0, 39))
 def test_another_batch_size_visits_the_rest_of_its_own_order(shapes, split, other, sample):
     updates = BatchPlan(len(shapes), 5, *other, shapes=shapes)
-    start = Position(0, sample).within(len(shapes))
+    start = Position(0, sample).wrapped(len(shapes))
     shares, _ = epoch_of(updates, start)
     visited = np.concatenate([share for update in shares for share in update])
     assert len(set(visited)) == len(visited) == len(shapes) - start.sample
@@ -104,10 +104,10 @@ def test_one_shape_is_as_none(size, split, sample):
     plain, shaped = BatchPlan(size, 5, *split), BatchPlan(size, 5, *split, shapes=np.full((size, 2), 512))
     position = Position(2, sample)
     for _ in range(5):
-        assert flat([plain.shares(position)]) == flat([shaped.shares(position)])
-        assert plain.after(position) == shaped.after(position)
-        position = plain.after(position)
-    assert plain.per_epoch == shaped.per_epoch
+        assert flat([plain.step_samples(position)]) == flat([shaped.step_samples(position)])
+        assert plain.position_after(position) == shaped.position_after(position)
+        position = plain.position_after(position)
+    assert plain.steps_per_epoch == shaped.steps_per_epoch
 
 
 def test_the_plan_with_shapes_is_frozen():
@@ -196,7 +196,7 @@ def test_sizes_are_those_of_the_upright_image(tmp_path):
 
 
 def rows_of(folder, sizes, **broken):
-    """The Rows of a table of images of these sizes; `broken` are bytes in place of an image: p3=b"..."."""
+    """The dataset of a table of images of these sizes; `broken` are bytes in place of an image: p3=b"..."."""
     import datasets
 
     cells = []
@@ -216,7 +216,8 @@ def test_the_report_tells_of_images_that_no_bucket_suits(tmp_path, capsys):
     sizes = [(64, 64), (128, 32), (600, 60), (20, 20), (96, 54), (90, 90)]
     rows = rows_of(tmp_path, sizes, p5=b"no image")
     assert checking.image_sizes(rows).tolist() == [*map(list, sizes[:5]), [0, 0]]
-    chosen, lines, remarks = buckets.assign(rows, LIMITS)
+    assignment = buckets.assign(rows, LIMITS)
+    chosen, lines, remarks = assignment.sizes, assignment.table, assignment.remarks
     assert chosen.tolist() == [[64, 64], [128, 32], [128, 32], [64, 64], [80, 48], [64, 64]]
     table = [line.split() for line in lines[1:]]
     assert table[1:3] == [["64", "x", "64", "2", "0.0", "%"], ["80", "x", "48", "1", "6.2", "%"]]
@@ -226,9 +227,7 @@ def test_the_report_tells_of_images_that_no_bucket_suits(tmp_path, capsys):
     rows.sizes = buckets.training_sizes(rows, 64, LIMITS)
     said = capsys.readouterr().err
     assert "warning: 1 images lose more than 25 %, since no bucket is near their shape: 2.png" in said
-    assert (
-        rows.select([4, 0]).sizes.tolist() == rows.without([1, 2, 3, 5]).sizes.tolist()[::-1] == [[80, 48], [64, 64]]
-    )
+    assert rows.select([4, 0]).sizes.tolist() == rows.drop([1, 2, 3, 5]).sizes.tolist()[::-1] == [[80, 48], [64, 64]]
 
 
 # --- how an image is cut --------------------------------------------------------------------------------------------

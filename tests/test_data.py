@@ -411,7 +411,7 @@ def test_a_few_rows_of_many_are_checked_as_themselves(images, most):
     for seed in range(4):
         rows = selection.take_subset(opening.load_dataset(DataOptions(folder=images)), most, seed)
         assert checking.check_dataset(rows) == [] and len(rows) == most
-        assert [int(Path(rows.name(index)).stem) for index in range(most)] == list(rows.numbers)
+        assert [int(Path(rows.name(index)).stem) for index in range(most)] == list(rows.row_numbers)
 
 
 def test_long_captions_are_counted(tmp_path, sd, capsys):
@@ -450,7 +450,7 @@ def test_so_they_are_where_other_rows_are_no_files(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "table" / "a.parquet")
     (tmp_path / "sets.yaml").write_text(f"- path: {tmp_path}/folder\n- path: {tmp_path}/table\n")
     rows = rows_of(None, config=tmp_path / "sets.yaml")
-    assert len(np.unique(rows.images())) == 8 and len(np.unique(rows.images()[:20])) == 4
+    assert len(np.unique(rows.image_numbers())) == 8 and len(np.unique(rows.image_numbers()[:20])) == 4
     parts = selection.split_validation(rows, 0.4, seed=1)
     names = [{part.name(at) for at in range(len(part)) if ".png" in part.name(at)} for part in parts]
     assert names[0] and names[1] and not names[0] & names[1]

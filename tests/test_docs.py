@@ -328,7 +328,7 @@ def test_listing_of_a_folder(text, run, tmp_path):
     assert not checking.check_dataset(rows) and not rows.findings.unnamed
     assert len(rows) == (len(images) or len(paths))  # each shard or table holds one
     if repeated:
-        assert len(selection.repeated(rows)) == 21 and ["sks dog"] in [rows.captions(at) for at in range(3)]
+        assert len(selection.repeat_sources(rows)) == 21 and ["sks dog"] in [rows.captions(at) for at in range(3)]
 
 
 @pytest.mark.parametrize("block", blocks("json", "csv"), ids=lambda block: block.language)

@@ -77,12 +77,12 @@ def test_every_split_sees_the_same_samples_with_the_same_weight(size, split):
         got = [sample for rank in ranks for micro in rank[at] for sample in micro]
         real = [sample for sample in got if sample[2]]
         assert {sample[:2] for sample in real} == expected and len(real) == len(expected)
-        assert sorted(np.concatenate(updates.shares(position))) == sorted(index for _, index in expected)
+        assert sorted(np.concatenate(updates.step_samples(position))) == sorted(index for _, index in expected)
         assert all(micro for rank in ranks for micro in rank[at]), "a process without a batch would hang the others"
         for _, _, weight in real:  # averaged over micro-steps and processes it is the mean over the window
             assert weight / (accumulation * world) == pytest.approx(1 / len(expected))
-        position = updates.after(position)
-    assert position == Position(3) and count == 3 * updates.per_epoch
+        position = updates.position_after(position)
+    assert position == Position(3) and count == 3 * updates.steps_per_epoch
     visited = [sample[:2] for update in whole for sample in update[0]]
     assert sorted(visited) == [(epoch, index) for epoch in range(3) for index in range(size)]
 
@@ -91,7 +91,7 @@ def test_every_split_sees_the_same_samples_with_the_same_weight(size, split):
 def test_updates_continue_where_another_run_stopped(done):
     updates, position = BatchPlan(10, 5, 2, 2), Position()
     for _ in range(done):
-        position = updates.after(position)
+        position = updates.position_after(position)
     assert first_updates(updates, 5, position) == first_updates(updates, done + 5)[done:]
 
 
@@ -105,4 +105,4 @@ def test_a_position_inside_an_epoch_continues_with_another_batch_size():
 def test_a_position_beyond_a_smaller_data_set_continues_in_the_next_epoch():
     updates = BatchPlan(6, 5, 4)
     assert first_updates(updates, 2, Position(1, 8)) == first_updates(updates, 2, Position(2))
-    assert updates.after(Position(1, 8)) == Position(2, 4)
+    assert updates.position_after(Position(1, 8)) == Position(2, 4)

@@ -153,10 +153,10 @@ def test_folders_are_not_repeated_unasked(tmp_path, capsys):
     folder = kohya(tmp_path, **{"2_dog": 2, "2024_photos": 1})
     for text in ("2_dog/0.txt", "2_dog/1.txt", "2024_photos/0.txt"):
         (folder / text).write_text("x")
-    rows = selection.repeated(rows_of(folder))
+    rows = selection.repeat_sources(rows_of(folder))
     assert len(rows) == 3
     assert "folders named like '2_dog' are not repeated; with --repeats_from_folders" in capsys.readouterr().err
-    assert len(selection.repeated(rows_of(folder, repeats_from_folders=True))) == 5
+    assert len(selection.repeat_sources(rows_of(folder, repeats_from_folders=True))) == 5
 
 
 def test_no_folder_is_named_so(tmp_path):
@@ -291,7 +291,7 @@ def test_shards_with_caches_and_buckets(run, images, tmp_path):
         run(tmp_path / name, *flags, *cache, "--train_data_dir", folder)
     assert result_bytes(tmp_path / "tar") == result_bytes(tmp_path / "folder")
     rows = rows_of(tmp_path / "set")
-    assert rows.content(3) == rows_of(images).content(3)
+    assert rows.digest_and_size(3) == rows_of(images).digest_and_size(3)
     assert rows.name(3) == str(tmp_path / "set" / "a.tar" / "003.png")
 
 
@@ -489,7 +489,7 @@ def test_weighted_sources_are_resumed(run, images, tmp_path):
 
 
 class Sized:
-    """Rows as far as `repeated` looks at them."""
+    """A dataset as far as `repeat_sources` reads it."""
 
     def __init__(self, sources, origins):
         self.sources, self.origins = sources, np.asarray(origins)
@@ -499,7 +499,7 @@ class Sized:
 
     def select(self, indices):
         part = Sized(self.sources, self.origins[indices])
-        part.chosen, part.partly = indices, ()
+        part.chosen, part.partial_sources = indices, ()
         return part
 
 
@@ -513,17 +513,17 @@ def test_weights_are_the_shares_of_every_epoch(sources, split, shaped):
     """No image is shown twice oftener than another of its source, and in time each is shown."""
     counts, weights = np.array(sources).T
     origins = np.repeat(np.arange(len(sources)), counts.astype(int))
-    rows = selection.repeated(Sized([Source("", 1, weight) for weight in weights], origins))
+    rows = selection.repeat_sources(Sized([Source("", 1, weight) for weight in weights], origins))
     shapes = np.arange(len(rows)) % 3 if shaped else None
-    updates = BatchPlan(len(rows), 5, *split, shapes, rows.partly)
+    updates = BatchPlan(len(rows), 5, *split, shapes, rows.partial_sources)
     wanted = len(origins) * weights / weights.sum()
     seen = np.zeros(len(origins), int)
     position = Position()
     for epoch in range(3):
         visited = []
         while position.epoch == epoch:
-            visited += [index for share in updates.shares(position) for index in share]
-            position = updates.after(position)
+            visited += [index for share in updates.step_samples(position) for index in share]
+            position = updates.position_after(position)
         assert len(set(visited)) == len(visited) == updates.size
         times = np.bincount(rows.chosen[visited], minlength=len(origins))
         for at in range(len(sources)):
@@ -533,25 +533,25 @@ def test_weights_are_the_shares_of_every_epoch(sources, split, shaped):
         seen += times
     assert position == Position(3)
     if not shaped:
-        assert updates.per_epoch == -(-updates.size // updates.window)
-    if rows.partly and max(counts) > 3:
+        assert updates.steps_per_epoch == -(-updates.size // updates.samples_per_step)
+    if rows.partial_sources and max(counts) > 3:
         assert seen.max() > 0
 
 
 def test_what_is_left_out_is_another_part_in_every_epoch():
-    rows = selection.repeated(Sized([Source("", 1, 1.0), Source("", 1, 1.0)], [0] * 30 + [1] * 10))
-    assert len(rows) == 50 and [(len(indices), count) for indices, count in rows.partly] == [(30, 20)]
-    updates = BatchPlan(len(rows), 1, 40, partly=rows.partly)
-    first, second = (set(np.concatenate(updates.shares(Position(epoch)))) for epoch in (0, 1))
+    rows = selection.repeat_sources(Sized([Source("", 1, 1.0), Source("", 1, 1.0)], [0] * 30 + [1] * 10))
+    assert len(rows) == 50 and [(len(part.indices), part.count) for part in rows.partial_sources] == [(30, 20)]
+    updates = BatchPlan(len(rows), 1, 40, partial_sources=rows.partial_sources)
+    first, second = (set(np.concatenate(updates.step_samples(Position(epoch)))) for epoch in (0, 1))
     assert len(first) == len(second) == 40 and first != second
-    assert BatchPlan(len(rows), 1, 40).per_epoch == 2 and updates.per_epoch == 1
+    assert BatchPlan(len(rows), 1, 40).steps_per_epoch == 2 and updates.steps_per_epoch == 1
 
 
 BAD_CONFIGS = {
     "[": "cannot be read as YAML at line 1",
     "path: a": "is not a list of sources",
     "[]": "is not a list of sources",
-    "[a]": "source 1: 'a' is no dict",
+    "[a]": "source 1: 'a' is not a dict",
     "[{path: a, repeat: 3}]": "source 1: there is no key 'repeat'; did you mean 'repeats'?",
     "[{path: a}, {}]": "source 2: give it a path or a dataset_name",
     "[{path: a, dataset_name: x}]": "source 1: give it a path or a dataset_name",

@@ -149,13 +149,13 @@ def test_processes_have_chunks_of_their_own(world):
     one = BatchPlan(960, 5, 4 * world, 2, 1, stream=Stream())
     seen, position = [set() for _ in range(world)], Position()
     while position.epoch == 0:
-        shares = updates.shares(position)
-        taken = np.concatenate(one.shares(position))
+        shares = updates.step_samples(position)
+        taken = np.concatenate(one.step_samples(position))
         assert sorted(np.concatenate(shares)) == sorted(taken) and max(map(len, shares)) - min(map(len, shares)) <= 1
         if position.sample < 960 - 16 * 12:
             for part, share in enumerate(shares):
                 seen[part % world] |= set(share // 12)
-        position = updates.after(position)
+        position = updates.position_after(position)
     assert sum(map(len, seen)) == len(set().union(*seen)) > 60
 
 
@@ -250,11 +250,11 @@ def test_subsets_lie_in_few_chunks(tmp_path):
     rows = rows_of(tables(tmp_path / "tables", 12, 5), tmp_path)
     few = selection.take_subset(rows, 11, 3)
     assert len(few) == 11 and len(few.lengths) == 3 and sorted(few.lengths) == [1, 5, 5]
-    assert not np.array_equal(few.numbers, selection.take_subset(rows, 11, 4).numbers)
+    assert not np.array_equal(few.row_numbers, selection.take_subset(rows, 11, 4).numbers)
     train, val_samples = selection.split_validation(rows, 0.2, 3)
     assert len(train) == 48 and len(val_samples) == 12 and len(val_samples.lengths) == 3
-    assert sorted(np.concatenate([train.numbers, val_samples.numbers])) == list(range(60))
-    assert val_samples.captions(11) == [caption(val_samples.numbers[11])]
+    assert sorted(np.concatenate([train.row_numbers, val_samples.row_numbers])) == list(range(60))
+    assert val_samples.captions(11) == [caption(val_samples.row_numbers[11])]
     assert len({rows.fingerprint(), few.fingerprint(), train.fingerprint(), val_samples.fingerprint()}) == 4
 
 

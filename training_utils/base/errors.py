@@ -1,5 +1,7 @@
 """What a user can fix, as an exception, and how exceptions are put into one line."""
 
+import pickle
+
 
 class UserError(Exception):
     """Something a user can fix, in one sentence. `exit_code` is 2 for a wrong command or dataset, else 1.
@@ -11,6 +13,22 @@ class UserError(Exception):
     def __init__(self, message, exit_code=2, everywhere=None):
         super().__init__(message)
         self.exit_code, self.everywhere = exit_code, everywhere
+
+    def __reduce__(self):
+        """Pickled with its cause, so that it keeps it from a data worker or another process; exceptions do not by
+        themselves. A cause that cannot be pickled is dropped."""
+        state = dict(self.__dict__)
+        if self.__cause__ is not None and _can_be_pickled(self.__cause__):
+            state["__cause__"] = self.__cause__
+        return type(self), self.args, state
+
+
+def _can_be_pickled(error):
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a library's exception may raise anything here, and no other code of ours runs
+        return False
+    return True
 
 
 def reason_of(error):

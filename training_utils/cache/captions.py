@@ -35,7 +35,7 @@ def cache_captions(store, sets, encode, team=None, batch_size=None, empty=False)
     texts = dict.fromkeys([""] if empty else [])
     for samples in sets:
         for index in range(len(samples)):
-            texts |= dict.fromkeys(samples.rows.captions(index))
+            texts |= dict.fromkeys(samples.dataset.captions(index))
     tokenize, wanted = sets[0].prepare.tokenize, {}
     for text in texts:
         wanted.setdefault(CachedCaptions.key(tokenize(text)), text)

@@ -73,7 +73,7 @@ class ImageView:
     size: Any
 
     def __str__(self):
-        return self.samples.rows.name(self.index)
+        return self.samples.dataset.name(self.index)
 
 
 def _show(view):
@@ -83,7 +83,7 @@ def _show(view):
     try:
         corner = prepare.images.corner(view.index, view.crop)
         size = () if view.size is None else (view.size,)
-        return prepare.show(samples.rows, view.index, view.mirrored, corner, *size)
+        return prepare.show(samples.dataset, view.index, view.mirrored, corner, *size)
     except BadSample as error:
         return error if samples.on_bad_sample == "skip" else samples.refusal(error)
     except UserError as error:
@@ -91,8 +91,8 @@ def _show(view):
 
 
 def hash_files(rows, indices, threads):
-    """`Rows.content` of some images, in order."""
-    return list(bar(parallel.read_ahead(rows.content, indices, threads), "reading images", len(indices)))
+    """`ImageDataset.digest_and_size` of some images, in order."""
+    return list(bar(parallel.read_ahead(rows.digest_and_size, indices, threads), "reading images", len(indices)))
 
 
 def cache_images(store, sets, encode, team=None, batch_size=None, crops=1, blank=None):
@@ -106,22 +106,24 @@ def cache_images(store, sets, encode, team=None, batch_size=None, crops=1, blank
         for samples in sets:
             samples.prepare.images = SimpleNamespace(
                 read=lambda *view, samples=samples: fill.first_entry(
-                    encode, samples.prepare.show(samples.rows, *view)
+                    encode, samples.prepare.show(samples.dataset, *view)
                 ),
                 read_blank=lambda: fill.first_entry(encode, blank),
             )
         return
     for samples in sets:
-        _, firsts, same = np.unique(samples.rows.numbers, return_index=True, return_inverse=True)  # some are repeated
+        _, firsts, same = np.unique(
+            samples.dataset.row_numbers, return_index=True, return_inverse=True
+        )  # some are repeated
         mine = range(team.rank, len(firsts), team.world)
-        looks = hash_files(samples.rows, [int(firsts[at]) for at in mine], team.threads)
+        looks = hash_files(samples.dataset, [int(firsts[at]) for at in mine], team.threads)
         seen = [look for _, look in sorted(team.gather(list(zip(mine, looks))))]
         digests, sizes = [seen[at][0] for at in same], [seen[at][1] for at in same]
         samples.prepare.images = CachedImages(store, digests, sizes, crops)
     wanted, narrowed = {}, 0
     for samples in sets:
         for index in range(len(samples)):
-            size = samples.rows.size(index)
+            size = samples.dataset.size(index)
             wanted |= _views(samples, index, size)
             narrowed += samples.prepare.cropped and samples.prepare.images.has_room(index, size)
     if narrowed and crops == 1 and team.rank == 0:
@@ -137,7 +139,7 @@ def cache_images(store, sets, encode, team=None, batch_size=None, crops=1, blank
     if failed:
         stand_ins = {}
         for samples in sets:
-            images, sized = samples.prepare.images, samples.rows.size
+            images, sized = samples.prepare.images, samples.dataset.size
             for index in range(len(samples)):
                 for key in failed.keys() & _views(samples, index, sized(index)).keys():
                     images.unusable[index] = failed[key]

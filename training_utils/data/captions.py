@@ -1,55 +1,59 @@
 """Captions: which one a sample takes, what is wrong with them, and which are too long."""
 
+from collections.abc import Callable
+from typing import Any
+
 from training_utils.base.console import warn
-from training_utils.data.problems import Problem, caption_fault
+from training_utils.base.draws import SampleDraws
+from training_utils.data.dataset import ImageDataset
+from training_utils.data.problems import Problem, caption_fault, texts_of
 
 
-def texts_of(value):
-    """The captions in a usable cell, a list of strings."""
-    return [value] if isinstance(value, str) else list(value)
-
-
-def caption_problems(rows):
-    """The captions of a dataset that cannot be used, {index: Problem}, and the indices of the rows with an empty one,
-    a list. Both are empty where captions are not read."""
+def caption_problems(dataset: ImageDataset) -> tuple[dict[int, Problem], list[int]]:
+    """The captions of a dataset that cannot be used, {index: Problem}, and the indices of rows with an empty one.
+    Both are empty where captions are not read."""
     problems, empty = {}, []
-    for index, value in enumerate(rows.values()):
+    for index, value in enumerate(dataset.raw_captions()):
         fault = caption_fault(value)
         if fault:
-            problems[index] = Problem("no usable caption", rows.name(index), fault)
+            problems[index] = Problem("no usable caption", dataset.name(index), fault)
         elif not all(text.strip() for text in texts_of(value)):
             empty.append(index)
     return problems, empty
 
 
-def warn_of_long_captions(rows, tokenizer, most=100_000):
-    """Warn of captions beyond the tokenizer's limit, whose rest the text encoder never sees. Looks at the first `most`
-    rows; at none of a stream, which it would have to read as a whole."""
-    if rows.stream is not None:
+def warn_of_long_captions(dataset: ImageDataset, tokenizer: Callable[..., Any], most: int = 100_000) -> None:
+    """Warn of captions beyond the tokenizer's limit, whose rest the text encoder never sees.
+
+    Reads the first `most` rows; none of a stream, which it would have to read completely.
+    """
+    if dataset.stream is not None:
         return
-    count = min(len(rows), most)
-    values = rows.dataset.select(range(count))[rows.caption_column]
+    count = min(len(dataset), most)
+    values = dataset.table.select(range(count))[dataset.caption_column]
     texts = [text for value in values for text in texts_of(value)]
     limit = tokenizer.model_max_length
-    long = sum(
-        len(ids) > limit
-        for start in range(0, len(texts), 1000)
-        for ids in tokenizer(texts[start : start + 1000], truncation=False, verbose=False).input_ids
-    )
+    long = 0
+    for start in range(0, len(texts), 1000):
+        tokens = tokenizer(texts[start : start + 1000], truncation=False, verbose=False).input_ids
+        long += sum(len(ids) > limit for ids in tokens)
     if long:
-        among = f"the first {len(texts)}" if count < len(rows) else f"{len(texts)}"
+        among = f"the first {len(texts)}" if count < len(dataset) else f"{len(texts)}"
         warn(f"{long} of {among} captions are longer than {limit} tokens; the text encoder does not see the rest")
 
 
-def choose_caption(captions, draw, dropout=0.0):
+def choose_caption(captions: list[str], draw: SampleDraws, dropout: float = 0.0) -> str | None:
     """One of a row's captions, or with probability `dropout` None, which is trained as no caption; both drawn."""
     if dropout and draw("caption_dropout").random() < dropout:
         return None
-    return captions[int(draw("caption").integers(len(captions)))] if len(captions) > 1 else captions[0]
+    if len(captions) == 1:
+        return captions[0]
+    return captions[int(draw("caption").integers(len(captions)))]
 
 
-def shuffle_tags(caption, draw, kept=0):
-    """A caption whose parts between commas, its tags, are put into a drawn order, but for the first `kept`."""
-    tags = [tag for tag in (part.strip() for part in caption.split(",")) if tag]
+def shuffle_tags(caption: str, draw: SampleDraws, kept: int = 0) -> str:
+    """A caption whose tags, the parts between commas, are put into a drawn order, except the first `kept`."""
+    parts = [part.strip() for part in caption.split(",")]
+    tags = [tag for tag in parts if tag]
     order = draw("tags").permutation(len(tags[kept:]))
     return ", ".join(tags[:kept] + [tags[kept + at] for at in order])

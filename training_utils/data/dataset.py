@@ -3,169 +3,211 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
-from training_utils.base.errors import UserError
-from training_utils.data import image_ops, problems, tar
-from training_utils.data.captions import texts_of
-from training_utils.data.problems import BadSample, Findings
+from training_utils.data import image_ops, tar
+from training_utils.data.image_files import StoredImage, UnusableImage, open_image, read_content, unusable_if
+from training_utils.data.image_ops import Size
+from training_utils.data.problems import Findings, texts_of
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
 
 
 @dataclass(frozen=True)
 class Source:
-    """Some rows of a dataset: what to call them, how many times an epoch shows each, or else (for all the sources of
-    a dataset, or none) their weight, to which the share of an epoch's samples that they have is proportional. `start`
-    is the number of the first row."""
+    """Some rows of a dataset: what to call them, and how often an epoch shows them.
+
+    An epoch shows each row `repeats` times. Or else, for all sources of a dataset or none, the share of an epoch's
+    samples that the source has is proportional to its `weight`. `first_row` is the number of its first row.
+    """
 
     title: str
     repeats: int = 1
     weight: float | None = None
-    start: int = 0
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class PartialSource:
+    """Samples of which an epoch shows only `count`, drawn anew in each epoch: their indices, int64."""
+
+    indices: np.ndarray
+    count: int
 
 
 class ImageDataset:
     """The images and captions of a dataset; both are read when they are asked for.
 
-    `dataset` is a datasets.Dataset whose image column is not decoded; `caption_column` is None where only the
-    images matter; `root` is the folder of the images, resolved, where they are files; `findings` are shared with
-    the rows that are selected from these; `numbers` are the rows' places in the whole dataset, whose images are
-    `stored`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels at which each row is
-    trained; None where that is no matter of the data. `sources` are a list of Source, None where there is one, and
-    `origins` the index of each row's. `partly` is what BatchPlan takes, and so is `stream`: the rows themselves where
-    they are those of streams.py.
+    `table` is a datasets.Dataset whose image column is not decoded; `caption_column` is None where only the images
+    matter; `root` is the folder of the images, resolved, where they are files; `findings` are shared with the
+    datasets that are selected from this one. `row_numbers` are the numbers of these rows in the complete dataset,
+    whose images are `arrow_images`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels
+    at which each row is trained; None where the data do not decide it. `sources` are None where there is one alone,
+    and `origins` the index of each row's. `partial_sources` are a list of PartialSource. `stream` is the dataset
+    itself where it is streamed, else None.
     """
 
     stream = None
 
     def __init__(
         self,
-        dataset,
-        image_column,
-        caption_column,
-        root=None,
-        findings=None,
-        numbers=None,
-        stored=None,
-        sizes=None,
-        sources=None,
-        origins=None,
+        table: "datasets.Dataset",
+        image_column: str,
+        caption_column: str | None,
+        root: Any = None,
+        findings: Findings | None = None,
+        row_numbers: np.ndarray | None = None,
+        arrow_images: "pyarrow.ChunkedArray | None" = None,
+        sizes: np.ndarray | None = None,
+        sources: Sequence[Source] | None = None,
+        origins: np.ndarray | None = None,
     ):
-        self.dataset, self.image_column, self.caption_column, self.root = dataset, image_column, caption_column, root
-        self.sources, self.origins, self.partly = sources, origins, ()
+        self.table = table
+        self.image_column = image_column
+        self.caption_column = caption_column
+        self.root = root
         self.findings = Findings() if findings is None else findings
-        self.numbers = np.arange(len(dataset)) if numbers is None else numbers
-        self.stored = dataset.data.column(image_column) if stored is None else stored
+        self.row_numbers = np.arange(len(table)) if row_numbers is None else row_numbers
+        self.arrow_images = table.data.column(image_column) if arrow_images is None else arrow_images
         self.sizes = sizes
-        self._images = dataset[image_column]  # read when they are indexed, like the captions
-        self._captions = None if caption_column is None else dataset[caption_column]
+        self.sources = sources
+        self.origins = origins
+        self.partial_sources = ()
+        # Both are read when they are indexed.
+        self._images = table[image_column]
+        self._captions = None if caption_column is None else table[caption_column]
 
-    def __len__(self):
-        return len(self.dataset)
+    def __len__(self) -> int:
+        return len(self.table)
 
-    def select(self, indices):
+    # --- choosing rows -----------------------------------------------------------------------------------------------
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "ImageDataset":
         """The rows with these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
-        columns = (self.image_column, self.caption_column)
-        numbers, sizes, origins = (
-            None if values is None else values[indices] for values in (self.numbers, self.sizes, self.origins)
+        return ImageDataset(
+            self.table.select(indices),
+            self.image_column,
+            self.caption_column,
+            root=self.root,
+            findings=self.findings,
+            row_numbers=self.row_numbers[indices],
+            arrow_images=self.arrow_images,
+            sizes=None if self.sizes is None else self.sizes[indices],
+            sources=self.sources,
+            origins=None if self.origins is None else self.origins[indices],
         )
-        shared = (self.root, self.findings, numbers, self.stored, sizes, self.sources, origins)
-        return ImageDataset(self.dataset.select(indices), *columns, *shared)
 
-    def without(self, indices):
-        """The rows but for those with these indices."""
-        return self.select(np.delete(np.arange(len(self)), indices)) if len(indices) else self
+    def drop(self, indices: Sequence[int] | np.ndarray) -> "ImageDataset":
+        """All rows except those with these indices."""
+        if not len(indices):
+            return self
+        return self.select(np.delete(np.arange(len(self)), indices))
 
-    def name(self, index):
+    def draw_subset(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """The indices of `count` rows that a generator draws: int64."""
+        return generator.permutation(len(self))[:count]
+
+    # --- one row -----------------------------------------------------------------------------------------------------
+
+    def name(self, index: int) -> str:
         """What to call a row in a message: its file where it has one."""
-        cell = self.stored[int(self.numbers[index])]
-        return self._name(index, {"path": cell["path"].as_py()} if cell.is_valid else None)
+        scalar = self.arrow_images[int(self.row_numbers[index])]
+        # Its "bytes" are not made a Python object.
+        return self._name_of(index, {"path": scalar["path"].as_py()} if scalar.is_valid else None)
 
-    def _cell(self, index):
-        return self._images[index]
-
-    def _name(self, index, cell):
-        path = cell.get("path") if isinstance(cell, dict) else None
+    def _name_of(self, index, stored):
+        """What to call a row whose stored image is at hand."""
+        path = stored.get("path") if isinstance(stored, dict) else None
         if path:
-            return str(tar.shown(path))
-        number = int(self.numbers[index])
+            return str(tar.display_name(path))
+        number = int(self.row_numbers[index])
         if self.sources is None:
             return f"row {number}"
         source = self.sources[self.origins[index]]
-        return f"row {number - source.start} of {source.title}"
+        return f"row {number - source.first_row} of {source.title}"
 
-    def values(self):
-        """What stands in the caption column of every row; nothing where captions are not read."""
-        return [] if self.caption_column is None else self.dataset[self.caption_column]
+    def stored_image(self, index: int) -> StoredImage:
+        """The image of a row as it is stored: what `open_image` opens."""
+        return self._images[index]
 
-    def drawn(self, count, generator):
-        """The indices of `count` rows that a generator draws."""
-        return generator.permutation(len(self))[:count]
-
-    def cells(self):
-        """(name, cell) of every row: what `open_image` opens."""
-        return ((self._name(index, cell), cell) for index, cell in enumerate(self._images))
-
-    def files(self):
-        """The indices of the rows whose image is a file by itself, whose header can be read without all the rest."""
-        alone = [chunk.field("bytes").is_null().to_numpy(False) for chunk in self.stored.chunks]
-        return np.flatnonzero(np.concatenate([np.zeros(0, bool), *alone])[self.numbers])
-
-    def images(self):
-        """A number for the image of each row, int64, shape (N,): rows that name the same file have the same one."""
-        images, files = np.arange(len(self)), self.files()
-        if len(files):
-            paths = np.concatenate([chunk.field("path").to_numpy(False) for chunk in self.stored.chunks])
-            same = np.unique(paths[self.numbers[files]], return_inverse=True)[1]
-            images[files] = len(self) + same
-        return np.unique(images, return_inverse=True)[1]
-
-    def without_image(self):
-        """The indices of the rows whose image is null."""
-        null = np.concatenate([np.zeros(0, bool), *(chunk.is_null().to_numpy(False) for chunk in self.stored.chunks)])
-        return np.flatnonzero(null[self.numbers])
-
-    def size(self, index):
+    def size(self, index: int) -> Size | None:
         """The (width, height) in pixels at which a row is trained, or None."""
         return None if self.sizes is None else tuple(self.sizes[index].tolist())
 
-    def captions(self, index):
-        """The captions of a row, a list of at least one string."""
+    def captions(self, index: int) -> list[str]:
+        """The captions of a row, at least one."""
         return texts_of(self._captions[index])
 
-    def image(self, index):
+    def image(self, index: int) -> Image.Image:
         """The image of a row, upright, in RGB. Raises BadSample, or UserError where the file cannot be reached."""
-        cell = self._cell(index)
+        stored = self.stored_image(index)
         try:
-            with problems.open_image(cell) as image:
+            with unusable_if(MemoryError), open_image(stored) as image:
                 return image_ops.upright_rgb(image)
-        except Exception as error:  # Pillow raises a dozen kinds for a damaged file
-            problem = problems.problem_of(error, self._name(index, cell))
-        raise (UserError if problem.kind in ("absent", "not readable") else BadSample)(problem.sentence())
+        except UnusableImage as error:
+            raise error.problem(self._name_of(index, stored)).error() from error.__cause__ or error
 
-    def content(self, index):
-        """(SHA-256, upright size) of the file of a row's image; for one that cannot be read, of its name, and
+    def digest_and_size(self, index: int) -> tuple[str, Size]:
+        """(SHA-256, upright size) of the file of a row's image; of one that cannot be read, that of its name, and
         zeros."""
-        cell = self._images[index]
         try:
-            content = problems.content_of(cell)
-            with problems.open_image({"bytes": content}) as image:
-                return hashlib.sha256(content).hexdigest(), image_ops.upright_size(image)
-        except Exception:  # what is wrong with it, whoever decodes it will say
+            content = read_content(self.stored_image(index))
+            with unusable_if(MemoryError), open_image({"bytes": content}) as image:
+                size = image_ops.upright_size(image)
+        except UnusableImage:  # what is wrong with it, whoever decodes it will say
             return hashlib.sha256(repr(self.name(index)).encode()).hexdigest(), (0, 0)
+        return hashlib.sha256(content).hexdigest(), size
 
-    def fingerprint(self):
+    # --- all rows ----------------------------------------------------------------------------------------------------
+
+    def stored_images(self) -> Iterator[tuple[str, StoredImage]]:
+        """(name, stored image) of every row."""
+        for index, stored in enumerate(self._images):
+            yield self._name_of(index, stored), stored
+
+    def raw_captions(self) -> Sequence[Any]:
+        """What the caption column holds in every row, usable or not; nothing where captions are not read."""
+        return [] if self.caption_column is None else self.table[self.caption_column]
+
+    def file_indices(self) -> np.ndarray:
+        """The indices of the rows whose image is a file of its own, whose header can be read without all the rest."""
+        is_file = [chunk.field("bytes").is_null().to_numpy(False) for chunk in self.arrow_images.chunks]
+        return np.flatnonzero(np.concatenate([np.zeros(0, bool), *is_file])[self.row_numbers])
+
+    def indices_without_image(self) -> np.ndarray:
+        """The indices of the rows whose image is null."""
+        is_null = [chunk.is_null().to_numpy(False) for chunk in self.arrow_images.chunks]
+        return np.flatnonzero(np.concatenate([np.zeros(0, bool), *is_null])[self.row_numbers])
+
+    def image_numbers(self) -> np.ndarray:
+        """A number for the image of each row, int64, shape (N,): rows that name the same file have the same one."""
+        numbers = np.arange(len(self))
+        files = self.file_indices()
+        if len(files):
+            paths = np.concatenate([chunk.field("path").to_numpy(False) for chunk in self.arrow_images.chunks])
+            same = np.unique(paths[self.row_numbers[files]], return_inverse=True)[1]
+            numbers[files] = len(self) + same
+        return np.unique(numbers, return_inverse=True)[1]
+
+    def fingerprint(self) -> str:
         """SHA-256 over the captions, over the file names of a folder, and over the weights of sources: a resumed run
         compares it. Without captions and a folder, over up to a thousand images."""
         digest = hashlib.sha256()
-        for index, caption in enumerate([None] * len(self) if self._captions is None else self._captions):
+        captions = [None] * len(self) if self._captions is None else self._captions
+        for index, caption in enumerate(captions):
             name = os.path.relpath(self.name(index), self.root) if self.root else ""
             digest.update(json.dumps([name, caption]).encode())
         if self._captions is None and not self.root:
             for index in range(0, len(self), -(-len(self) // 1000)):
                 digest.update(self._images[index].get("bytes") or b"")
-        for indices, count in self.partly:
-            digest.update(json.dumps([len(indices), count]).encode())
+        for part in self.partial_sources:
+            digest.update(json.dumps([len(part.indices), part.count]).encode())
         return digest.hexdigest()

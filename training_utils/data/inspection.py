@@ -1,22 +1,26 @@
-"""A look at every caption and every image of a dataset before anything is trained: what `--check_data` prints."""
+"""Checking every caption and every image of a dataset before anything is trained: what `--check_data` prints."""
 
 import hashlib
 import os
 import sys
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags
+from PIL import Image
 
 from training_utils.base.console import bar, is_main_process
 from training_utils.base.formats import shortened
 from training_utils.cli.options import BucketLimits, DataOptions
 from training_utils.data import buckets, image_ops, opening, parallel, selection
-from training_utils.data.captions import caption_problems, texts_of
-from training_utils.data.problems import KINDS, open_image, problem_of
+from training_utils.data.captions import caption_problems
+from training_utils.data.dataset import ImageDataset
+from training_utils.data.image_files import StoredImage, UnusableImage, decoding, open_image, unusable_if
+from training_utils.data.image_ops import Size
+from training_utils.data.problems import KINDS, Problem, texts_of
 
 SIDES = [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096]
-RATIOS = {  # upper bound of width / height: what to call it
+# Upper bound of width / height: what to call it.
+RATIOS = {
     1 / 2: "below 1:2, tall",
     2 / 3: "1:2 to 2:3",
     4 / 5: "2:3 to 4:5",
@@ -25,115 +29,124 @@ RATIOS = {  # upper bound of width / height: what to call it
     2: "3:2 to 2:1",
     float("inf"): "2:1 and above, wide",
 }
-BAR = 40  # characters of the longest bar of a histogram
+LONGEST_BAR = 40  # characters, in a histogram
 
 
-class Look(NamedTuple):
-    """What a decoded image is like: its name, its size (width, height) when upright, a digest of its pixels, and
-    whether it has more frames than one, transparent parts, or was stored turned."""
+@dataclass(frozen=True)
+class DecodedImage:
+    """What a decoded image is like: its name, its size when upright, a digest of its pixels, and whether it has more
+    than one frame, transparent parts, or was stored turned."""
 
     name: str
-    size: tuple
+    size: Size
     digest: bytes
-    animated: bool
-    transparent: bool
-    turned: bool
+    is_animated: bool
+    is_transparent: bool
+    is_turned: bool
 
 
 def check_data(options: DataOptions, resolution: int | None, limits: BucketLimits | None = None) -> int:
-    """Look at a whole dataset and print a report. Returns the exit code: 0 when every sample can be used, else 2.
+    """Check a complete dataset and print a report. Returns the exit code: 0 when every sample can be used, else 2.
 
     `resolution` is the side in pixels that the images are resized to, None where the script does not resize them;
-    without `limits` they are cut to squares. Of several processes only the first one looks. Raises UserError for a
-    dataset that cannot be opened.
+    without `limits` they are cut to squares. Only the main process does it. Raises UserError for a dataset that cannot
+    be opened.
     """
     if not is_main_process():
         return 0
-    rows = opening.load_dataset(options)
-    looks, problems, bad = look_at_images(rows)
-    captions, empty = caption_problems(rows)
-    unusable = len(rows.findings.problems) + len(bad | captions.keys())
-    problems = [*rows.findings.problems, *captions.values(), *problems]
-    samples = len(rows) + len(rows.findings.problems)
+    dataset = opening.load_dataset(options)
+    images, image_problems, bad = decode_images(dataset)
+    captions, empty = caption_problems(dataset)
+    bad |= captions.keys()
+    findings = dataset.findings
+    problems = [*findings.problems, *captions.values(), *image_problems]
+    unusable = len(findings.problems) + len(bad)
+    samples = len(findings.problems) + len(dataset)
+    usable = dataset.drop(sorted(bad))
     title = options.dataset_name or options.folder or options.config
     blocks = [
-        _summary(title, samples, unusable, rows, captions, looks),
-        _sources(rows.without(sorted(bad | captions.keys()))),
-        _malformed(rows.findings.malformed),
-        _unusable_lines(problems, rows.root),
-        _remarks(rows, looks, [rows.name(index) for index in empty], None if limits else resolution),
-        _histogram("shorter side in pixels", *_sides(looks, resolution)),
-        _histogram("width to height", *_ratios(looks)),
-        _buckets(rows.without(sorted(bad | captions.keys())), limits),
-        [_verdict(samples, unusable, rows.findings.malformed)],
+        _summary(title, samples, unusable, dataset, captions, images),
+        _sources(usable),
+        _malformed(findings.malformed),
+        _unusable_lines(problems, dataset.root),
+        _remarks(dataset, images, [dataset.name(index) for index in empty], None if limits else resolution),
+        _histogram("shorter side in pixels", *_sides(images, resolution)),
+        _histogram("width to height", *_ratios(images)),
+        _buckets(usable, limits),
+        [_verdict(samples, unusable, findings.malformed)],
     ]
     text = "\n\n".join("\n".join(lines) for lines in blocks if lines)
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    return 2 if unusable or rows.findings.malformed else 0
+    return 2 if unusable or findings.malformed else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Looking
+# Decoding
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def look_at_images(rows):
-    """Decode every image, in threads, under a progress bar. Returns a list of Look, a list of Problem, and the set
-    of the rows' indices that have such a problem.
+def decode_images(dataset: ImageDataset) -> tuple[list[DecodedImage], list[Problem], set[int]]:
+    """Decode every image, in threads, under a progress bar. Returns the images, the problems of those that cannot be
+    decoded, and the indices of the rows that have such a problem.
 
-    Of a folder each file is decoded once, however many rows show it, and those too whose caption cannot be used.
+    Each file of a folder is decoded once, however many rows show it, and those too whose caption cannot be used.
     """
-    images, shown_by, cells = rows.cells(), {}, {}
-    if rows.root is not None:
-        for index, (name, cell) in enumerate(images):
-            shown_by.setdefault(name, []).append(index)
-            cells[name] = cell
-        for problem in rows.findings.problems:
-            if problem.kind == "no usable caption" and os.path.isfile(problem.name):  # which no place in a shard is
-                shown_by.setdefault(problem.name, [])
-                cells[problem.name] = {"path": problem.name}
-        images = cells.items()
-    threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a whole image
-    results = parallel.read_ahead(_look, images, threads)
-    total = len(shown_by) or len(rows)
-    looks, problems, bad = [], [], set()
+    images = dataset.stored_images()
+    total = len(dataset)
+    rows_of = {}  # by name, for files
+    if dataset.root is not None:
+        files = {}
+        for index, (name, stored) in enumerate(images):
+            rows_of.setdefault(name, []).append(index)
+            files[name] = stored
+        for problem in dataset.findings.problems:
+            # The name of a shard's member is not a file.
+            if problem.kind == "no usable caption" and os.path.isfile(problem.name):
+                rows_of.setdefault(problem.name, [])
+                files[problem.name] = {"path": problem.name}
+        images = files.items()
+        total = len(files) or total
+    threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a complete image
+    results = parallel.read_ahead(_decode, images, threads)
+    decoded, problems, bad = [], [], set()
     for at, result in enumerate(bar(results, "images", total, delay=0)):
-        if isinstance(result, Look):
-            looks.append(result)
+        if isinstance(result, DecodedImage):
+            decoded.append(result)
         else:
             problems.append(result)
-            bad.update([at] if rows.root is None else shown_by[result.name])
-    return looks, problems, bad
+            bad.update([at] if dataset.root is None else rows_of[result.name])
+    return decoded, problems, bad
 
 
-def _look(named_cell):
-    """An image's Look, or its Problem."""
-    name, cell = named_cell
+def _decode(named_image: tuple[str, StoredImage]) -> DecodedImage | Problem:
+    name, stored = named_image
     try:
-        with open_image(cell) as image:
-            rgb, turned = image_ops.upright_rgb(image), image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        with unusable_if(MemoryError), open_image(stored) as image:
+            rgb = image_ops.upright_rgb(image)
+            turned = image_ops.is_turned(image)
             transparent = image_ops.is_transparent(image)  # of the first frame
-            return Look(name, rgb.size, _digest(rgb), _is_animated(image), transparent, turned)
-    except Exception as error:  # Pillow raises a dozen kinds for a damaged file
-        return problem_of(error, name)
+            return DecodedImage(name, rgb.size, _digest(rgb), _is_animated(image), transparent, turned)
+    except UnusableImage as error:
+        return error.problem(name)
 
 
-def _digest(rgb):
+def _digest(rgb: Image.Image) -> bytes:
     return hashlib.blake2b(repr(rgb.size).encode() + rgb.tobytes(), digest_size=16).digest()
 
 
-def _is_animated(image):
+def _is_animated(image: Image.Image) -> bool:
     if image.format == "MPO":  # a camera's JPEG with a preview behind it
         return False
     try:
-        return getattr(image, "n_frames", 1) > 1  # looks through the file, after the first frame was decoded
-    except Exception:  # a later frame is damaged, which nothing here reads
+        with decoding():
+            return getattr(image, "n_frames", 1) > 1  # reads through the file, after the first frame was decoded
+    except UnusableImage:  # a later frame is damaged, which nothing here reads
         return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Telling
+# The report
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -147,26 +160,28 @@ def _size(size):
     return f"{size[0]} x {size[1]}"
 
 
-def _summary(title, samples, unusable, rows, captions, looks):
-    usable = "all of which can be used" if not unusable else f"{unusable:,} of which cannot be used"
-    lines = [f"dataset   {title}", f"samples    {samples:,}, {usable}"]
-    if rows.caption_column is not None:
-        count = sum(len(texts_of(value)) for index, value in enumerate(rows.values()) if index not in captions)
+def _summary(title, samples, unusable, dataset, captions, images):
+    usable = f"{unusable:,} of which cannot be used" if unusable else "all of which can be used"
+    lines = [f"dataset    {title}", f"samples    {samples:,}, {usable}"]
+    if dataset.caption_column is not None:
+        values = [value for index, value in enumerate(dataset.raw_captions()) if index not in captions]
+        count = sum(len(texts_of(value)) for value in values)
         lines.append(f"captions   {count:,}")
-    lines.append(f"images     {len(looks):,} decoded")
-    if looks:
-        ordered = sorted(looks, key=lambda look: look.size[0] * look.size[1])
-        for word, look in (("smallest", ordered[0]), ("median", ordered[len(ordered) // 2]), ("largest", ordered[-1])):
-            lines.append(f"{word:10} {_size(look.size)}  {_short(look.name, rows.root)}")
+    lines.append(f"images     {len(images):,} decoded")
+    if images:
+        ordered = sorted(images, key=lambda image: image.size[0] * image.size[1])
+        landmarks = {"smallest": ordered[0], "median": ordered[len(ordered) // 2], "largest": ordered[-1]}
+        for word, image in landmarks.items():
+            lines.append(f"{word:10} {_size(image.size)}  {_short(image.name, dataset.root)}")
     return lines
 
 
-def _sources(rows):
+def _sources(dataset):
     """What an epoch shows of each source, where there are several."""
-    if not rows.sources or not len(rows):
+    if not dataset.sources or not len(dataset):
         return []
     table = [("source", "usable", "an epoch shows")]
-    for source, count, shown in zip(rows.sources, *selection.samples_per_epoch(rows)):
+    for source, count, shown in zip(dataset.sources, *selection.samples_per_epoch(dataset)):
         table.append((_short(source.title, None) or "elsewhere", f"{count:,}", f"{shown:,}"))
     width = max(len(line[0]) for line in table)
     return [f"{title:<{width}}  {count:>8}  {shown:>14}" for title, count, shown in table]
@@ -190,60 +205,67 @@ def _unusable_lines(problems, root):
     return lines
 
 
-def _remarks(rows, looks, empty, resolution):
-    """What can be used and is perhaps not meant: how many, and the first ten by name."""
-    small = [look for look in looks if resolution and min(look.size) < resolution]
-    same = [group for group in _alike(looks) if len(group) > 1]
-    named = {
+def _remarks(dataset, images, empty, resolution):
+    """What can be used and is perhaps not meant: how many, and the first ten by name. `empty` are the names of rows
+    with an empty caption."""
+    small = [image.name for image in images if resolution and min(image.size) < resolution]
+    equal = [group for group in _equal_images(images) if len(group) > 1]
+    names_of = {
         "empty captions, trained as such": empty,
-        f"images with a side below {resolution} pixels, which are enlarged": [look.name for look in small],
-        "images of more than one frame, of which the first is used": [x.name for x in looks if x.animated],
-        "images with transparent parts, which are laid on white": [x.name for x in looks if x.transparent],
-        "images stored lying, which are turned upright": [x.name for x in looks if x.turned],
-        "images without a caption, which are left out": rows.findings.unnamed,
+        f"images with a side below {resolution} pixels, which are enlarged": small,
+        "images of more than one frame; the first is used": [image.name for image in images if image.is_animated],
+        "images with transparent parts, which are laid on white": [
+            image.name for image in images if image.is_transparent
+        ],
+        "images stored lying, which are turned upright": [image.name for image in images if image.is_turned],
+        "images without a caption, which are left out": dataset.findings.unnamed,
     }
-    remarks = [(len(names), what, [_short(name, rows.root) for name in names]) for what, names in named.items()]
-    shown = [" = ".join(_short(look.name, rows.root) for look in group[:3]) for group in same]
-    remarks.append((sum(len(group) - 1 for group in same), "images that another one equals pixel by pixel", shown))
-    remarks.append((rows.findings.repeats, "lines of the metadata that name an image again; each is a sample", []))
-    remarks = [remark for remark in remarks if remark[0]]
-    lines = ["can be used, but look"] if remarks else []
-    for count, what, names in remarks:
-        lines.append(f"  {what}: {count:,}")
-        lines += [f"      {shortened(names)}"] if names else []
-    return lines
+    remarks = []
+    for what, names in names_of.items():
+        remarks.append((what, len(names), [_short(name, dataset.root) for name in names]))
+    equations = [" = ".join(_short(image.name, dataset.root) for image in group[:3]) for group in equal]
+    copies = sum(len(group) - 1 for group in equal)
+    remarks.append(("images that another one equals pixel by pixel", copies, equations))
+    repeated_lines = dataset.findings.repeated_lines
+    remarks.append(("lines of the metadata that name an image again; each is a sample", repeated_lines, []))
+    lines = []
+    for what, count, names in remarks:
+        if count:
+            lines.append(f"  {what}: {count:,}")
+            lines += [f"      {shortened(names)}"] if names else []
+    return ["can be used, but look", *lines] if lines else []
 
 
-def _alike(looks):
+def _equal_images(images):
     groups = {}
-    for look in looks:
-        groups.setdefault(look.digest, []).append(look)
+    for image in images:
+        groups.setdefault(image.digest, []).append(image)
     return groups.values()
 
 
-def _sides(looks, resolution):
+def _sides(images, resolution):
     """Labels and counts of the shorter sides; the resolution is one of the bounds."""
     bounds = sorted({*SIDES, *([resolution] if resolution else [])})
     labels = [f"below {bounds[0]}", *(f"{low} to {high - 1}" for low, high in zip(bounds, bounds[1:]))]
-    return [*labels, f"{bounds[-1]} and more"], _counts([min(look.size) for look in looks], bounds)
+    return [*labels, f"{bounds[-1]} and more"], _counts([min(image.size) for image in images], bounds)
 
 
-def _ratios(looks):
-    return list(RATIOS.values()), _counts([look.size[0] / look.size[1] for look in looks], list(RATIOS)[:-1])
+def _ratios(images):
+    return list(RATIOS.values()), _counts([image.size[0] / image.size[1] for image in images], list(RATIOS)[:-1])
 
 
 def _counts(values, bounds):
     return np.bincount(np.searchsorted(bounds, values, side="right"), minlength=len(bounds) + 1)
 
 
-def _buckets(rows, limits):
+def _buckets(dataset, limits):
     """What a run would say of its aspect-ratio buckets."""
-    if limits is None or not len(rows):
+    if limits is None or not len(dataset):
         return []
-    _, lines, remarks = buckets.assign(rows, limits)
-    lines = [lines[0], *(f"  {line}" for line in lines[1:])]
-    for remark, names in remarks:
-        lines += [f"  {remark}", f"      {shortened([_short(name, rows.root) for name in names])}"]
+    assignment = buckets.assign(dataset, limits)
+    lines = [assignment.table[0], *(f"  {line}" for line in assignment.table[1:])]
+    for remark, names in assignment.remarks:
+        lines += [f"  {remark}", f"      {shortened([_short(name, dataset.root) for name in names])}"]
     return lines
 
 
@@ -256,7 +278,7 @@ def _histogram(title, labels, counts):
     width = max(len(labels[at]) for at in span)
     lines = [title]
     for at in span:
-        bar = "#" * int(np.ceil(BAR * counts[at] / counts.max()))
+        bar = "#" * int(np.ceil(LONGEST_BAR * counts[at] / counts.max()))
         lines.append(f"  {labels[at]:<{width}}  {counts[at]:>8,}  {bar}".rstrip())
     return lines
 

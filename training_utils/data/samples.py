@@ -1,33 +1,50 @@
 """Samples and batches as the data workers make them."""
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 import numpy as np
 
 from training_utils.base.console import say, warn
 from training_utils.base.draws import SampleDraws
 from training_utils.base.errors import UserError
+from training_utils.data.dataset import ImageDataset
 from training_utils.data.problems import BadSample
+
+Sample = dict[str, Any]  # arrays by name, and "skipped", a list of sentences, where rows were skipped
 
 
 class Samples:
-    """Rows, prepared: item (epoch, index, weight) is the dict of arrays that `prepare(rows, index, draw)` makes.
+    """A dataset's rows as samples: item (epoch, index, weight) is the dict of arrays that `prepare(dataset, index,
+    draw)` makes, or the UserError that it raised.
 
-    With `on_bad_sample` "skip", the next usable row stands in for one that turns out to be a BadSample, with the draws
-    of the place: so what is trained is still a function of the data, seed, epoch and index alone. The sample then
-    also holds "skipped", sentences about the rows that were skipped.
+    With `on_bad_sample` "skip", the next usable row stands in for a BadSample, with the draws of the row it stands in
+    for: so what is trained is still a function of the data, seed, epoch and index alone. The sample then also holds
+    "skipped", sentences about the rows that were skipped. Whatever else `prepare` raises is a bug and is raised.
     """
 
-    def __init__(self, rows, prepare, seed, on_bad_sample="error"):
-        self.rows, self.prepare, self.seed, self.on_bad_sample = rows, prepare, seed, on_bad_sample
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        prepare: Callable[[ImageDataset, int, SampleDraws], Sample],
+        seed: int,
+        on_bad_sample: str = "error",
+    ):
+        self.dataset = dataset
+        self.prepare = prepare
+        self.seed = seed
+        self.on_bad_sample = on_bad_sample
 
-    def __len__(self):
-        return len(self.rows)
+    def __len__(self) -> int:
+        return len(self.dataset)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int, float]) -> Sample | UserError:
         epoch, index, weight = key
-        draw, skipped = SampleDraws(self.seed, epoch, index), []
+        draw = SampleDraws(self.seed, epoch, index)
+        skipped = []
         for at in range(index, index + len(self)):
             try:
-                sample = self.prepare(self.rows, at % len(self), draw)
+                sample = self.prepare(self.dataset, at % len(self), draw)
             except BadSample as error:
                 if self.on_bad_sample == "error":
                     return self.refusal(error)
@@ -40,13 +57,16 @@ class Samples:
         return UserError(f"not one of {len(self)} samples can be used; the first: {skipped[0]}")
 
     @staticmethod
-    def refusal(error):
+    def refusal(error: BadSample) -> UserError:
         """The UserError that a BadSample becomes where none may be skipped."""
-        return UserError(f"{error}; fix or remove it, or leave it out with --on_bad_sample skip", everywhere=False)
+        sentence = f"{error}; fix or remove it, or leave it out with --on_bad_sample skip"
+        refusal = UserError(sentence, everywhere=False)
+        refusal.__cause__ = error
+        return refusal
 
 
-def collate(samples):
-    """Stack samples into one dict of arrays with a leading batch axis; a UserError among them is handed on.
+def collate(samples: Sequence[Sample | UserError]) -> Sample | UserError:
+    """Stack samples into one dict of arrays with a leading batch axis; a UserError among them is returned instead.
 
     Where rows were skipped, "skipped" holds the sentences about them, a list for `note_skipped`.
     """
@@ -58,15 +78,15 @@ def collate(samples):
     return batch | {"skipped": skipped} if skipped else batch
 
 
-def note_skipped(rows, sentences):
+def note_skipped(dataset: ImageDataset, sentences: Iterable[str]) -> None:
     """Warn of rows that others stood in for, each once in this process, and count them in the findings."""
     for sentence in sentences:
-        if sentence not in rows.findings.skipped:
-            rows.findings.skipped.add(sentence)
+        if sentence not in dataset.findings.skipped:
+            dataset.findings.skipped.add(sentence)
             warn(f"{sentence}; the next image stands in for it", everywhere=True)
 
 
-def say_skipped(skipped):
+def say_skipped(skipped: set[str]) -> None:
     """Say at the end of a run how many images others stood in for; `skipped` is the set in the findings."""
     if skipped:
         say(f"{len(skipped)} images could not be used in training; each time the next one stood in for it")

@@ -5,63 +5,72 @@ import numpy as np
 from training_utils.base import draws
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError
+from training_utils.data.dataset import ImageDataset, PartialSource
 
 
-def split_validation(rows, fraction, seed):
-    """Split rows into (training, held-out) by a draw from the seed; the second is None when `fraction` is 0.
+def split_validation(
+    dataset: ImageDataset, fraction: float | None, seed: int
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """Split a dataset into (training, validation) by a draw from the seed; the second is None without a `fraction`.
 
-    No image is in both: the rows that name one file go together, and the first are `repeated` only then.
+    No image is in both: the rows that name one file go together, and sources are repeated only after the split.
+    Raises UserError where nothing would be left to train on.
     """
     if not fraction:
-        return repeated(rows), None
-    images = rows.images()
-    total, generator = len(np.unique(images)), draws.generator(seed, "holdout")
+        return repeat_sources(dataset), None
+    images = dataset.image_numbers()
+    total = len(np.unique(images))
     count = max(1, round(total * fraction))
     if count >= total:
         raise UserError(f"--validation_split {fraction} of {total} images leaves none to train on")
-    if total == len(rows):
-        val_samples = np.sort(rows.drawn(count, generator))
+    generator = draws.generator(seed, "holdout")
+    if total == len(dataset):
+        validation = np.sort(dataset.draw_subset(count, generator))
     else:
-        val_samples = np.flatnonzero(np.isin(images, generator.permutation(total)[:count]))
-    return repeated(rows.without(val_samples)), rows.select(val_samples)
+        drawn_images = generator.permutation(total)[:count]
+        validation = np.flatnonzero(np.isin(images, drawn_images))
+    return repeat_sources(dataset.drop(validation)), dataset.select(validation)
 
 
-def samples_per_epoch(rows):
+def samples_per_epoch(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     """How many rows each source has, and how many of its samples an epoch shows: int64, shape (sources,) each.
 
     With weights an epoch has as many samples as there are rows; each source has its share of them, rounded, and at
     least one.
     """
-    counts = np.bincount(rows.origins, minlength=len(rows.sources))
-    if rows.sources[0].weight is None:
-        return counts, counts * [source.repeats for source in rows.sources]
-    weights = np.array([source.weight for source in rows.sources]) * (counts > 0)
-    shares = np.round(len(rows) * weights / weights.sum()).astype(np.int64)
+    counts = np.bincount(dataset.origins, minlength=len(dataset.sources))
+    if dataset.sources[0].weight is None:
+        return counts, counts * [source.repeats for source in dataset.sources]
+    weights = np.array([source.weight for source in dataset.sources]) * (counts > 0)
+    shares = np.round(len(dataset) * weights / weights.sum()).astype(np.int64)
     return counts, np.where(counts, np.maximum(1, shares), 0)
 
 
-def repeated(rows):
-    """Rows, each as many times in a row as an epoch can show it, `partly` set.
+def repeat_sources(dataset: ImageDataset) -> ImageDataset:
+    """A dataset with each row as many times in succession as an epoch can show it, and `partial_sources` set.
 
     What an epoch shows of a source beyond a multiple of its rows is some of their last copies, drawn anew each time.
     """
-    if rows.sources is None:
-        return rows
-    counts, shown = samples_per_epoch(rows)
+    if dataset.sources is None:
+        return dataset
+    counts, shown = samples_per_epoch(dataset)
     repeats = -(-shown // np.maximum(counts, 1))
-    copies = repeats[rows.origins]
-    result, last = rows.select(np.repeat(np.arange(len(rows)), copies)), np.cumsum(copies) - 1
-    rest = shown - counts * np.maximum(repeats - 1, 0)  # of the last copies of each source's rows
-    result.partly = [
-        (last[rows.origins == at], int(rest[at])) for at in range(len(counts)) if counts[at] and rest[at] < counts[at]
+    copies = repeats[dataset.origins]
+    repeated = dataset.select(np.repeat(np.arange(len(dataset)), copies))
+    last_copies = np.cumsum(copies) - 1
+    shown_of_last = shown - counts * np.maximum(repeats - 1, 0)
+    repeated.partial_sources = [
+        PartialSource(last_copies[dataset.origins == at], int(shown_of_last[at]))
+        for at in range(len(counts))
+        if counts[at] and shown_of_last[at] < counts[at]
     ]
-    return result
+    return repeated
 
 
-def take_subset(rows, most, seed):
+def take_subset(dataset: ImageDataset, most: int | None, seed: int) -> ImageDataset:
     """At most `most` rows (None for all), chosen by a draw from the seed that every process makes alike."""
-    if most is None or most >= len(rows):
-        if most is not None and most > len(rows):
-            warn(f"--max_train_samples {most} is more than the {len(rows)} images there are; all of them are used")
-        return rows
-    return rows.select(np.sort(rows.drawn(most, draws.generator(seed, "subset"))))
+    if most is not None and most > len(dataset):
+        warn(f"--max_train_samples {most} is more than the {len(dataset)} images there are; all of them are used")
+    if most is None or most >= len(dataset):
+        return dataset
+    return dataset.select(np.sort(dataset.draw_subset(most, draws.generator(seed, "subset"))))

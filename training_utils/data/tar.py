@@ -1,50 +1,56 @@
-"""Images inside tar files, in WebDataset's layout: read at their place, without anything being unpacked.
+"""Images inside tar files, in WebDataset's layout: read where they lie, without anything being unpacked.
 
-The place of an image is a string, so that it can stand where the path of a file does: shard, member, offset and size,
-separated by zero bytes, which no path can hold.
+Where an image lies is a string, so that it can stand where the path of a file does: shard, member, offset and size,
+separated by zero bytes, which no path can hold. It is called a member path here.
 """
 
 import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from training_utils.base.errors import reason_of
+from training_utils.data.files import HIDDEN_PREFIXES, IMAGE_ENDINGS
 
-BLOCK = 512  # bytes; headers and contents fill whole blocks, and a block of zeros ends the file
-TEXTS = (".txt", ".caption", ".json")
-
-
-def is_place(path):
-    """Whether a string is the place of an image in a shard."""
-    return isinstance(path, str) and path.count("\0") == 3
+BLOCK = 512  # bytes; headers and contents fill complete blocks, and a block of zeros ends the file
+CAPTION_ENDINGS = (".txt", ".caption", ".json")
 
 
-def shown(path):
-    """A path, or a place as one: the shard's, then the member's name."""
-    return "/".join(path.split("\0")[:2]) if is_place(path) else path
+def is_member_path(path: Any) -> bool:
+    """Whether a string is the path of a shard's member."""
+    parts = path.split("\0") if isinstance(path, str) else []
+    return len(parts) == 4 and all(number.isascii() and number.isdigit() for number in parts[2:])
 
 
-def size(place):
-    """The size of what lies at a place, in bytes."""
-    return int(place.split("\0")[3])
+def display_name(path: str) -> str:
+    """A path as it is shown: of a member, the shard's path and then the member's name."""
+    return "/".join(path.split("\0")[:2]) if is_member_path(path) else path
 
 
-def read(place):
-    """The bytes that lie at a place."""
-    with open_at(place) as file:
+def size(path: str) -> int:
+    """The size of a member in bytes."""
+    return int(path.split("\0")[3])
+
+
+def read(path: str) -> bytes:
+    """The bytes of a member. Raises OSError."""
+    with open_member(path) as file:
         return file.read()
 
 
-def open_at(place):
-    """What lies at a place as a file for reading, of which no more is read than is asked for."""
-    return io.BufferedReader(_Member(place))
+def open_member(path: str) -> io.BufferedReader:
+    """A member as a file for reading, of which no more is read than is asked for. Raises OSError."""
+    return io.BufferedReader(_Member(path))
 
 
 class _Member(io.RawIOBase):
-    def __init__(self, place):
-        shard, _, offset, length = place.split("\0")
-        self.start, self.length, self.at = int(offset), int(length), 0
+    def __init__(self, path):
+        shard, _, offset, length = path.split("\0")
+        self.start = int(offset)
+        self.length = int(length)
+        self.at = 0
         self.file = open(shard, "rb", buffering=0)  # noqa: SIM115 (`close` comes when this is let go)
 
     def readable(self):
@@ -54,7 +60,8 @@ class _Member(io.RawIOBase):
         return True
 
     def seek(self, offset, whence=os.SEEK_SET):
-        self.at = max(0, offset + (0, self.at, self.length)[whence])
+        begin = (0, self.at, self.length)[whence]
+        self.at = max(0, begin + offset)
         return self.at
 
     def readinto(self, buffer):
@@ -69,39 +76,43 @@ class _Member(io.RawIOBase):
         super().close()
 
 
-def index(shard, endings, caption_column, malformed):
-    """[(place, caption)] of the images of a shard, in its order; None where an image has no caption, and "" for all
-    with `caption_column` None. `endings` are those of images. What is wrong with the shard is added to `malformed`.
+def index_shard(shard: str, caption_column: str | None, malformed: list[str]) -> list[tuple[str, Any]]:
+    """(member path, caption) of each image of a shard, in its order; None where an image has no caption, and "" for
+    all with `caption_column` None. What is wrong with the shard is added to `malformed`.
 
     An image and its caption have the same name up to the last dot. The caption is what a `.json` has in that column,
     or else the content of a `.txt` or `.caption`.
     """
-    images, texts, lacking = [], {}, {}
+    images, texts, missing = [], {}, {}
     for member, content in members(shard, malformed, with_texts=caption_column is not None):
         stem, ending = os.path.splitext(member.name)
-        if ending.lower() in endings:
+        if ending.lower() in IMAGE_ENDINGS:
             images.append((stem, f"{shard}\0{member.name}\0{member.offset_data}\0{member.size}"))
         elif content is not None:
-            keep(f"{shard}/{member.name}", stem, ending, content, caption_column, texts, lacking, malformed)
+            fault = read_caption(f"{shard}/{member.name}", stem, ending, content, caption_column, texts, missing)
+            malformed += [] if fault is None else [fault]
     if caption_column is None:
-        return [(place, "") for _, place in images]
-    malformed += [sentence for stem, sentence in lacking.items() if stem not in texts]
-    return [(place, texts.get(stem)) for stem, place in images]
+        return [(path, "") for _, path in images]
+    malformed += [sentence for stem, sentence in missing.items() if stem not in texts]
+    return [(path, texts.get(stem)) for stem, path in images]
 
 
-def members(shard, malformed, with_texts=True, file=None):
-    """(tarfile.TarInfo, content) of each file in a shard that is not hidden, in its order; the content of texts alone,
-    else None. `file` is the shard's content, opened, where it does not lie on this disk. What is wrong with the shard
-    is added to `malformed`."""
+def members(
+    shard: str, malformed: list[str], with_texts: bool = True, file: BinaryIO | None = None
+) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """(tarfile.TarInfo, content) of each file in a shard that is not hidden, in its order; the content of texts
+    alone, else None.
+
+    `file` is the shard's content, opened, where it does not lie on this disk. What is wrong with the shard is added
+    to `malformed`.
+    """
     last = "its beginning"
     try:
         with tarfile.open(shard, "r:", file) as tar:
             for member in tar:
                 last = f"member {member.name}"
-                # Like those in a folder; macOS puts a ._000.jpg beside every 000.jpg.
-                hidden = any(part.startswith((".", "__")) and part != "." for part in member.name.split("/"))
-                if not hidden and member.isfile() and member.sparse is None:
-                    is_text = with_texts and os.path.splitext(member.name)[1] in TEXTS
+                if not _is_hidden(member.name) and member.isfile() and member.sparse is None:
+                    is_text = with_texts and os.path.splitext(member.name)[1] in CAPTION_ENDINGS
                     yield member, tar.extractfile(member).read() if is_text else None
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(BLOCK)
@@ -112,23 +123,39 @@ def members(shard, malformed, with_texts=True, file=None):
         malformed.append(f"{shard} cannot be read as a tar file after {last}: {reason_of(error)}")
 
 
-def keep(where, stem, ending, content, caption_column, texts, lacking, malformed):
-    """Put the caption that a member holds among `texts`, or the reason why there is none among the others."""
+def _is_hidden(name):
+    """As for files in a folder; macOS puts a ._000.jpg beside every 000.jpg."""
+    return any(part.startswith(HIDDEN_PREFIXES) and part != "." for part in name.split("/"))
+
+
+def read_caption(
+    where: str,
+    stem: str,
+    ending: str,
+    content: bytes,
+    caption_column: str,
+    texts: dict[str, Any],
+    missing: dict[str, str],
+) -> str | None:
+    """Put the caption of a text member, which is called `where`, into `texts` under its stem.
+
+    A `.json` without the column adds a sentence to `missing` instead. Returns a sentence where the member is
+    malformed, else None.
+    """
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        malformed.append(f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8")
-        return
+        return f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8"
     if ending != ".json":
         texts.setdefault(stem, text.strip())
-        return
+        return None
     try:
         entry = json.loads(text)
     except (RecursionError, ValueError) as error:
-        malformed.append(f"{where} is not JSON: {reason_of(error)}")
-        return
+        return f"{where} is not JSON: {reason_of(error)}"
     if isinstance(entry, dict) and caption_column in entry:
         texts[stem] = entry[caption_column]
     else:
         have = ", ".join(entry) if isinstance(entry, dict) and entry else "nothing"
-        lacking[stem] = f"{where} has no caption column '{caption_column}' (--caption_column); it has {have}"
+        missing[stem] = f"{where} has no caption column '{caption_column}' (--caption_column); it has {have}"
+    return None

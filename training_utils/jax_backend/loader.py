@@ -68,7 +68,7 @@ def training_batches(samples, updates, state, mesh, workers, keep=None):
     while True:
         update = list(itertools.islice(batches, mesh.size * updates.accumulation))
         try:
-            arrays = _stacked(update, (mesh.size, updates.accumulation), samples.rows)
+            arrays = _stacked(update, (mesh.size, updates.accumulation), samples.dataset)
         except UserError as error:
             if keep is None or jax.process_count() > 1 or state.step == begun:
                 raise
@@ -85,4 +85,4 @@ def validation_batches(samples, batch_size, mesh):
     ]
     for at in range(math.ceil(math.ceil(len(samples) / world) / batch_size)):
         batches = [read(share[at] if at < len(share) else none) for share in shares]
-        yield devices.split_over_devices(_stacked(batches, (mesh.size, 1), samples.rows), mesh)
+        yield devices.split_over_devices(_stacked(batches, (mesh.size, 1), samples.dataset), mesh)

@@ -40,11 +40,11 @@ def _data(rows, val_dataset, updates, total, done):
     if rows.sizes is not None:
         sizes, counts = np.unique(rows.sizes, axis=0, return_counts=True)
         lines += [f"  {f'{width} x {height}':<12}{count:>14,}" for (width, height), count in zip(sizes, counts)]
-    each = f"{updates.window:,} images"
-    if updates.samples < updates.window:
-        each = f"up to {each}, {updates.samples:.3g} on average"
+    each = f"{updates.samples_per_step:,} images"
+    if updates.mean_samples_per_step < updates.samples_per_step:
+        each = f"up to {each}, {updates.mean_samples_per_step:.3g} on average"
     lines.append(f"steps       {total:,} of {each}" + (f"; {done:,} of them are made" if done else ""))
-    lines.append(f"epochs      {total / updates.per_epoch:,.1f}, of {updates.per_epoch:,} steps each")
+    lines.append(f"epochs      {total / updates.steps_per_epoch:,.1f}, of {updates.steps_per_epoch:,} steps each")
     return lines
 
 

@@ -109,7 +109,7 @@ class Session:
         opened = opening.load_dataset(args.data)
         dataset = selection.take_subset(opened, args.max_train_samples, seed)
         unusable = self.processes.from_main(lambda: checking.check_dataset(dataset, args.on_bad_sample))
-        usable = dataset.without(unusable)
+        usable = dataset.drop(unusable)
         if sized:
             usable.sizes = self.processes.from_main(
                 lambda: buckets.training_sizes(usable, args.resolution, args.buckets)
@@ -147,7 +147,7 @@ class Session:
     def plan_batches(self) -> BatchPlan:
         """Which samples each step takes. From here on the number of steps is known."""
         args = self.args
-        self.plan = BatchPlan.of(
+        self.plan = BatchPlan.for_dataset(
             self.dataset,
             self.state.seed,
             args.train_batch_size,
@@ -155,7 +155,7 @@ class Session:
             self.processes.world_size,
         )
         if args.max_train_steps is None:
-            args.max_train_steps = args.num_train_epochs * self.plan.per_epoch
+            args.max_train_steps = args.num_train_epochs * self.plan.steps_per_epoch
         self.last_step = args.max_train_steps
         if args.dry_run:
             self.last_step = min(args.max_train_steps, self.state.step + STEPS)
@@ -225,14 +225,14 @@ class Session:
 
     def count_step(self, loss: Any, grad_norm: Any, learning_rate: float) -> None:
         """Count a step that was made; the loss and the norm of its gradient may still be on their way."""
-        self.state.position = self.plan.after(self.state.position)
+        self.state.position = self.plan.position_after(self.state.position)
         self.state.step += 1
         self.progress.update(self.state, loss, grad_norm, learning_rate)
         self.stopped_by = self.interruption.signal()
 
     def count_overflow(self, save_checkpoint: Callable[[], Path | None]) -> None:
         """Count a step that an fp16 overflow left out: the run only moves on in the data."""
-        self.state.position = self.plan.after(self.state.position)
+        self.state.position = self.plan.position_after(self.state.position)
         self.progress.skip(save_checkpoint)
         self.stopped_by = self.interruption.signal()
 
@@ -254,7 +254,7 @@ class Session:
     ) -> None:
         """Name the images of a step whose gradient was not finite; a run that stops by it saves the state `before` it
         and raises UserError."""
-        images = self.plan.names(self.dataset, before.position)
+        images = self.plan.image_names(self.dataset, before.position)
 
         def save_and_end() -> Path | None:
             folder = save_before()

@@ -30,17 +30,17 @@ def announce(about, base, device, output_dir, parameters, updates, val_dataset, 
         "parameters": sum(math.prod(parameter.shape) for parameter in parameters),
         "pictures": updates.size,
         "held_out": len(val_dataset or []),
-        "pictures_per_update": updates.samples,
+        "pictures_per_update": updates.mean_samples_per_step,
         "updates": total,
-        "epochs": total / updates.per_epoch,
+        "epochs": total / updates.steps_per_epoch,
         "seed": state.seed,
         "launcher": commands.launcher_words(),
         "flags": flags,
         "libraries": environment.library_versions(),
     }
-    many = f"{updates.window:,} images"
-    if updates.samples < updates.window:
-        many = f"up to {many}, {updates.samples:.3g} on average"
+    many = f"{updates.samples_per_step:,} images"
+    if updates.mean_samples_per_step < updates.samples_per_step:
+        many = f"up to {many}, {updates.mean_samples_per_step:.3g} on average"
     shares = [f"batch {updates.batch_size}"]
     shares += [f"{updates.accumulation} accumulated"] if updates.accumulation > 1 else []
     shares += [f"{processes} devices"] if processes > 1 else []

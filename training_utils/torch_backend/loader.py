@@ -49,7 +49,7 @@ def load_batches(
         if isinstance(batch, UserError):
             batch.everywhere = False  # the other processes have other images
             raise batch
-        note_skipped(samples.rows, batch.pop("skipped", []))
+        note_skipped(samples.dataset, batch.pop("skipped", []))
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 

@@ -168,7 +168,7 @@ def start_progress(accelerator, report_not_finite, plan, state, total, logging_s
         state,
         total,
         logging_steps,
-        plan.samples,
+        plan.mean_samples_per_step,
         partial(fetch_mean, accelerator),
         partial(log_metrics, accelerator),
         report_not_finite,

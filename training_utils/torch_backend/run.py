@@ -64,7 +64,7 @@ class Run(Session):
         optimizer = optimizers.make_optimizer(
             parameters,
             args.optimization,
-            learning_rate=args.optimization.peak_learning_rate(self.plan.window),
+            learning_rate=args.optimization.peak_learning_rate(self.plan.samples_per_step),
             loss_scaling=self.accelerator.scaler is not None,
             rounding_seed=self._rounding_seed if getattr(args, "full_bf16", False) else None,
         )

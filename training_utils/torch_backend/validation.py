@@ -55,7 +55,7 @@ def validation_loss(
     """
     world_size = accelerator.num_processes
     batches_by_rank = [
-        plan.validation_batches(len(samples), batch_size, rank, world_size, samples.rows.sizes)
+        plan.validation_batches(len(samples), batch_size, rank, world_size, samples.dataset.sizes)
         for rank in range(world_size)
     ]
     own = batches_by_rank[accelerator.process_index]

@@ -37,10 +37,9 @@ from training_utils.base.console import bar, say, warn
 from training_utils.base.errors import UserError, reason_of
 from training_utils.cli import folders
 from training_utils.data import parallel, problems, tables, tar
-from training_utils.data.captions import texts_of
 from training_utils.data.dataset import ImageDataset
 from training_utils.data.files import IMAGE_ENDINGS, files_of
-from training_utils.data.problems import BadSample, Findings, Problem
+from training_utils.data.problems import BadSample, Findings, Problem, texts_of
 
 CHUNK = 2**26  # bytes: what is smaller is fetched together; only a row group or one sample may be larger
 LANES = 16  # places in the dataset that an epoch reads at the same time; part of the order of every old run
@@ -116,70 +115,71 @@ def order(seed, epoch, sizes, buffer):
 
 
 class StreamedDataset(ImageDataset):
-    """Rows of a Source, as data.Rows; `numbers` are their places in it."""
+    """Rows of a Source, as data.Rows; `row_numbers` are their numbers in it."""
 
-    def __init__(self, source, caption_column, findings, numbers=None, sizes=None):
+    def __init__(self, source, caption_column, findings, row_numbers=None, sizes=None):
         self.source, self.caption_column, self.findings, self.sizes = source, caption_column, findings, sizes
-        self.numbers = np.arange(source.starts[-1]) if numbers is None else numbers
-        self.root, self.sources, self.origins, self.partly = None, None, None, ()
+        self.row_numbers = np.arange(source.starts[-1]) if row_numbers is None else row_numbers
+        self.root, self.sources, self.origins, self.partial_sources = None, None, None, ()
         self.looked_at = []
 
     def __len__(self):
-        return len(self.numbers)
+        return len(self.row_numbers)
 
     def select(self, indices):
         indices = np.asarray(indices, dtype=np.int64)
         sizes = None if self.sizes is None else self.sizes[indices]
-        return StreamedDataset(self.source, self.caption_column, self.findings, self.numbers[indices], sizes)
+        return StreamedDataset(self.source, self.caption_column, self.findings, self.row_numbers[indices], sizes)
 
     # --- what a row holds --------------------------------------------------------------------------------------------
 
     def name(self, index):
         """What to call a row in a message: its member of a shard where its chunk is here, else its number in the
         file."""
-        return self.source.name(self.numbers[index])
+        return self.source.name(self.row_numbers[index])
 
-    def _name(self, index, cell):
+    def _name_of(self, index, stored):
         return self.name(index)
 
-    def _cell(self, index):
-        return _cell(self.source.read(self.numbers[index], "image"))
+    def stored_image(self, index):
+        return _cell(self.source.read(self.row_numbers[index], "image"))
 
     def captions(self, index):
         """The captions of a row, a list of at least one string. Raises BadSample."""
-        value = _value(self.source.read(self.numbers[index], "caption"))
+        value = _value(self.source.read(self.row_numbers[index], "caption"))
         fault = problems.caption_fault(value)
         if fault:
             raise BadSample(Problem("no usable caption", self.name(index), fault).sentence())
         return texts_of(value)
 
-    def cells(self):
-        """(name, cell) of every row, whose chunks are fetched one after the other; then `values` are known as well."""
+    def stored_images(self):
+        """(name, stored image) of every row, whose chunks are fetched one after the other; then `raw_captions` are
+        known as well."""
         self.looked_at = []
         ends = np.cumsum(self.lengths)
         for begin, end in zip(ends - self.lengths, ends):
-            self.source.expect([self.numbers[begin : begin + 1], self.numbers[end : end + 1]], late=0)
-            for number in self.numbers[begin:end]:
+            self.source.expect([self.row_numbers[begin : begin + 1], self.row_numbers[end : end + 1]], late=0)
+            for number in self.row_numbers[begin:end]:
                 cell = _cell(self.source.read(number, "image"))
                 if self.caption_column is not None:
                     self.looked_at.append(_value(self.source.read(number, "caption")))
                 yield self.source.name(number), cell
 
-    def values(self):
-        """What `cells` has met in the caption column."""
+    def raw_captions(self):
+        """What `stored_images` has met in the caption column."""
         return self.looked_at
 
-    def files(self):
+    def file_indices(self):
         return np.zeros(0, dtype=np.int64)
 
-    def without_image(self):
+    def indices_without_image(self):
         """None is known of before its turn comes."""
         return np.zeros(0, dtype=np.int64)
 
     def fingerprint(self):
         """SHA-256 over the files' names and sizes, the rows of each chunk, and which of them these are."""
         digest = hashlib.sha256(self.source.digest().encode())
-        digest.update(np.ascontiguousarray(self.numbers).tobytes())
+        digest.update(np.ascontiguousarray(self.row_numbers).tobytes())
         return digest.hexdigest()
 
     # --- which rows, and when ----------------------------------------------------------------------------------------
@@ -196,10 +196,10 @@ class StreamedDataset(ImageDataset):
     @cached_property
     def lengths(self):
         """How many of these rows lie in each chunk in which there are any: int64."""
-        chunks = self.source.of(self.numbers)
+        chunks = self.source.of(self.row_numbers)
         return np.diff(np.append(np.flatnonzero(np.diff(chunks)) + 1, len(chunks)), prepend=0)
 
-    def drawn(self, count, generator):
+    def draw_subset(self, count, generator):
         """The indices of `count` rows: those of chunks that a generator draws, of the last of these only the first."""
         ends, indices, found = np.cumsum(self.lengths), [], 0
         for chunk in generator.permutation(len(ends)):
@@ -215,7 +215,7 @@ class StreamedDataset(ImageDataset):
     def expect(self, coming, rank, world):
         """Be told which rows come next, a list of arrays of indices, of which this process reads every world-th, from
         the rank-th on: their chunks are fetched ahead. Does not wait."""
-        self.source.expect([self.numbers[indices] for indices in coming], rank, world)
+        self.source.expect([self.row_numbers[indices] for indices in coming], rank, world)
 
 
 def _cell(content):
@@ -557,7 +557,7 @@ def _look_through_shard(captioned, file):
         sample, end = stem, member.offset_data + -(-member.size // tar.BLOCK) * tar.BLOCK
         if ending.lower() in IMAGE_ENDINGS:
             images.append((member.name, stem))
-        elif ending in tar.TEXTS:
+        elif ending in tar.CAPTION_ENDINGS:
             texts.add(stem)
     close()
     if malformed:
@@ -573,14 +573,14 @@ def _fetch_of_shard(caption_column, file, chunk):
     whole.write(bytes(2 * tar.BLOCK))  # a shard's end
     whole.seek(0)
     for member, text in tar.members(file.shown, malformed, caption_column is not None, whole):
-        (stem, ending), wrong = os.path.splitext(member.name), []
+        stem, ending = os.path.splitext(member.name)
         if ending.lower() in IMAGE_ENDINGS:
             images.append((member.name, stem, content[member.offset_data : member.offset_data + member.size]))
         elif text is not None:
             where = os.path.basename(member.name)
-            tar.keep(where, stem, ending, text, caption_column, texts, lacking, wrong)
-            if wrong:
-                lacking[stem] = wrong[0]
+            fault = tar.read_caption(where, stem, ending, text, caption_column, texts, lacking)
+            if fault is not None:
+                lacking[stem] = fault
     if malformed:
         raise UserError(malformed[0], exit_code=1)
     captions = None

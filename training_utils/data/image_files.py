@@ -1,0 +1,140 @@
+"""Stored images: how they are opened, and what an error of Pillow or of the system says about one."""
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from training_utils.data import tar
+from training_utils.data.problems import Problem
+
+LONGEST = 50  # times the shorter side: a longer image, resized to the resolution, would take gigabytes
+
+# Pillow refuses an image above twice its limit and only warns of one above it; those are large scans.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# What Pillow's readers raise for a damaged file. Each format has its own kinds, and few of them are checked for.
+DECODER_ERRORS = (
+    Image.DecompressionBombError,
+    OSError,  # UnidentifiedImageError too
+    SyntaxError,  # a broken header or EXIF
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+# An image as the datasets library stores it: "bytes", its content, or else "path", which may be a place in a shard;
+# None in a row without an image.
+StoredImage = Mapping[str, Any] | None
+
+
+class UnusableImage(Exception):
+    """An image that cannot be read, or that training cannot use: a kind of problems.KINDS, and what was found."""
+
+    def __init__(self, kind: str, found: str):
+        super().__init__(kind, found)
+        self.kind = kind
+        self.found = found
+
+    def problem(self, name: str) -> Problem:
+        """The Problem of the sample of this name."""
+        return Problem(self.kind, name, self.found)
+
+
+@contextmanager
+def unusable_if(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds, which Pillow or the system raise within this context, into UnusableImage.
+
+    An error that is raised by a line of ours is a bug and passes through, except those that only the machine causes.
+    Even so, put nothing into the context but calls of libraries.
+    """
+    try:
+        yield
+    except kinds as error:
+        if _is_our_bug(error):
+            raise
+        raise _unusable(error) from error
+
+
+def decoding() -> Any:
+    """The context for calls of Pillow that read a file: whatever it raises for a damaged one becomes UnusableImage."""
+    return unusable_if(*DECODER_ERRORS)
+
+
+def _is_our_bug(error: Exception) -> bool:
+    """Whether an error was raised by this package itself, also where Pillow called it, as it does a shard's reader."""
+    if isinstance(error, OSError | MemoryError):
+        return False
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__", "").startswith("training_utils.")
+
+
+def _unusable(error: Exception) -> UnusableImage:
+    if isinstance(error, Image.DecompressionBombError):
+        return UnusableImage("too large", str(error).split(",")[0])
+    if isinstance(error, UnidentifiedImageError):
+        return UnusableImage("not an image", "not an image")
+    if isinstance(error, FileNotFoundError):
+        return UnusableImage("absent", error.strerror)
+    # The system's errors have a number, those of decoders have none.
+    if isinstance(error, OSError) and error.errno is not None:
+        return UnusableImage("not readable", error.strerror)
+    if isinstance(error, MemoryError):
+        return UnusableImage("not readable", "out of memory")
+    return UnusableImage("damaged", (str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def open_image(stored: StoredImage) -> Image.Image:
+    """The PIL image of a stored one, its header read and nothing decoded. Raises UnusableImage."""
+    if stored is None or (stored.get("bytes") is None and stored.get("path") is None):
+        raise UnusableImage("no image", "")
+    content = stored.get("bytes")
+    path = stored.get("path")
+    if content is not None:
+        size = len(content)
+        file = io.BytesIO(content)
+    elif tar.is_member_path(path):
+        size = tar.size(path)
+        with unusable_if(OSError):
+            file = tar.open_member(path)
+    else:
+        file = path
+        with unusable_if(OSError, ValueError):
+            size = os.path.getsize(path)
+    if not size:
+        raise UnusableImage("zero bytes", "zero bytes")
+    with decoding():
+        image = Image.open(file)
+    width, height = image.size
+    if max(width, height) > LONGEST * min(width, height):
+        image.close()
+        raise UnusableImage("too narrow", f"{width} x {height} pixels, more than {LONGEST} to 1")
+    return image
+
+
+def read_content(stored: StoredImage) -> bytes:
+    """The bytes of a stored image as they are. Raises UnusableImage."""
+    if stored is None or (stored.get("bytes") is None and stored.get("path") is None):
+        raise UnusableImage("no image", "")
+    if stored.get("bytes") is not None:
+        return stored["bytes"]
+    path = stored["path"]
+    with unusable_if(OSError, ValueError):
+        return tar.read(path) if tar.is_member_path(path) else Path(path).read_bytes()
