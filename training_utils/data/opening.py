@@ -9,7 +9,7 @@ from training_utils.data.dataset import ImageDataset
 from training_utils.data.files import FolderRepeats, files_of
 from training_utils.data.folder import make_table, read_folder, read_shards, usable_samples
 from training_utils.data.problems import Findings
-from training_utils.data.streaming import stream
+from training_utils.data.streaming.opening import open_stream
 
 
 def load_dataset(
@@ -41,8 +41,14 @@ def load_dataset(
     if config is not None:
         return mixture.load_rows(config, cache_dir, image_column, caption_column)
     if shuffle_buffer is not None:
-        return stream.load_rows(
-            dataset_name, config_name, folder, cache_dir, image_column, caption_column, shuffle_buffer
+        return open_stream(
+            dataset_name=dataset_name,
+            config_name=config_name,
+            folder=folder,
+            cache_dir=cache_dir,
+            image_column=image_column,
+            caption_column=caption_column,
+            buffer=shuffle_buffer,
         )
     findings, kind, parts, origins = Findings(), "tables", None, None
     if dataset_name is None:
