@@ -451,6 +451,97 @@ def test_damage(parquet, tmp_path, monkeypatch):
         rows.captions(4)
 
 
+def planted(*arguments, **options):
+    raise TypeError("a planted bug")
+
+
+def test_a_bug_while_a_dataset_is_opened_is_no_damaged_file(shards, parquet, tmp_path, monkeypatch, capsys):
+    for folder, place, name in (
+        (shards, streaming.remote, "File"),
+        (shards, streaming.shards._Walk, "add"),
+        (parquet, streaming.remote.RemoteFile, "_between"),
+        (parquet, streaming.parquet, "_column_ranges"),
+        (parquet, streaming.chunks.Listing, "as_json"),
+    ):
+        streaming.parquet.read_footer.cache_clear()
+        with monkeypatch.context() as patch, pytest.raises(TypeError, match="a planted bug"):
+            patch.setattr(place, name, planted)
+            opening.load_dataset(folder=folder, cache_dir=str(tmp_path), shuffle_buffer=8)
+    assert "trying again" not in capsys.readouterr().err
+
+
+def test_a_bug_while_a_chunk_is_fetched_is_no_damaged_file_nor_full_disk(shards, parquet, tmp_path, monkeypatch):
+    for folder, place, name in (
+        (shards, streaming.shards._Captions, "add"),
+        (shards, streaming.chunks.ChunkContent, "record_batch"),
+        (parquet, streaming.remote.RemoteFile, "_between"),
+        (parquet, streaming.parquet, "_merged_ranges"),
+    ):
+        rows = rows_of(folder, tmp_path)
+        with monkeypatch.context() as patch, pytest.raises(TypeError, match="a planted bug"):
+            patch.setattr(place, name, planted)
+            rows.captions(0)
+        assert rows.captions(0) == [caption(0)]
+
+
+def test_errors_show_what_they_come_from(parquet, tmp_path, monkeypatch):
+    """As TRAINING_TRACEBACK=1 prints it."""
+    rows = rows_of(parquet, tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(streaming.spool.os, "replace", full)
+    with pytest.raises(UserError) as caught:
+        rows.captions(0)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_spool_in_use_stays_until_its_processes_end_however_they_end(tmp_path):
+    """A killed process leaves the spool to the next run; a data worker that outlives it does not hold it."""
+    rows = rows_of(tars(tmp_path / "set", 2, 3), tmp_path)
+    root = tmp_path / "text-to-image-streams"
+    other = root / f"spool-{os.uname().nodename}-1-0"
+    ready, said = os.pipe()
+    child = os.fork()
+    if not child:
+        spool = streaming.spool.Spool(root, "0" * 8)
+        spool.folder.rename(other)  # as if another launch had made it
+        if not os.fork():  # its data worker
+            time.sleep(60)
+            os._exit(0)
+        os.write(said, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    twin = rows_of(tmp_path / "set", tmp_path)
+    assert other in spools(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    again = rows_of(tmp_path / "set", tmp_path)
+    assert spools(tmp_path) == [rows.source.spool.folder]
+    del rows, twin, again
+    assert spools(tmp_path) == []
+
+
+def test_a_chunk_is_fetched_by_one_thread_while_others_wait(tmp_path):
+    rows = rows_of(tables(tmp_path / "tables", 1, 4), tmp_path)
+    real, fetched = rows.source.fetch, []
+
+    def fetch(file, chunk):
+        fetched.append(chunk)
+        time.sleep(0.2)
+        return real(file, chunk)
+
+    rows.source.fetch = fetch
+    threads = [threading.Thread(target=rows.captions, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+
+
 def test_a_disk_that_is_too_small(parquet, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming.opening.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000}))
     sentence, code = refused(parquet)

@@ -12,7 +12,8 @@ from functools import wraps
 import torch
 from accelerate.utils import gather_object
 
-from training_utils.cache import captions, fill, images
+from training_utils.cache import captions, images
+from training_utils.cache.processes import find_processes
 from training_utils.cache.store import Store, network_digest
 
 BESIDE = ("time_ids",)  # what `Prepare.show` tells of a view beside its pixels
@@ -92,8 +93,9 @@ def digest(network):
     return network_digest([type(network).__name__], config, parameters)
 
 
-def _team(accelerator):
-    return fill.team_of(accelerator.process_index, gather_object, accelerator.device.type == "cpu")
+def _processes(accelerator):
+    on_cpu = accelerator.device.type == "cpu"
+    return find_processes(rank=accelerator.process_index, gather=gather_object, on_cpu=on_cpu)
 
 
 def _identity(networks, device, settings=None):
@@ -134,7 +136,7 @@ def cache_images(accelerator, root, sets, batch_size, networks, encode, settings
     store = _store(root, "pictures", networks, device, settings)
     encode = _over_arrays(networks, encode, device, BESIDE)
     with temporarily_on(networks, device):
-        images.cache_images(store, sets, encode, _team(accelerator), batch_size, crops or 1, blank)
+        images.cache_images(store, sets, encode, _processes(accelerator), batch_size, crops or 1, blank)
 
 
 def cache_captions(accelerator, root, sets, batch_size, networks, encode, empty):
@@ -144,4 +146,4 @@ def cache_captions(accelerator, root, sets, batch_size, networks, encode, empty)
     device = accelerator.device
     store, encode = _store(root, "captions", networks, device), _over_arrays(networks, encode, device)
     with temporarily_on(networks, device):
-        captions.cache_captions(store, sets, encode, _team(accelerator), batch_size, empty)
+        captions.cache_captions(store, sets, encode, _processes(accelerator), batch_size, empty)
