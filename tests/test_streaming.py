@@ -477,7 +477,7 @@ def test_a_bug_while_a_chunk_is_fetched_is_no_damaged_file_nor_full_disk(shards,
         (parquet, streaming.remote.RemoteFile, "_between"),
         (parquet, streaming.parquet, "_merged_ranges"),
     ):
-        rows = rows_of(folder, tmp_path)
+        rows = rows_of(folder, tmp_path / name)
         with monkeypatch.context() as patch, pytest.raises(TypeError, match="a planted bug"):
             patch.setattr(place, name, planted)
             rows.captions(0)
@@ -507,18 +507,18 @@ def test_a_spool_in_use_stays_until_its_processes_end_however_they_end(tmp_path)
     if not child:
         spool = streaming.spool.Spool(root, "0" * 8)
         spool.folder.rename(other)  # as if another launch had made it
-        if not os.fork():  # its data worker
-            time.sleep(60)
-            os._exit(0)
-        os.write(said, b"x")
+        worker = os.fork()
+        if worker:
+            os.write(said, str(worker).encode())
         time.sleep(60)
         os._exit(0)
-    os.read(ready, 1)
+    worker = int(os.read(ready, 20))
     twin = rows_of(tmp_path / "set", tmp_path)
     assert other in spools(tmp_path)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     again = rows_of(tmp_path / "set", tmp_path)
+    os.kill(worker, signal.SIGKILL)
     assert spools(tmp_path) == [rows.source.spool.folder]
     del rows, twin, again
     assert spools(tmp_path) == []
