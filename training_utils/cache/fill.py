@@ -62,13 +62,13 @@ def fill(
 ) -> dict[str, str]:
     """Open a store and add what is missing of `wanted`. A collective call.
 
-    `wanted` maps keys to anything of which `prepare(item)` makes a sample, a dict of arrays, or a UserError.
+    `wanted` maps keys to items. `prepare(item)` turns one into a sample, a dict of arrays, or returns a UserError.
     `encode(batch)` runs the networks on several samples, stacked. `noun` is what to call the items in messages.
 
     The work is divided among the processes, in order; a machine that does not see what another one wrote does it all
-    itself. An item of which `prepare` makes a BadSample has no entry; nor has one of which the networks make numbers
-    that are not finite, where `skip_overflow(item)` allows it. Returns those, {key: sentence}. Raises UserError,
-    among them those that `prepare` makes.
+    itself. An item gets no entry where `prepare` returns a BadSample, or where the outputs of the networks are not
+    finite and `skip_overflow(item)` allows it. Returns those items, {key: sentence}. Raises UserError, among them any
+    other that `prepare` returns.
     """
     open_store(store, wanted, processes)
     unusable: dict[str, str] = {}
@@ -211,8 +211,8 @@ def _finite(arrays: Encoded) -> np.ndarray:
 
 
 def _overflow(item: Any, skip_overflow: Callable[[Any], bool]) -> str:
-    """What to say of an item of which the networks make numbers that are not finite. Raises it as a UserError, unless
-    it is to be skipped."""
+    """What to say of an item whose outputs are not finite. Raises it as a UserError, unless the item may be
+    skipped."""
     sentence = f"what the frozen networks make of {item} is not finite: they overflow in half precision"
     if skip_overflow(item):
         return sentence

@@ -240,7 +240,7 @@ def _views_of(samples: Samples, index: int, size: Size | None) -> dict[str, Imag
 
 
 def _mark_unusable(samples: Samples, failed: dict[str, str]) -> None:
-    """Note the images of which some view has no entry; `failed` are those views, {key: sentence}."""
+    """Note the images that have a view without an entry; `failed` are those views, {key: sentence}."""
     for index in range(len(samples)):
         views = _views_of(samples, index, samples.rows.size(index))
         for key in failed.keys() & views.keys():

@@ -77,7 +77,7 @@ def is_content_damaged(path: Path, header: ShardHeader) -> bool:
 
 
 def refuse_unreadable(path: Path) -> None:
-    """Raises UserError for a file that is there and cannot be opened, of which safetensors says that it is missing."""
+    """Raises UserError for a file that exists and cannot be opened; safetensors would say that it does not exist."""
     try:
         open(path, "rb").close()
     except FileNotFoundError:
@@ -92,7 +92,7 @@ def cannot_be_read(path: Path, error: Exception) -> UserError:
 
 
 def unpack(array: np.ndarray, kind: str) -> np.ndarray:
-    """The float32 array of which `array` was stored."""
+    """The float32 array that was stored as `array`; the inverse of `_pack`."""
     if kind == "bfloat16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32, copy=False)

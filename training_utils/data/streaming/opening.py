@@ -23,7 +23,7 @@ from training_utils.data.streaming.dataset import StreamedDataset
 from training_utils.data.streaming.source import Source
 from training_utils.data.streaming.spool import cannot_be_kept, locked
 
-LISTING_THREADS = 16  # that ask for files before the run, each of which waits for an answer
+LISTING_THREADS = 16  # that ask for files before the run; each of them waits for an answer
 LISTING_FORMAT = 1  # of what is remembered about a file
 
 

@@ -100,7 +100,7 @@ def _column_ranges(group: RowGroupMetaData, columns: list[str]) -> Iterator[tupl
 
 
 def _merged_ranges(metadata: FileMetaData, groups: list[int], columns: list[str]) -> list[tuple[int, int]]:
-    """The bytes of columns in row groups, as ranges of which those that lie near together are one."""
+    """The bytes of columns in row groups, as ranges; those that lie near each other are merged into one."""
     wanted = sorted(pair for number in groups for pair in _column_ranges(metadata.row_group(number), columns))
     merged = []
     for begin, end in wanted:
