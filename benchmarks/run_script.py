@@ -234,7 +234,7 @@ class Building:
             for path in store.folder.glob("*"):
                 path.unlink()
             empty = copy.copy(store)
-            empty.places, empty.shards, empty._open = {}, {}, {}
+            empty.forget()
             self.calls.clear()
             self.bare, began = 0.0, time.perf_counter()
             original(empty, *rest, **options)

@@ -111,7 +111,7 @@ def measure(folder, buffer, pipe):
     from training_utils.cli.options import DataOptions
     from training_utils.data import opening
     from training_utils.data.plan import BatchPlan
-    from training_utils.data.streaming import stream
+    from training_utils.data.streaming import chunks, source
 
     options = DataOptions(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
 
@@ -119,7 +119,7 @@ def measure(folder, buffer, pipe):
         pipe.send("sent")
         return pipe.recv()
 
-    stream.CHUNK = 2**21
+    chunks.CHUNK_BYTES = 2**21
     most = 0
 
     def look():
@@ -133,19 +133,19 @@ def measure(folder, buffer, pipe):
     began = time.perf_counter()
     opening.load_dataset(options)
     again, before = time.perf_counter() - began, sent()
-    stream.LATE = 0
+    source.IDLE_STEPS = 0
     first, seconds, count = read(BatchPlan(len(rows), 1, 16, stream=rows), rows, look)
-    whole = sum(chunk.bytes for chunk in rows.source.chunks)
+    total = rows.source.total_bytes()
     plain = opening.load_dataset(DataOptions(folder=folder / "set", cache_dir=str(folder / "cache")))
     _, local, _ = read(BatchPlan(len(plain), 1, 16), plain)
     print(
-        f"images            {len(rows):,}, {whole / 1e6:.0f} MB, in {len(rows.source.chunks)} chunks\n"
+        f"images            {len(rows):,}, {total / 1e6:.0f} MB, in {len(rows.source.chunks)} chunks\n"
         f"first start         {opened:.2f} s, which downloads {walked / 1e6:.1f} MB\n"
         f"later starts        {again:.2f} s, {(before - walked) / 1e6:.1f} MB\n"
         f"first batch of 16   {first:.2f} s after it\n"
-        f"an epoch downloads  {(sent() - before) / whole:.2f} of the dataset\n"
-        f"on the disk         {most / 1e6:.0f} MB at most, {most / whole:.2f} of it; "
-        f"{rows.source.most() / 1e6:.0f} MB were announced\n"
+        f"an epoch downloads  {(sent() - before) / total:.2f} of the dataset\n"
+        f"on the disk         {most / 1e6:.0f} MB at most, {most / total:.2f} of it; "
+        f"{rows.source.peak_bytes() / 1e6:.0f} MB were announced\n"
         f"images a second   {count / seconds:.0f}, and {count / local:.0f} from a local copy without --streaming"
     )
 

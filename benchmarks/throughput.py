@@ -273,7 +273,7 @@ def seconds_to_read(repeats=200):
         keys = [f"image {number}" for number in range(64)]
         moments = {name: draw.standard_normal((64, 4, 128, 128), dtype=np.float32) for name in ("mean", "std")}
         store.write(keys, {name: ("float32", array) for name, array in moments.items()})
-        store.look()
+        store.refresh()
         return median(_seconds(lambda: store.read(keys[draw.integers(64)])) for _ in range(repeats))
 
 

@@ -43,9 +43,9 @@ if __name__ == "__main__":
     if os.environ.get("IMPATIENT"):  # the client waits up to half a minute between its attempts
         from huggingface_hub.utils import _http
 
-        from training_utils.data.streaming import stream
+        from training_utils.data.streaming import remote
 
-        stream.WAITS = (0, 0)
+        remote.RETRY_SECONDS = (0, 0)
         _http.time = type("", (), {**vars(time), "sleep": lambda seconds: None})
     print("ready", flush=True)
     for line in sys.stdin:

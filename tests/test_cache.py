@@ -1,10 +1,13 @@
 """What frozen networks make is kept: a run trains on exactly the same, and what has changed is never served stale."""
 
 import gc
+import hashlib
 import importlib
 import json
 import shutil
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +23,10 @@ import train_text_to_image
 import train_text_to_image_sdxl
 from training_utils.base import draws
 from training_utils.base.errors import UserError
-from training_utils.cache import fill
-from training_utils.cache import store as store_module
-from training_utils.cache.fill import Team
-from training_utils.cache.images import CachedImages
+from training_utils.cache import fill, shard
+from training_utils.cache.captions import cache_captions
+from training_utils.cache.images import CachedImages, cache_images
+from training_utils.cache.processes import Processes
 from training_utils.cache.store import Store
 from training_utils.torch_backend import frozen
 
@@ -245,7 +248,7 @@ def test_a_caption_of_several_rows_is_read_once(run, tmp_path):
 
 def test_a_killed_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
     flags = ["--center_crop", *switches(run, tmp_path / "kept"), "--train_batch_size", "2"]
-    monkeypatch.setattr(store_module, "SHARD_BYTES", 1)  # a shard a batch
+    monkeypatch.setattr(fill, "SHARD_BYTES", 1)  # a shard a batch
     real, count = train_text_to_image.encode_images, [0]
 
     def dies(*arguments):
@@ -293,9 +296,105 @@ def test_a_shard_that_cannot_be_opened_is_no_damaged_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match="cannot be read .*Permission denied"):
-        fill.open_store(Store(tmp_path, "images", {"a": 1}), ["key"], Team(0, 1, 0, 1, lambda x: x))
+        fill.open_store(Store(tmp_path, "images", {"a": 1}), ["key"], alone())
     monkeypatch.undo()
     assert shard.exists()
+
+
+class FewRows:
+    """Three images, of two sizes, the first of which is there twice; they are their indices' pixels."""
+
+    row_numbers = np.array([0, 1, 2, 0])
+
+    def __len__(self):
+        return len(self.row_numbers)
+
+    def pixels(self, index):
+        number = int(self.row_numbers[index])
+        return np.arange(24, dtype=np.float32).reshape((4, 6) if number else (6, 4)) / 7 + number
+
+    def digest_and_size(self, index):
+        pixels = self.pixels(index)
+        return hashlib.sha256(pixels.tobytes()).hexdigest(), pixels.shape
+
+    def size(self, index):
+        return (4, 4)
+
+    def name(self, index):
+        return f"image {index}"
+
+    def captions(self, index):
+        return [f"caption {self.row_numbers[index]}", "shared"]
+
+
+class FewSamples:
+    """FewRows as data.Samples, mirrored and cropped at random."""
+
+    def __init__(self):
+        self.dataset = FewRows()
+        self.on_bad_sample = "error"
+        self.prepare = SimpleNamespace(show=self.show, tokenize=self.tokenize, mirrors=True, cropped=True)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    @staticmethod
+    def show(rows, index, mirrored, generator, size):
+        pixels = rows.pixels(index)
+        at = int(generator.integers(3))
+        if len(pixels) == 4:
+            pixels = pixels.T
+        pixels = pixels[at : at + 4]
+        return {"pixels": pixels[:, ::-1] if mirrored else pixels}
+
+    @staticmethod
+    def tokenize(text):
+        return {"ids": np.frombuffer(text.ljust(12).encode(), dtype=np.uint8)}
+
+
+def encode_few(batch):
+    """In each of the types that a network computes in; the values of two bytes have no more bits than they hold."""
+    values = next(iter(batch.values())).astype(np.float32)
+    rounded = np.round(values * 4) / 4
+    return {"mean": ("float32", values), "half": ("float16", rounded), "brain": ("bfloat16", rounded)}
+
+
+OLD_CACHE = Path(__file__).parent / "fixtures" / "old_cache"
+
+
+def test_a_cache_of_an_earlier_release_is_taken_up(tmp_path):
+    """`fixtures/old_cache` was written by the code before `training_utils/cache/` was a folder. All of it is found,
+    and what is written now has the same names and the same bytes."""
+
+    def refuse(batch):
+        raise AssertionError("a frozen network ran")
+
+    def cached(root, encode):
+        samples, blank = FewSamples(), {"pixels": np.zeros((4, 4), dtype=np.float32)}
+        store = Store(root, "pictures", {"networks": ["few"], "settings": None})
+        cache_images(store, [samples], encode, alone(), 2, 2, blank)
+        assert len(store.locations) == 13  # two crops of three images, mirrored or not, and no image
+        cache_captions(Store(root, "captions", {"networks": ["few"]}), [samples], encode, alone(), 3, True)
+        return samples
+
+    shutil.copytree(OLD_CACHE, tmp_path / "old")
+    samples = cached(tmp_path / "old", refuse)
+    for index in range(4):
+        for mirrored in (False, True):
+            made = [samples.prepare.images.read(index, mirrored, np.random.default_rng(3), (4, 4)) for _ in "ab"]
+            crops = [samples.prepare.images.crop_generator(index, crop) for crop in (0, 1)]
+            possible = [encode_few(samples.show(samples.rows, index, mirrored, crop, None)) for crop in crops]
+            assert any(all(np.array_equal(made[0][name], one[name][1]) for name in one) for one in possible)
+    blank = samples.prepare.images.read_blank()
+    assert all(blank[name].tolist() == np.zeros((4, 4)).tolist() for name in ("mean", "half", "brain"))
+    for text in ("", "shared", "caption 0", "caption 1", "caption 2"):
+        tokens = FewSamples.tokenize(text)
+        assert np.array_equal(samples.prepare.captions.read(tokens)["brain"], tokens["ids"].astype(np.float32))
+
+    cached(tmp_path / "new", encode_few)
+    old, new = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*.safetensors")}
+                for root in (OLD_CACHE, tmp_path / "new"))  # fmt: skip
+    assert old == new and len(old) == 2
 
 
 def test_only_shards_that_are_wanted_are_read_through(tmp_path, monkeypatch):
@@ -308,7 +407,7 @@ def test_only_shards_that_are_wanted_are_read_through(tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "is_damaged", lambda store, path: checked.append(path) or real(store, path))
     again = Store(tmp_path, "images", ["test"])
     fill.open_store(again, ["b", "d"], alone())
-    assert checked == [again.places["b"][0]] and "d" not in again
+    assert checked == [again.locations["b"].path] and "d" not in again
 
 
 def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
@@ -330,8 +429,13 @@ def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
     assert unseen < 100
 
 
-def alone():
-    return Team(0, 1, 0, 1, lambda items: items)
+def alone(on_cpu=False):
+    return Processes(0, 1, 0, 1, lambda items: items, on_cpu)
+
+
+def fill_with(store, wanted, prepare, encode, processes, batch_size):
+    options = {"prepare": prepare, "encode": encode, "processes": processes, "batch_size": batch_size}
+    return fill.fill(store, wanted, noun="numbers", **options)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
@@ -340,7 +444,7 @@ def test_an_entry_comes_back_as_it_was_computed(tmp_path, kind):
     store = Store(tmp_path, "images", [kind])
     fill.open_store(store, [], alone())
     store.write(["a", "b", "c"], {"mean": (kind, values)})
-    store.look()
+    store.refresh()
     for at, key in enumerate("abc"):
         assert np.array_equal(store.read(key)["mean"], values[at])
 
@@ -354,9 +458,9 @@ def test_a_machine_that_does_not_see_the_others_encodes_all(tmp_path):
         return {"y": ("float32", batch["x"].astype(np.float32)[:, None])}
 
     store = Store(tmp_path, "images", ["two"])
-    team = Team(1, 2, 0, 1, lambda items: items * 2)
+    processes = Processes(1, 2, 0, 1, lambda items: items * 2)
     wanted = {str(number): number for number in range(7)}
-    fill.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, team, 4, "numbers")
+    fill_with(store, wanted, lambda number: {"x": np.int64(number)}, encode, processes, 4)
     assert sorted(made) == list(range(7)) and made[:3] == [1, 3, 5]
     assert all(store.read(key)["y"] == number for key, number in wanted.items())
 
@@ -377,14 +481,86 @@ def test_a_cpu_reads_no_image_while_its_networks_run(tmp_path, on_cpu):
         return {"y": ("float32", batch["x"].astype(np.float32)[:, None])}
 
     store = Store(tmp_path, "images", [on_cpu])
-    team = Team(0, 1, 0, 1, lambda items: items, on_cpu)
     wanted = {str(number): number for number in range(100)}
-    fill.fill(store, wanted, make, encode, team, 20, "numbers")
+    fill_with(store, wanted, make, encode, alone(on_cpu), 20)
     assert sorted(reading) == list(range(100)) and all(store.read(key)["y"] == wanted[key] for key in wanted)
     if on_cpu:
         assert seen == [(read, read) for read in (20, 40, 60, 80, 100)]
     else:
         assert seen[0][1] == 40  # the next batch is read
+
+
+# --- bugs ------------------------------------------------------------------------------------------------------------
+
+
+def planted(*arguments, **options):
+    raise TypeError("a planted bug")
+
+
+@pytest.mark.parametrize("place", ["_pack", "_crc32", "save"])
+def test_a_bug_in_writing_is_no_full_disk(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(shard, place, planted)
+    store = Store(tmp_path, "images", ["bug"])
+    encode = lambda batch: {"y": ("float32", batch["x"])}  # noqa: E731
+    with pytest.raises(TypeError, match="a planted bug"):
+        fill_with(store, {"a": 0}, lambda _: {"x": np.zeros(1, np.float32)}, encode, alone(), 1)
+    assert list(store.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["_crc32", "_name_of"])
+def test_a_bug_in_reading_is_no_damaged_shard(tmp_path, monkeypatch, place, capsys):
+    store = Store(tmp_path, "images", ["bug"])
+    fill.open_store(store, [], alone())
+    store.write(["a"], {"y": ("float32", np.ones((1, 3), dtype=np.float32))})
+    monkeypatch.setattr(shard, place, planted)
+    with pytest.raises(TypeError, match="a planted bug"):
+        fill.open_store(Store(tmp_path, "images", ["bug"]), ["a"], alone())
+    assert len(list(store.folder.glob("*.safetensors"))) == 1
+    assert "damaged" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("skip", ["skip", "error"])
+@pytest.mark.parametrize("place", ["encode", "show"])
+def test_a_bug_in_an_encoder_or_a_transform_is_no_bad_image(tmp_path, skip, place):
+    samples = FewSamples()
+    samples.on_bad_sample = skip
+    if place == "show":
+        samples.prepare.show = planted
+    encode = planted if place == "encode" else encode_few
+    with pytest.raises(TypeError, match="a planted bug"):
+        cache_images(Store(tmp_path, "pictures", ["bug"]), [samples], encode, alone(), 2, 2)
+
+
+def test_a_bug_is_reported_and_not_the_full_disk_behind_it(tmp_path, monkeypatch):
+    """What was computed before is written when an encoder fails; that may fail as well."""
+    seen = []
+
+    def encode(batch):
+        seen.append(batch)
+        return planted() if len(seen) > 1 else {"y": ("float32", batch["x"])}
+
+    def full(path, *_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shard.os, "fsync", full)
+    store = Store(tmp_path, "images", ["bug"])
+    with pytest.raises(TypeError, match="a planted bug"):
+        fill_with(store, {"a": 0, "b": 1}, lambda _: {"x": np.zeros(1, np.float32)}, encode, alone(), 1)
+    assert list(store.folder.iterdir()) == []
+
+
+def test_rounds_of_work_need_room_for_what_is_left_alone(tmp_path, monkeypatch):
+    """A cache that takes more than half of what is free is filled to its end."""
+    monkeypatch.setattr(fill, "ENTRIES_BETWEEN_GATHERS", 3)
+    written = []
+    free = lambda folder: SimpleNamespace(free=4 * (10 - len(written)))  # noqa: E731
+    monkeypatch.setattr(fill.shutil, "disk_usage", free)
+    real = Store.write
+    monkeypatch.setattr(Store, "write", lambda store, keys, arrays: written.extend(keys) or real(store, keys, arrays))
+    store, wanted = Store(tmp_path, "images", ["room"]), {str(number): number for number in range(10)}
+    encode = lambda batch: {"y": ("float32", batch["x"][:, None])}  # noqa: E731
+    fill_with(store, wanted, lambda number: {"x": np.float32(number)}, encode, alone(), 2)
+    assert len(written) == 10
 
 
 # --- memory and room -------------------------------------------------------------------------------------------------
@@ -434,7 +610,7 @@ def test_networks_visit_the_device():
 
 def test_a_full_disk_and_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
+        patch.setattr(fill.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
         sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
     assert "0 GB are free" in sentence.replace("1e-09", "0") and "--encoding_cache_dir" in sentence and code == 2
     (tmp_path / "file").write_text("")
@@ -445,7 +621,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(run, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module.os, "fsync", full)
+        patch.setattr(shard.os, "fsync", full)
         sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
     assert "No space left on device" in sentence and code == 1
     assert not list((tmp_path / "kept").rglob("*.unfinished"))
@@ -481,16 +657,16 @@ def test_a_image_that_overflows_can_be_skipped(run, tmp_path, monkeypatch):
 
 
 def test_rounds_of_work_leave_nothing_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(fill, "ROUND", 3)
+    monkeypatch.setattr(fill, "ENTRIES_BETWEEN_GATHERS", 3)
     store, wanted = Store(tmp_path, "images", ["rounds"]), {str(number): number for number in range(10)}
     encode = lambda batch: {"y": ("float32", batch["x"].astype(np.float32)[:, None])}  # noqa: E731
-    fill.fill(store, wanted, lambda number: {"x": np.int64(number)}, encode, alone(), 2, "numbers")
+    fill_with(store, wanted, lambda number: {"x": np.int64(number)}, encode, alone(), 2)
     assert all(store.read(key)["y"] == number for key, number in wanted.items())
 
 
 def test_contradictions(run, run_lora, tmp_path, capsys):
     for runner, flags, words in (
-        (run, ["--cached_crops", "2"], "--cached_crops is for --cache_latents"),
+        (run, ["--cached_crops", "2"], "--cached_crops has no effect without --cache_latents"),
         (run, ["--cached_crops", "2", "--cache_latents", "--center_crop"], "--cached_crops is for --cache_latents"),
         (run_lora, ["--train_text_encoder", "--cache_text_embeddings"], "--train_text_encoder changes"),
     ):
@@ -508,14 +684,14 @@ def test_that_one_crop_is_kept_is_said(run, tmp_path, capsys):
 
 
 def test_crops_come_from_the_content(tmp_path):
-    images = CachedImages(None, ["a" * 64, "b" * 64], [False, False], 3)
-    drawn = [images.corner(index, crop).integers(1000) for index in (0, 1) for crop in range(3)]
+    cached = CachedImages(None, ["a" * 64, "b" * 64], [False, False], 3)
+    drawn = [cached.crop_generator(index, crop).integers(1000) for index in (0, 1) for crop in range(3)]
     assert len(set(drawn)) > 3
     assert drawn[0] == draws.generator(int("a" * 15, 16), "cached_crop", 0).integers(1000)
-    assert images.corner(0, None) is None
+    assert cached.crop_generator(0, None) is None
 
 
 def test_bad_data_raise_what_they_are(tmp_path):
     store = Store(tmp_path, "images", ["bad"])
     with pytest.raises(UserError, match="gone"):
-        fill.fill(store, {"a": 0}, lambda _: UserError("gone"), None, alone(), 1, "numbers")
+        fill_with(store, {"a": 0}, lambda _: UserError("gone"), None, alone(), 1)

@@ -28,9 +28,8 @@ from tiny import WORDS, image
 from training_utils.base import draws
 from training_utils.base.errors import UserError
 from training_utils.cli.options import DataOptions
-from training_utils.data import checking, inspection, opening, selection
+from training_utils.data import checking, inspection, opening, selection, streaming
 from training_utils.data.plan import BatchPlan, Position
-from training_utils.data.streaming import stream
 
 FEW = ["--streaming", "--shuffle_buffer", "8", "--max_train_steps", "4", "--random_flip", "--caption_dropout", "0.3"]
 
@@ -105,13 +104,18 @@ def spools(cache):
 
 # --- order -----------------------------------------------------------------------------------------------------------
 
+
+def epoch_order(seed, epoch, sizes, buffer):
+    return streaming.order.epoch_order(seed=seed, epoch=epoch, sizes=sizes, buffer=buffer)
+
+
 SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(SIZES, st.integers(1, 400))
 def test_an_epoch_visits_every_row_once(sizes, buffer):
-    orders = [stream.order(3, epoch, np.array(sizes), buffer) for epoch in (0, 0, 1)]
+    orders = [epoch_order(3, epoch, np.array(sizes), buffer) for epoch in (0, 0, 1)]
     assert all(sorted(order) == list(range(sum(sizes))) for order in orders)
     assert np.array_equal(orders[0], orders[1])
     if sum(sizes) > 9 and buffer > 99:
@@ -120,8 +124,8 @@ def test_an_epoch_visits_every_row_once(sizes, buffer):
 
 @pytest.mark.parametrize(("count", "rows", "buffer"), [(200, 50, 640), (200, 50, 3200), (40, 7, 16), (9, 30, 100)])
 def test_rows_that_are_near_in_the_order_lie_in_few_chunks(count, rows, buffer):
-    """As many as `Source.most` reckons with, and each is needed once an epoch."""
-    order, lanes = stream.order(1, 2, np.full(count, rows), buffer), min(stream.LANES, count)
+    """As many as `Source.peak_bytes` reckons with, and each is needed once an epoch."""
+    order, lanes = epoch_order(1, 2, np.full(count, rows), buffer), min(streaming.order.LANES, count)
     chunks = order // rows
     most = max(len(set(chunks[at : at + buffer])) for at in range(0, len(order), 7))
     assert most <= 2 * buffer / rows + 2 * lanes
@@ -140,7 +144,7 @@ def test_processes_have_chunks_of_their_own(world):
         ahead = 100
 
         def order(self, seed, epoch):
-            return stream.order(seed, epoch, np.full(80, 12), 160)
+            return epoch_order(seed, epoch, np.full(80, 12), 160)
 
         def expect(self, coming, rank, count):
             pass
@@ -185,7 +189,7 @@ def test_a_row_is_the_row_of_the_data_set_that_is_not_streamed(kind, request, tm
     folder = request.getfixturevalue(kind)
     plain = opening.load_dataset(DataOptions(folder=folder, cache_dir=str(tmp_path)))
     for size in (1, 5000, 2**26):
-        monkeypatch.setattr(stream, "CHUNK", size)
+        monkeypatch.setattr(streaming.chunks, "CHUNK_BYTES", size)
         rows = rows_of(folder, tmp_path)
         assert len(rows.lengths) == ({1: 30, 5000: 18, 2**26: 6}[size] if kind == "shards" else 6)
         assert len(rows) == len(plain) == 30
@@ -221,26 +225,35 @@ def test_columns_and_captions_of_every_kind(tmp_path):
 
 
 def test_what_is_known_of_a_file_is_looked_up_once(shards, parquet, tmp_path, monkeypatch):
-    folder, looked_at = tars(tmp_path / "shards", 3), []
-    real, real_table = stream._look_through_shard, stream._look_through_table
-    monkeypatch.setattr(stream, "_look_through_shard", lambda *words: looked_at.append(words[-1].url) or real(*words))
-    assert len(rows_of(folder, tmp_path)) == len(rows_of(folder, tmp_path)) == 15 and len(looked_at) == 3
+    folder, listed = tars(tmp_path / "shards", 3), []
+    real, real_table = streaming.shards.list_shard, streaming.parquet.list_table
+    monkeypatch.setattr(
+        streaming.shards, "list_shard", lambda file, **more: listed.append(file.url) or real(file, **more)
+    )
+    assert len(rows_of(folder, tmp_path)) == len(rows_of(folder, tmp_path)) == 15 and len(listed) == 3
     shutil.copy(shards / "003.tar", folder / "001.tar")
     rows = rows_of(folder, tmp_path)
-    assert looked_at[3:] == [str(folder / "001.tar")] and rows.captions(5) == [caption(15)]
+    assert listed[3:] == [str(folder / "001.tar")] and rows.captions(5) == [caption(15)]
     monkeypatch.setattr(
-        stream, "_look_through_table", lambda *words: looked_at.append("a table") or real_table(*words)
+        streaming.parquet,
+        "list_table",
+        lambda file, **more: listed.append("a table") or real_table(file, **more),
     )
     rows_of(parquet, tmp_path), rows_of(parquet, tmp_path)
-    assert looked_at[4:] == ["a table"] * 6
+    assert listed[4:] == ["a table"] * 6
 
 
 @pytest.mark.parametrize(("size", "count"), [(2_000_000, 8), (40_000, 100)])
 def test_large_images_are_passed_over_and_small_ones_read_in_few_requests(tmp_path, monkeypatch, size, count):
     members = [(f"{i}.{ending}", bytes(n)) for i in range(count) for ending, n in (("png", size), ("txt", 9))]
     path, asked = write_tar(tmp_path / "shards" / "a.tar", members), []
-    real = stream._bytes
-    monkeypatch.setattr(stream, "_bytes", lambda file, *ends: asked.append(ends[1] - ends[0]) or real(file, *ends))
+    real = streaming.remote.read_bytes
+
+    def read_bytes(file, begin, end):
+        asked.append(end - begin)
+        return real(file, begin, end)
+
+    monkeypatch.setattr(streaming.remote, "read_bytes", read_bytes)
     assert len(rows_of(tmp_path / "shards", tmp_path)) == count
     assert len(asked) <= count + 1 and sum(asked) < 1.01 * path.stat().st_size
     assert len(asked) < 6 if size < 10**6 else sum(asked) < path.stat().st_size / 5
@@ -250,7 +263,7 @@ def test_subsets_lie_in_few_chunks(tmp_path):
     rows = rows_of(tables(tmp_path / "tables", 12, 5), tmp_path)
     few = selection.take_subset(rows, 11, 3)
     assert len(few) == 11 and len(few.lengths) == 3 and sorted(few.lengths) == [1, 5, 5]
-    assert not np.array_equal(few.row_numbers, selection.take_subset(rows, 11, 4).numbers)
+    assert not np.array_equal(few.row_numbers, selection.take_subset(rows, 11, 4).row_numbers)
     train, val_samples = selection.split_validation(rows, 0.2, 3)
     assert len(train) == 48 and len(val_samples) == 12 and len(val_samples.lengths) == 3
     assert sorted(np.concatenate([train.row_numbers, val_samples.row_numbers])) == list(range(60))
@@ -267,7 +280,7 @@ def test_a_spool_holds_what_is_needed_and_goes_with_the_last_who_uses_it(tmp_pat
     (spool,) = spools(tmp_path)
     assert rows.source.spool.folder == twin.source.spool.folder == spool
     updates = BatchPlan(len(rows), 1, 4, stream=rows)
-    monkeypatch.setattr(stream, "LATE", 2)
+    monkeypatch.setattr(streaming.source, "IDLE_STEPS", 2)
     most, batches = 0, updates.batches(Position())
     for _ in range(100):  # of 60 in an epoch
         for _, index, _ in next(batches):
@@ -287,15 +300,15 @@ def test_a_spool_holds_what_is_needed_and_goes_with_the_last_who_uses_it(tmp_pat
 
 def test_a_streamed_run_is_the_same_run_in_its_own_order(run, shards, parquet, cache, tmp_path, monkeypatch):
     """To the bit, with the library that reads tables whole, once that is put into this order."""
-    monkeypatch.setattr(stream, "CHUNK", 1)
+    monkeypatch.setattr(streaming.chunks, "CHUNK_BYTES", 1)
     run(tmp_path / "streamed", *FEW, *cache, "--train_data_dir", parquet)
     plain = [word for word in FEW if word not in ("--streaming", "--shuffle_buffer", "8")]
     run(tmp_path / "plain", *plain, *cache, "--train_data_dir", parquet)
     assert result_bytes(tmp_path / "streamed") != result_bytes(tmp_path / "plain")
-    monkeypatch.setattr(draws, "order", lambda seed, epoch, size: stream.order(seed, epoch, np.full(6, 5), 8))
+    monkeypatch.setattr(draws, "order", lambda seed, epoch, size: epoch_order(seed, epoch, np.full(6, 5), 8))
     run(tmp_path / "ordered", *plain, *cache, "--train_data_dir", parquet)
     assert result_bytes(tmp_path / "streamed") == result_bytes(tmp_path / "ordered")
-    monkeypatch.setattr(stream, "CHUNK", 2**20)  # a chunk is a file, as it is for the tables
+    monkeypatch.setattr(streaming.chunks, "CHUNK_BYTES", 2**20)  # a chunk is a file, as it is for the tables
     run(tmp_path / "shards", *FEW, *cache, "--train_data_dir", shards, "--dataloader_num_workers", "2")
     assert result_bytes(tmp_path / "shards") == result_bytes(tmp_path / "streamed")
     assert spools(cache[1]) == []
@@ -365,8 +378,13 @@ def test_bad_samples_are_met_when_their_turn_comes(run, cache, tmp_path, capsys)
 
 def test_a_report_reads_a_stream_once(parquet, tmp_path, capsys, monkeypatch):
     seen = []
-    real = stream._fetch_of_table
-    monkeypatch.setattr(stream, "_fetch_of_table", lambda *words: seen.append(words[-1].file) or real(*words))
+    real = streaming.parquet.fetch_from_table
+
+    def fetch(file, chunk, **columns):
+        seen.append(chunk.file)
+        return real(file, chunk, **columns)
+
+    monkeypatch.setattr(streaming.parquet, "fetch_from_table", fetch)
     source = {"dataset_name": None, "folder": parquet, "cache_dir": str(tmp_path), "shuffle_buffer": 8}
     assert inspection.check_data(DataOptions(**source), 16) == 0
     said = capsys.readouterr()
@@ -410,7 +428,7 @@ def test_what_cannot_be_streamed(images, parquet, tmp_path):
 
 def test_damage(parquet, tmp_path, monkeypatch):
     """A file that shows when it is looked through ends a run before it begins, one that shows later ends it then."""
-    monkeypatch.setattr(stream, "WAITS", ())
+    monkeypatch.setattr(streaming.remote, "RETRY_SECONDS", ())
     folder = tars(tmp_path / "shards", 2, 3)
     content = (folder / "001.tar").read_bytes()
     (folder / "001.tar").write_bytes(content[:1500])
@@ -434,8 +452,99 @@ def test_damage(parquet, tmp_path, monkeypatch):
         rows.captions(4)
 
 
+def planted(*arguments, **options):
+    raise TypeError("a planted bug")
+
+
+def test_a_bug_while_a_dataset_is_opened_is_no_damaged_file(shards, parquet, tmp_path, monkeypatch, capsys):
+    for folder, place, name in (
+        (shards, streaming.remote, "File"),
+        (shards, streaming.shards._Walk, "add"),
+        (parquet, streaming.remote.RemoteFile, "_between"),
+        (parquet, streaming.parquet, "_column_ranges"),
+        (parquet, streaming.chunks.Listing, "as_json"),
+    ):
+        streaming.parquet.read_footer.cache_clear()
+        with monkeypatch.context() as patch, pytest.raises(TypeError, match="a planted bug"):
+            patch.setattr(place, name, planted)
+            opening.load_dataset(DataOptions(folder=folder, cache_dir=str(tmp_path), shuffle_buffer=8))
+    assert "trying again" not in capsys.readouterr().err
+
+
+def test_a_bug_while_a_chunk_is_fetched_is_no_damaged_file_nor_full_disk(shards, parquet, tmp_path, monkeypatch):
+    for folder, place, name in (
+        (shards, streaming.shards._Captions, "add"),
+        (shards, streaming.chunks.ChunkContent, "record_batch"),
+        (parquet, streaming.remote.RemoteFile, "_between"),
+        (parquet, streaming.parquet, "_merged_ranges"),
+    ):
+        rows = rows_of(folder, tmp_path / name)
+        with monkeypatch.context() as patch, pytest.raises(TypeError, match="a planted bug"):
+            patch.setattr(place, name, planted)
+            rows.captions(0)
+        assert rows.captions(0) == [caption(0)]
+
+
+def test_errors_show_what_they_come_from(parquet, tmp_path, monkeypatch):
+    """As TRAINING_TRACEBACK=1 prints it."""
+    rows = rows_of(parquet, tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(streaming.spool.os, "replace", full)
+    with pytest.raises(UserError) as caught:
+        rows.captions(0)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_spool_in_use_stays_until_its_processes_end_however_they_end(tmp_path):
+    """A killed process leaves the spool to the next run; a data worker that outlives it does not hold it."""
+    rows = rows_of(tars(tmp_path / "set", 2, 3), tmp_path)
+    root = tmp_path / "text-to-image-streams"
+    other = root / f"spool-{os.uname().nodename}-1-0"
+    ready, said = os.pipe()
+    child = os.fork()
+    if not child:
+        spool = streaming.spool.Spool(root, "0" * 8)
+        spool.folder.rename(other)  # as if another launch had made it
+        worker = os.fork()
+        if worker:
+            os.write(said, str(worker).encode())
+        time.sleep(60)
+        os._exit(0)
+    worker = int(os.read(ready, 20))
+    twin = rows_of(tmp_path / "set", tmp_path)
+    assert other in spools(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    again = rows_of(tmp_path / "set", tmp_path)
+    os.kill(worker, signal.SIGKILL)
+    assert spools(tmp_path) == [rows.source.spool.folder]
+    del rows, twin, again
+    assert spools(tmp_path) == []
+
+
+def test_a_chunk_is_fetched_by_one_thread_while_others_wait(tmp_path):
+    rows = rows_of(tables(tmp_path / "tables", 1, 4), tmp_path)
+    real, fetched = rows.source.fetch, []
+
+    def fetch(file, chunk):
+        fetched.append(chunk)
+        time.sleep(0.2)
+        return real(file, chunk)
+
+    rows.source.fetch = fetch
+    threads = [threading.Thread(target=rows.captions, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+
+
 def test_a_disk_that_is_too_small(parquet, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000}))
+    monkeypatch.setattr(streaming.opening.shutil, "disk_usage", lambda folder: type("", (), {"free": 1000}))
     sentence, code = refused(parquet)
     assert "the chunks that a stream needs at the same time take about 0.0" in sentence and code == 2
     assert "name another folder with --cache_dir, or lower --shuffle_buffer" in sentence
@@ -445,7 +554,7 @@ def test_a_disk_that_is_too_small(parquet, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stream.os, "replace", full)
+    monkeypatch.setattr(streaming.spool.os, "replace", full)
     with pytest.raises(UserError, match="cannot be kept in .*No space left on device") as caught:
         rows.captions(0)
     assert caught.value.exit_code == 1
@@ -469,9 +578,9 @@ def hub(tmp_path_factory):
 RUN = """
 import os, runpy, sys
 from pathlib import Path
-from training_utils import streams
+from training_utils.data.streaming import source
 
-streams.LATE = 0  # a chunk goes as soon as no sample to come needs it
+source.IDLE_STEPS = 0  # a chunk goes as soon as no sample to come needs it
 Path(words[0]).write_text(str(os.getpid()))
 sys.argv = words[1:]
 runpy.run_path(words[1], run_name="__main__")

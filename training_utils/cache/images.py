@@ -1,164 +1,260 @@
 """What frozen networks made of images, as samples take it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from training_utils.base import draws
 from training_utils.base.console import bar, warn
 from training_utils.base.errors import UserError
-from training_utils.cache import fill
+from training_utils.cache.fill import Sample, encode_one, fill
+from training_utils.cache.processes import Processes
+from training_utils.cache.shard import Encoded
+from training_utils.cache.store import Store
 from training_utils.data import parallel
+from training_utils.data.dataset import ImageDataset
 from training_utils.data.problems import BadSample
+from training_utils.data.samples import Samples
 
-BLANK = "no picture"
+KEY_OF_NO_IMAGE = "no picture"  # the key under which every cache has the sample that stands for no image
+
+Size = tuple[int, int]  # (width, height) in pixels
 
 
 class CachedImages:
-    """What the networks made of a dataset's images: `read` stands in for `Prepare.show` and the networks.
+    """What the networks made of a dataset's images, read from a store in place of the images.
 
     Of an image that is cropped at random `crops` crops are kept. They are drawn from its content, so that every run
     finds the same ones. `digests` are those of the images' content, `sizes` their own (width, height), `unusable`
-    maps indices to sentences. The `size` of a view is the one at which it is shown, None where there is no choice.
+    maps indices to sentences. The `size` of a view is the one at which it is trained, None where there is no choice.
     """
 
-    def __init__(self, store, digests, sizes, crops):
-        self.store, self.digests, self.sizes, self.crops, self.unusable = store, digests, sizes, crops, {}
+    def __init__(self, store: Store, digests: Sequence[str], sizes: Sequence[Size], crops: int):
+        self.store = store
+        self.digests = digests
+        self.sizes = sizes
+        self.crops = crops
+        self.unusable: dict[int, str] = {}
 
-    def key(self, index, mirrored, crop, size):
+    def key(self, index: int, mirrored: bool, crop: int | None, size: Size | None) -> str:
         """The key of one view; `crop` is None for the middle of the image, else a number."""
-        words = [self.digests[index], *(["mirrored"] if mirrored else []), *([] if crop is None else [f"crop {crop}"])]
-        return " ".join(words if size is None else [*words, f"{size[0]} x {size[1]}"])
+        words = [self.digests[index]]
+        if mirrored:
+            words.append("mirrored")
+        if crop is not None:
+            words.append(f"crop {crop}")
+        if size is not None:
+            words.append(f"{size[0]} x {size[1]}")
+        return " ".join(words)
 
-    def corner(self, index, crop):
-        """The generator of one crop."""
-        return None if crop is None else draws.generator(int(self.digests[index][:15], 16), "cached_crop", crop)
+    def crop_generator(self, index: int, crop: int | None) -> np.random.Generator | None:
+        """The generator that draws where a crop lies; None for the middle of the image."""
+        if crop is None:
+            return None
+        return draws.generator(int(self.digests[index][:15], 16), "cached_crop", crop)
 
-    def views(self, index, mirrors, cropped, size):
+    def views(self, index: int, mirrors: bool, cropped: bool, size: Size | None) -> list[tuple[bool, int | None]]:
         """All that `read` may be asked for: a list of (mirrored, crop)."""
-        crops = range(self._crops(index, size)) if cropped else [None]
-        return [(mirrored, crop) for mirrored in ((False, True) if mirrors else (False,)) for crop in crops]
+        crops = range(self._crop_count(index, size)) if cropped else [None]
+        orientations = (False, True) if mirrors else (False,)
+        return [(mirrored, crop) for mirrored in orientations for crop in crops]
 
-    def has_room(self, index, size):
-        """Whether crops of an image for this size can differ."""
-        (width, height), (shown_width, shown_height) = self.sizes[index], size or (1, 1)
-        return width * shown_height != height * shown_width
+    def crops_differ(self, index: int, size: Size | None) -> bool:
+        """Whether crops of an image for a size can differ: whether its proportions are other ones."""
+        width, height = self.sizes[index]
+        crop_width, crop_height = size or (1, 1)
+        return width * crop_height != height * crop_width
 
-    def _crops(self, index, size):
-        return self.crops if self.has_room(index, size) else 1
+    def _crop_count(self, index: int, size: Size | None) -> int:
+        return self.crops if self.crops_differ(index, size) else 1
 
-    def read(self, index, mirrored, generator, size=None):
+    def read(
+        self, index: int, mirrored: bool, generator: np.random.Generator | None, size: Size | None = None
+    ) -> dict[str, np.ndarray]:
         """The entry of an image, mirrored or not; `generator` draws which crop, None takes the middle. Raises
         BadSample for an image that could not be used when the cache was made."""
         if index in self.unusable:
             raise BadSample(self.unusable[index])
-        crop = None if generator is None else int(generator.integers(self._crops(index, size)))
+        crop = None if generator is None else int(generator.integers(self._crop_count(index, size)))
         return self.store.read(self.key(index, mirrored, crop, size))
 
-    def read_blank(self):
+    def read_blank(self) -> dict[str, np.ndarray]:
         """The entry of what stands in the place of no image."""
-        return self.store.read(BLANK)
+        return self.store.read(KEY_OF_NO_IMAGE)
+
+
+class EncodedImages:
+    """What the networks make of a dataset's images, computed whenever one is asked for. `blank` is the sample that
+    stands for no image."""
+
+    def __init__(self, samples: Samples, encode: Callable[[Sample], Encoded], blank: Sample | None):
+        self.samples = samples
+        self.encode = encode
+        self.blank = blank
+
+    def read(self, *view) -> dict[str, np.ndarray]:
+        """The entry of an image; the arguments are those of `CachedImages.read`."""
+        return encode_one(self.encode, self.samples.prepare.show(self.samples.dataset, *view))
+
+    def read_blank(self) -> dict[str, np.ndarray]:
+        """The entry of what stands in the place of no image."""
+        return encode_one(self.encode, self.blank)
 
 
 @dataclass(frozen=True)
 class ImageView:
-    """One view of one row's image, to be shown to the networks."""
+    """One view of one image, to be encoded. `crop` is None for the middle of the image, else a number."""
 
-    samples: Any
+    samples: Samples
     index: int
     mirrored: bool
-    crop: Any
-    size: Any
+    crop: int | None
+    size: Size | None
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.samples.dataset.name(self.index)
 
+    @property
+    def is_skippable(self) -> bool:
+        """Whether the user wants bad samples to be skipped."""
+        return self.samples.on_bad_sample == "skip"
 
-def _show(view):
-    if isinstance(view, dict):
-        return view
-    samples, prepare = view.samples, view.samples.prepare
-    try:
-        corner = prepare.images.corner(view.index, view.crop)
-        size = () if view.size is None else (view.size,)
-        return prepare.show(samples.dataset, view.index, view.mirrored, corner, *size)
-    except BadSample as error:
-        return error if samples.on_bad_sample == "skip" else samples.refusal(error)
-    except UserError as error:
-        return error
+    def prepare(self) -> Sample | UserError:
+        """The arrays that the networks take; a BadSample for an image that is to be skipped, another UserError for
+        one that ends the run. They are returned: raised in a thread, one would come before those of earlier views."""
+        prepare = self.samples.prepare
+        generator = prepare.images.crop_generator(self.index, self.crop)
+        size = () if self.size is None else (self.size,)
+        try:
+            return prepare.show(self.samples.dataset, self.index, self.mirrored, generator, *size)
+        except BadSample as error:
+            return error if self.is_skippable else self.samples.refusal(error)
+        except UserError as error:
+            return error
 
 
-def hash_files(rows, indices, threads):
+def _prepare(item: ImageView | Sample) -> Sample | UserError:
+    """The sample of a view, or the one that stands for no image, which is a sample already."""
+    return item.prepare() if isinstance(item, ImageView) else item
+
+
+def _may_skip(item: ImageView | Sample) -> bool:
+    return isinstance(item, ImageView) and item.is_skippable
+
+
+def hash_files(rows: ImageDataset, indices: Sequence[int], threads: int) -> list[tuple[str, Size]]:
     """`ImageDataset.digest_and_size` of some images, in order."""
     return list(bar(parallel.read_ahead(rows.digest_and_size, indices, threads), "reading images", len(indices)))
 
 
-def cache_images(store, sets, encode, team=None, batch_size=None, crops=1, blank=None):
-    """Let the networks see every image of some data.Samples once, as their `prepare` shows them, and put what they
-    made of it in `prepare.images`; `blank` is a sample to show them too, `crops` as in Images. For the rest see
-    `fill`. Raises UserError.
+def cache_images(
+    store: Store | None,
+    sets: Sequence[Samples],
+    encode: Callable[[Sample], Encoded],
+    processes: Processes | None = None,
+    batch_size: int = 1,
+    crops: int = 1,
+    blank: Sample | None = None,
+) -> None:
+    """Let the networks see every image of some Samples once; `prepare.images` of each has what they made.
 
-    Where the store is None nothing is kept, and the networks run whenever an image is asked for.
+    The images are prepared as `prepare.show` does it. `blank` is a sample that stands for no image, to be encoded too;
+    `crops` are as in CachedImages, for the other arguments see `fill`. Where the store is None nothing is cached, and
+    the networks run whenever an image is asked for. A collective call. Raises UserError.
     """
     if store is None:
         for samples in sets:
-            samples.prepare.images = SimpleNamespace(
-                read=lambda *view, samples=samples: fill.first_entry(
-                    encode, samples.prepare.show(samples.dataset, *view)
-                ),
-                read_blank=lambda: fill.first_entry(encode, blank),
-            )
+            samples.prepare.images = EncodedImages(samples, encode, blank)
         return
     for samples in sets:
-        _, firsts, same = np.unique(
-            samples.dataset.row_numbers, return_index=True, return_inverse=True
-        )  # some are repeated
-        mine = range(team.rank, len(firsts), team.world)
-        looks = hash_files(samples.dataset, [int(firsts[at]) for at in mine], team.threads)
-        seen = [look for _, look in sorted(team.gather(list(zip(mine, looks))))]
-        digests, sizes = [seen[at][0] for at in same], [seen[at][1] for at in same]
-        samples.prepare.images = CachedImages(store, digests, sizes, crops)
-    wanted, narrowed = {}, 0
+        _hash_images(store, samples, processes, crops)
+    wanted: dict[str, ImageView | Sample] = {}
     for samples in sets:
         for index in range(len(samples)):
-            size = samples.dataset.size(index)
-            wanted |= _views(samples, index, size)
-            narrowed += samples.prepare.cropped and samples.prepare.images.has_room(index, size)
-    if narrowed and crops == 1 and team.rank == 0:
-        warn(
-            f"one random crop of each of {narrowed:,} images is kept, the same in every epoch; --cached_crops 4 "
-            "keeps four, in four times the room"
-        )
+            wanted |= _views_of(samples, index, samples.dataset.size(index))
+    if crops == 1 and processes.rank == 0:
+        _warn_of_single_crops(sets)
     # Views of one size lie together, so that they can be encoded together.
     wanted = dict(sorted(wanted.items(), key=lambda pair: pair[1].size or ()))
-    failed = fill.fill(
-        store, ({BLANK: blank} if blank else {}) | wanted, _show, encode, team, batch_size, "views of images"
+    if blank:
+        wanted = {KEY_OF_NO_IMAGE: blank} | wanted
+    encode_missing = partial(
+        fill,
+        store,
+        prepare=_prepare,
+        encode=encode,
+        processes=processes,
+        batch_size=batch_size,
+        skip_overflow=_may_skip,
     )
+    failed = encode_missing(wanted, noun="views of images")
+    if not failed:
+        return
+    stand_ins: dict[str, ImageView | Sample] = {}
+    for samples in sets:
+        _mark_unusable(samples, failed)
+        stand_ins |= _views_of_stand_ins(samples)
+    failed = encode_missing(stand_ins, noun="views of images that stand in for others")
     if failed:
-        stand_ins = {}
-        for samples in sets:
-            images, sized = samples.prepare.images, samples.dataset.size
-            for index in range(len(samples)):
-                for key in failed.keys() & _views(samples, index, sized(index)).keys():
-                    images.unusable[index] = failed[key]
-            usable = np.setdiff1d(np.arange(len(samples)), list(images.unusable))
-            for place in images.unusable if len(usable) else ():
-                index = int(usable[np.searchsorted(usable, place) % len(usable)])  # as data.Samples goes on from there
-                stand_ins |= _views(samples, index, sized(place))
-        failed = fill.fill(
-            store, stand_ins, _show, encode, team, batch_size, "views of images that stand in for others"
+        reason = next(iter(failed.values()))
+        raise UserError(f"an image that stands in for another cannot be used either: {reason}", everywhere=True)
+
+
+def _hash_images(store: Store, samples: Samples, processes: Processes, crops: int) -> None:
+    """Give samples their CachedImages. The files are read once, divided among the processes. A collective call."""
+    # A dataset may repeat images.
+    _, firsts, same = np.unique(samples.dataset.row_numbers, return_index=True, return_inverse=True)
+    mine = range(processes.rank, len(firsts), processes.world_size)
+    contents = hash_files(samples.dataset, [int(firsts[at]) for at in mine], processes.threads)
+    gathered = processes.gather(list(zip(mine, contents)))
+    in_order = [content for _, content in sorted(gathered)]
+    digests = [in_order[at][0] for at in same]
+    sizes = [in_order[at][1] for at in same]
+    samples.prepare.images = CachedImages(store, digests, sizes, crops)
+
+
+def _warn_of_single_crops(sets: Sequence[Samples]) -> None:
+    """Warn where images that are cropped at random have the same crop in every epoch."""
+    count = 0
+    for samples in sets:
+        if samples.prepare.cropped:
+            images = samples.prepare.images
+            count += sum(images.crops_differ(index, samples.dataset.size(index)) for index in range(len(samples)))
+    if count:
+        warn(
+            f"one random crop of each of {count:,} images is kept, the same in every epoch; --cached_crops 4 "
+            "keeps four, in four times the room"
         )
-        if failed:
-            reason = next(iter(failed.values()))
-            raise UserError(f"an image that stands in for another cannot be used either: {reason}", everywhere=True)
 
 
-def _views(samples, index, size):
-    """All views of an image that are shown at a size, {key: _View}."""
-    images, prepare = samples.prepare.images, samples.prepare
+def _views_of(samples: Samples, index: int, size: Size | None) -> dict[str, ImageView]:
+    """All views of an image at a size, by key."""
+    prepare = samples.prepare
+    views = prepare.images.views(index, prepare.mirrors, prepare.cropped, size)
     return {
-        images.key(index, *view, size): ImageView(samples, index, *view, size)
-        for view in images.views(index, prepare.mirrors, prepare.cropped, size)
+        prepare.images.key(index, mirrored, crop, size): ImageView(samples, index, mirrored, crop, size)
+        for mirrored, crop in views
     }
+
+
+def _mark_unusable(samples: Samples, failed: dict[str, str]) -> None:
+    """Note the images that have a view without an entry; `failed` are those views, {key: sentence}."""
+    for index in range(len(samples)):
+        views = _views_of(samples, index, samples.dataset.size(index))
+        for key in failed.keys() & views.keys():
+            samples.prepare.images.unusable[index] = failed[key]
+
+
+def _views_of_stand_ins(samples: Samples) -> dict[str, ImageView]:
+    """The views of images that stand in for unusable ones: at the size of the image in whose place they are."""
+    unusable = samples.prepare.images.unusable
+    usable = np.setdiff1d(np.arange(len(samples)), list(unusable))
+    views: dict[str, ImageView] = {}
+    if len(usable):
+        for place in unusable:
+            # The next usable one, as Samples goes on from there.
+            index = int(usable[np.searchsorted(usable, place) % len(usable)])
+            views |= _views_of(samples, index, samples.dataset.size(place))
+    return views

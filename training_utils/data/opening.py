@@ -3,7 +3,7 @@
 from training_utils.cli.options import DataOptions
 from training_utils.data import mixture, single_source
 from training_utils.data.dataset import ImageDataset
-from training_utils.data.streaming import stream
+from training_utils.data.streaming.opening import open_stream
 
 
 def load_dataset(options: DataOptions) -> ImageDataset:
@@ -27,13 +27,5 @@ def load_dataset(options: DataOptions) -> ImageDataset:
     if options.config is not None:
         return mixture.load_mixture(options)
     if options.shuffle_buffer is not None:
-        return stream.load_rows(
-            options.dataset_name,
-            options.config_name,
-            options.folder,
-            options.cache_dir,
-            options.image_column,
-            options.caption_column,
-            options.shuffle_buffer,
-        )
+        return open_stream(options)
     return single_source.load_source(options)

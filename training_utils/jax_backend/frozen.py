@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from training_utils.cache import captions, fill, images
+from training_utils.cache import captions, images
+from training_utils.cache.processes import find_processes
 from training_utils.cache.store import Store, network_digest
 from training_utils.jax_backend import devices, loader, state
 
@@ -84,8 +85,9 @@ def _together(batch_size):
     return 1 if jax.default_backend() == "cpu" else batch_size
 
 
-def _team():
-    return fill.team_of(jax.process_index(), devices.gather, jax.default_backend() == "cpu")
+def _processes():
+    on_cpu = jax.default_backend() == "cpu"
+    return find_processes(rank=jax.process_index(), gather=devices.gather, on_cpu=on_cpu)
 
 
 def _store(root, kind, encoder, params, settings=None):
@@ -104,7 +106,7 @@ def cache_images(root, sets, batch_size, mesh, encoder, params, settings, crops=
     """
     size = _together(batch_size)
     store, encode = _store(root, "pictures", encoder, params, settings), encoder.over_arrays(params, size, mesh)
-    images.cache_images(store, sets, encode, _team(), size * mesh.size, crops or 1)
+    images.cache_images(store, sets, encode, _processes(), size * mesh.size, crops or 1)
 
 
 def cache_captions(root, sets, batch_size, mesh, encoder, params, empty):
@@ -112,4 +114,4 @@ def cache_captions(root, sets, batch_size, mesh, encoder, params, empty):
     is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
     size = _together(batch_size)
     store, encode = _store(root, "captions", encoder, params), encoder.over_arrays(params, size, mesh)
-    captions.cache_captions(store, sets, encode, _team(), size * mesh.size, empty)
+    captions.cache_captions(store, sets, encode, _processes(), size * mesh.size, empty)

@@ -36,7 +36,7 @@ def report(rows, val_dataset, updates, total, progress, networks, device, memory
 def _data(rows, val_dataset, updates, total, done):
     lines = [f"images      {len(rows):,} to train on, {len(val_dataset or []):,} held out"]
     if rows.stream is not None:
-        lines.append(f"chunks      {rows.source.told()}")
+        lines.append(f"chunks      {rows.source.describe_chunks()}")
     if rows.sizes is not None:
         sizes, counts = np.unique(rows.sizes, axis=0, return_counts=True)
         lines += [f"  {f'{width} x {height}':<12}{count:>14,}" for (width, height), count in zip(sizes, counts)]

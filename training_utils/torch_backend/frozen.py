@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from training_utils.cache import captions, fill, images
+from training_utils.cache import captions, images
+from training_utils.cache.processes import Processes, find_processes
 from training_utils.cache.store import Store, network_digest
 from training_utils.data.samples import Samples
 
@@ -158,7 +159,7 @@ class FrozenEncoders:
             store = self._store("pictures", listed, cache_key)
             run = _over_arrays(listed, partial(encode, networks), self.accelerator.device, KEPT_AS_IT_IS)
             with temporarily_on(listed, self.accelerator.device):
-                images.cache_images(store, self.sets, run, self._team(), self.batch_size, self.crops or 1, blank)
+                images.cache_images(store, self.sets, run, self._processes(), self.batch_size, self.crops or 1, blank)
         else:
             self.encode_images = partial(encode, networks)
         return self._placed(networks, self.caches_images, needed_again)
@@ -178,7 +179,7 @@ class FrozenEncoders:
             store = self._store("captions", listed)
             run = _over_arrays(listed, partial(encode, networks), self.accelerator.device)
             with temporarily_on(listed, self.accelerator.device):
-                captions.cache_captions(store, self.sets, run, self._team(), self.batch_size, with_empty)
+                captions.cache_captions(store, self.sets, run, self._processes(), self.batch_size, with_empty)
         else:
             self.encode_captions = encode
             self.text_networks = networks
@@ -201,9 +202,9 @@ class FrozenEncoders:
         each = [needed_again] * len(networks) if isinstance(needed_again, bool) else needed_again
         return [place_frozen(network, device, cached, again) for network, again in zip(networks, each, strict=True)]
 
-    def _team(self) -> Any:
+    def _processes(self) -> Processes:
         on_cpu = self.accelerator.device.type == "cpu"
-        return fill.team_of(self.accelerator.process_index, gather_object, on_cpu)
+        return find_processes(rank=self.accelerator.process_index, gather=gather_object, on_cpu=on_cpu)
 
     def _store(self, kind: str, networks: Sequence[Any], settings: Sequence[Any] | None = None) -> Store | None:
         if self.cache_folder is None:
