@@ -96,11 +96,14 @@ from training_utils.jax_backend.frozen import Encoder, cache_captions, cache_ima
 from training_utils.jax_backend.state import load_state, save_state  # noqa: E402
 from training_utils.jax_backend.trackers import end_training, log_metrics, make_trackers, say_skipped  # noqa: E402
 from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary  # noqa: E402
+from training_utils.run.cadence import checkpoint_due, validation_due  # noqa: E402
 from training_utils.run.dry_run import STEPS  # noqa: E402
+from training_utils.run.facts import collect_facts  # noqa: E402
 from training_utils.run.grids import grid_name, publish_images, standing_grids  # noqa: E402
 from training_utils.run.hub import card, upload  # noqa: E402
 from training_utils.run.metrics import Metrics  # noqa: E402
-from training_utils.run.progress import Progress, report_not_finite, validation_due  # noqa: E402
+from training_utils.run.progress import Progress, report_not_finite  # noqa: E402
+from training_utils.run.provenance import Provenance  # noqa: E402
 from training_utils.run.signals import Interruption  # noqa: E402
 from training_utils.run.trackers import tracker_config  # noqa: E402
 
@@ -377,14 +380,15 @@ def main(argv=None):
     trained = optimizers.new_state(parameters.pop("unet"), optimizer, args.use_ema, fp16, hold)
 
     # --- resume ------------------------------------------------------------------------------------------------------
-    about = {
-        "script": Path(__file__).name,
-        "world_size": devices,
-        "flags": flags.mathematics(args),
-        "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
-    }
+    provenance = Provenance(
+        script=Path(__file__).name,
+        world_size=devices,
+        settings=flags.mathematics(args),
+        samples=len(rows),
+        dataset_sha256=from_main(rows.fingerprint),
+    )
     if resume_from:
-        from_main(lambda: resume.warn_of_differences(resume_from, about))
+        from_main(lambda: resume.warn_of_differences(resume_from, provenance))
         resume.require_everywhere(resume_from, gather)
         trained = load_state(resume_from, trained, unet)
     trained = replicate(trained, mesh)
@@ -395,13 +399,20 @@ def main(argv=None):
         tracker_config(flags.public(args)),
     )
 
-    named = (about, args.pretrained_model_name_or_path, device_name(), args.output_dir)
-    facts = summary.announce(
-        *named, jax.tree.leaves(trained["params"]), updates, val_dataset, args.max_train_steps, state
+    facts = collect_facts(
+        provenance=provenance,
+        base_model=args.pretrained_model_name_or_path,
+        device=device_name(),
+        parameters=jax.tree.leaves(trained["params"]),
+        plan=updates,
+        val_dataset=val_dataset,
+        steps=args.max_train_steps,
+        state=state,
     )
+    summary.print_start_summary(facts, args.output_dir)
     if is_main() and not args.dry_run:
-        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
-        trackers.append(Metrics(args.output_dir, state.step, facts))
+        output_folder.write_run_file(args.output_dir, flags.as_file(args, provenance.script, state.seed))
+        trackers.append(Metrics(args.output_dir, state.step, facts.to_record()))
 
     def save(state):
         """Write a checkpoint of a RunState. Returns its folder, or None where it could not be written."""
@@ -409,10 +420,10 @@ def main(argv=None):
             args.output_dir,
             state,
             lambda folder: save_state(folder, trained, unet),
-            about,
-            args.checkpoints_total_limit,
-            is_main(),
-            any_process,
+            provenance,
+            limit=args.checkpoints_total_limit,
+            is_main=is_main(),
+            any_process=any_process,
         )
         return uploads.add(folder)
 
@@ -511,11 +522,9 @@ def main(argv=None):
                 state.step += 1
                 progress.update(state, seen["loss"], seen["grad_norm"], learning_rate(state.step))
             else:
-                progress.skip(checkpoint)
+                progress.count_overflow(checkpoint)
             stopped_by = interruption.signal()
-            if stopped_by or (
-                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
-            ):
+            if stopped_by or (updated and checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)):
                 newest = checkpoint()
             if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
                 validate()
@@ -523,7 +532,7 @@ def main(argv=None):
             uploads.finish(from_main)
     progress.close()
     if args.dry_run:
-        plan = (rows, val_dataset, updates, planned, progress)
+        plan = (facts, rows, progress)
         dry_run.report_dry_run(plan, "unet", trained, frozen)
         return stopped_by and 128 + stopped_by
     if stopped_by:
@@ -534,7 +543,7 @@ def main(argv=None):
     # --- the result --------------------------------------------------------------------------------------------------
     if is_main():
         with output_folder.rescue_weights(
-            args.output_dir, state, about, lambda folder: save_state(folder, trained, unet)
+            args.output_dir, state, provenance, lambda folder: save_state(folder, trained, unet)
         ):
             models.save_pipeline(args.output_dir, pipeline, parameters | {"unet": jax.device_get(result_weights())})
             card.write_card(
@@ -543,12 +552,13 @@ def main(argv=None):
                 base_model=args.pretrained_model_name_or_path,
                 data=args.dataset_name,
                 tags=["stable-diffusion", "stable-diffusion-diffusers"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
+                facts=facts,
+                step=state.step,
                 usage=USAGE_IN_TORCH.format(model=repository or args.output_dir),
-                images=[(grid, prompts) for grid in grids],
+                images=[card.CardImage(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
-        summary.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
+        summary.print_end_summary(args.output_dir, progress, USAGE.format(model=args.output_dir))
         if repository:
             uploads.finish()
             upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)

@@ -64,12 +64,14 @@ from training_utils.data import checking, inspection, opening, selection  # noqa
 from training_utils.data.captions import choose_caption, shuffle_tags, warn_of_long_captions  # noqa: E402
 from training_utils.data.plan import BatchPlan  # noqa: E402
 from training_utils.data.samples import Samples  # noqa: E402
-from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary, trackers  # noqa: E402
+from training_utils.run import commands, exit, output_folder, resume, summary, trackers  # noqa: E402
+from training_utils.run.cadence import checkpoint_due, validation_due  # noqa: E402
 from training_utils.run.dry_run import STEPS  # noqa: E402
+from training_utils.run.facts import collect_facts  # noqa: E402
 from training_utils.run.grids import standing_grids  # noqa: E402
 from training_utils.run.hub import card, upload  # noqa: E402
 from training_utils.run.metrics import Metrics  # noqa: E402
-from training_utils.run.progress import validation_due  # noqa: E402
+from training_utils.run.provenance import Provenance  # noqa: E402
 from training_utils.run.signals import Interruption  # noqa: E402
 from training_utils.torch_backend import (  # noqa: E402
     dry_run,
@@ -341,27 +343,37 @@ def main(argv=None):
         lambda folder: lora.save_with_average(folder, adapted, ema),
         lambda folder: lora.load_with_average(folder, adapted, ema),
     )
-    about = {
-        "script": Path(__file__).name,
-        "world_size": accelerator.num_processes,
-        "flags": flags.mathematics(args),
-        "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
-    }
+    provenance = Provenance(
+        script=Path(__file__).name,
+        world_size=accelerator.num_processes,
+        settings=flags.mathematics(args),
+        samples=len(rows),
+        dataset_sha256=from_main(rows.fingerprint),
+    )
     if resume_from:
-        from_main(lambda: resume.warn_of_differences(resume_from, about))
+        from_main(lambda: resume.warn_of_differences(resume_from, provenance))
         saved.read(resume_from, state.step)
     processes.start_trackers(accelerator, args.tracker_project_name, trackers.tracker_config(flags.public(args)))
-    named = (about, args.pretrained_prior_model_name_or_path, processes.device_name(accelerator), args.output_dir)
-    facts = summary.announce(*named, parameters, updates, val_dataset, args.max_train_steps, state)
+    facts = collect_facts(
+        provenance=provenance,
+        base_model=args.pretrained_prior_model_name_or_path,
+        device=processes.device_name(accelerator),
+        parameters=parameters,
+        plan=updates,
+        val_dataset=val_dataset,
+        steps=args.max_train_steps,
+        state=state,
+    )
+    summary.print_start_summary(facts, args.output_dir)
     if accelerator.is_main_process and not args.dry_run:
-        output_folder.write_run_file(args.output_dir, flags.as_file(args, about["script"], state.seed))
-        accelerator.trackers.append(Metrics(args.output_dir, state.step, facts))
+        output_folder.write_run_file(args.output_dir, flags.as_file(args, provenance.script, state.seed))
+        accelerator.trackers.append(Metrics(args.output_dir, state.step, facts.to_record()))
     guard = FiniteGuard(
         accelerator,
         optimizer,
         args.on_nan == "stop",
         lambda good: uploads.add_last(
-            saved.keep(args.output_dir, good, about, args.checkpoints_total_limit, ema, state.step - good.step),
+            saved.keep(args.output_dir, good, provenance, args.checkpoints_total_limit, ema, state.step - good.step),
             from_main,
         ),
         lambda before: updates.names(rows, before.position),
@@ -395,7 +407,7 @@ def main(argv=None):
 
     def checkpoint():
         progress.flush()
-        folder = saved.save_checkpoint(args.output_dir, state, about, args.checkpoints_total_limit)
+        folder = saved.save_checkpoint(args.output_dir, state, provenance, args.checkpoints_total_limit)
         progress.pause()
         return uploads.add(folder)
 
@@ -439,11 +451,9 @@ def main(argv=None):
                 state.step += 1
                 progress.update(state, finished_loss, grad_norm, lr_scheduler.get_last_lr()[0])
             else:
-                progress.skip(checkpoint)
+                progress.count_overflow(checkpoint)
             stopped_by = interruption.signal()
-            if stopped_by or (
-                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
-            ):
+            if stopped_by or (updated and checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)):
                 newest = checkpoint()
             if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
                 validate()
@@ -451,7 +461,7 @@ def main(argv=None):
             uploads.finish(from_main)
     progress.close()
     if args.dry_run:
-        plan = (rows, val_dataset, updates, planned, progress)
+        plan = (facts, rows, progress)
         dry_run.report_dry_run(accelerator, plan, adapted, [image_encoder, text_encoder], optimizer, ema)
         return stopped_by and 128 + stopped_by
     if stopped_by:
@@ -461,7 +471,7 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        with output_folder.rescue_weights(args.output_dir, state, about, saved.save_weights):
+        with output_folder.rescue_weights(args.output_dir, state, provenance, saved.save_weights):
             with averaged(ema):
                 lora.save(args.output_dir, adapted)
             card.write_card(
@@ -470,12 +480,13 @@ def main(argv=None):
                 base_model=args.pretrained_prior_model_name_or_path,
                 data=args.dataset_name,
                 tags=["kandinsky", "lora"],
-                facts=flags.mathematics(args) | {"seed": state.seed, "steps": state.step, "images": len(rows)},
+                facts=facts,
+                step=state.step,
                 usage=usage(args, repository or args.output_dir, public=True),
-                images=[(grid, prompts) for grid in grids],
+                images=[card.CardImage(grid, prompts) for grid in grids],
                 token=args.hub_token,
             )
-        summary.conclude(args.output_dir, progress, usage(args, args.output_dir))
+        summary.print_end_summary(args.output_dir, progress, usage(args, args.output_dir))
         if repository:
             uploads.finish()
             upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)

@@ -16,10 +16,11 @@ from conftest import ROOT, result_bytes
 from training_utils.base.errors import UserError
 from training_utils.data.plan import Position
 from training_utils.run import checkpoints, output_folder, resume
+from training_utils.run.provenance import Provenance
 from training_utils.run.state import RunState
 from training_utils.torch_backend.state import TrainingState
 
-ABOUT = {"script": "s.py", "world_size": 1, "flags": {"optimizer": "adamw"}, "data": {"samples": 3, "sha256": "x"}}
+PROVENANCE = Provenance("s.py", world_size=1, settings={"optimizer": "adamw"}, samples=3, dataset_sha256="x")
 
 
 def write_two_files(folder):
@@ -33,7 +34,7 @@ def state(step):
 
 
 def save(root, step, limit=None, write=write_two_files):
-    return checkpoints.save_checkpoint(root, state(step), write, ABOUT, limit)
+    return checkpoints.save_checkpoint(root, state(step), write, PROVENANCE, limit=limit)
 
 
 def names(root):
@@ -80,8 +81,8 @@ def test_latest_passes_over_a_checkpoint_that_cannot_be_read(tmp_path, monkeypat
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
-    words = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from training_utils import checkpoints\n"
-    words += f"checkpoints.claim({str(tmp_path)!r}); print('mine', flush=True); sys.stdin.read()"
+    words = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from training_utils.run import output_folder\n"
+    words += f"output_folder.claim({str(tmp_path)!r}); print('mine', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", words], stdin=-1, stdout=-1) as other:
         assert other.stdout.readline() == b"mine\n"
         with pytest.raises(UserError, match="another run is writing into --output_dir"):
@@ -150,7 +151,6 @@ import os, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_checkpoints as t
-from training_utils import checkpoints
 root = Path({folder!r})
 t.save(root, 1, limit=1)
 calls = 0
@@ -205,6 +205,7 @@ def test_a_checkpoint_that_was_moved_aside_and_not_replaced_comes_back(tmp_path,
     shutil.copytree(folder, half)
     (half / "manifest.json").unlink()
     assert resume.begin_run(tmp_path, "latest", None)[0] == folder and not half.exists()
+    output_folder.release()
     real, calls = os.rename, []
 
     def failing(source, target):

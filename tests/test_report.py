@@ -190,15 +190,15 @@ def test_an_earlier_look_was_the_best(tmp_path, capsys):
     log = Metrics(tmp_path, 0, {})
     for step, loss in ((10, 0.3), (20, 0.25), (30, 0.28)):
         log.log({"val_loss": loss}, step)
-    progress = types.SimpleNamespace(step=30, first=10, began=0, last_loss=0.1234, speed=lambda: 12.345)
-    summary.conclude(tmp_path, progress, "use()")
+    progress = types.SimpleNamespace(step=30, first_step=10, started=0, last_loss=0.1234, speed=lambda: 12.345)
+    summary.print_end_summary(tmp_path, progress, "use()")
     said = capsys.readouterr().err
     assert "0.2500 after step 20 is the lowest, 0.2800 after step 30 the last" in said
     assert "at 12.3 images/s" in said and "0.1234 in the last step" in said
 
 
 def test_words():
-    assert [formats.millions(n) for n in (64_796, 859_520_964, 2_567_463_684)] == ["64,796", "860 M", "2,567 M"]
+    assert [formats.large_count(n) for n in (64_796, 859_520_964, 2_567_463_684)] == ["64,796", "860 M", "2,567 M"]
     assert [formats.duration(n) for n in (3.9, 126, 5400)] == ["3 s", "2 min 6 s", "1 h 30 min"]
 
 

@@ -123,15 +123,7 @@ def _checkpoint(folder):
     if problem or not manifest:
         return f"damaged: {problem}" if problem else "made by another program"
     size = sum(fact["size"] for fact in manifest["files"].values())
-    return f"{_bytes(size)}, written {_when(manifest['written'])}"
-
-
-def _bytes(size):
-    for unit in ("bytes", "KB", "MB"):
-        if size < 1000:
-            return f"{charts.number(size, 3)} {unit}"
-        size /= 1000
-    return f"{charts.number(size, 3)} GB"
+    return f"{formats.byte_size(size)}, written {_when(manifest['written'])}"
 
 
 def _when(seconds):
@@ -234,7 +226,7 @@ def about(a_run):
     return [
         ("script", facts["script"]),
         ("base model", facts["base"]),
-        ("trained", f"{formats.millions(facts['parameters'])} parameters, {facts['precision']}"),
+        ("trained", f"{formats.large_count(facts['parameters'])} parameters, {facts['precision']}"),
         ("device", facts["device"] + (f", {facts['processes']} of them" if facts["processes"] > 1 else "")),
         ("images", f"{facts['pictures']:,}{val_samples}"),
         ("planned", f"{epochs}, {charts.number(facts['epochs'], 3)} epochs"),

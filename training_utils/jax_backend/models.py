@@ -26,7 +26,7 @@ INDEX, state.STATE = "model_index.json", "optimizer.safetensors"
 def model_folder(name, revision=None, variant=None, cache_dir=None, config=None):
     """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError.
 
-    A model in one file is converted, as single_file.folder_of says, which takes `config`; by diffusers, with torch.
+    A model in one file is converted by `convert_single_file`, which takes `config`; by diffusers, with torch.
     """
     try:
         folder = (
@@ -52,7 +52,7 @@ def _converted(path, config, cache_dir):
     startup.prepare()
     from diffusers import StableDiffusionPipeline
 
-    return single_file.folder_of(path, StableDiffusionPipeline, config, cache_dir)
+    return single_file.convert_single_file(path, StableDiffusionPipeline, config, cache_dir)
 
 
 def load_part(folder, part, dtype=jnp.float32, variant=None):

@@ -5,6 +5,7 @@ import torch.utils.checkpoint
 
 from training_utils.base import environment
 from training_utils.run import dry_run
+from training_utils.run.dry_run import ParameterCount
 from training_utils.torch_backend import sharding
 from training_utils.torch_backend.deepspeed import Optimizer
 
@@ -16,14 +17,14 @@ def begin_dry_run(accelerator, batches, samples, updates):
     """
     prepare = samples.prepare
     if prepare.images or getattr(prepare, "captions", None):
-        batches = dry_run.ahead(batches, dry_run.STEPS * updates.accumulation)
+        batches = dry_run.make_ahead(batches, dry_run.STEPS * updates.accumulation)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     return batches
 
 
 def report_dry_run(accelerator, plan, networks, others, optimizer, ema, fused=None):
-    """Print what a dry run has found. `plan` is what `dry_run.report` takes first; `networks` are those that are
+    """Print what a dry run has found. `plan` is (RunFacts, ImageDataset, Progress); `networks` are those that are
     trained, {name: module}; of the `others` one may be None. `fused` is a FusedBackward or None."""
     device = accelerator.device
     models = [*networks.values(), *(network for network in others if network is not None)]
@@ -48,7 +49,14 @@ def report_dry_run(accelerator, plan, networks, others, optimizer, ema, fused=No
     name, peak = "this machine", environment.peak_memory()
     if device.type == "cuda":
         name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
-    dry_run.report(*plan, {name: _modules(network) for name, network in networks.items()}, name, memory, peak)
+    facts, dataset, progress = plan
+    dry_run.print_report(
+        facts=facts,
+        dataset=dataset,
+        progress=progress,
+        networks={name: _modules(network) for name, network in networks.items()},
+        memory=dry_run.MemoryUse(device=name, parts=memory, peak=peak),
+    )
 
 
 def _bytes(tensor):
@@ -62,10 +70,10 @@ def _bytes_on(device, tensors):
 
 
 def _modules(network):
-    """The parameters of each top-level module, {name: (how many are trained, how many are not)}."""
+    """The ParameterCount of each top-level module, {name: count}."""
     counts = {}
     for name, parameter in network.named_parameters():
-        trained, frozen = counts.get(name.split(".")[0], (0, 0))
-        more = parameter.numel()
-        counts[name.split(".")[0]] = (trained + more, frozen) if parameter.requires_grad else (trained, frozen + more)
+        module, size = name.split(".")[0], parameter.numel()
+        count = ParameterCount(trained=size) if parameter.requires_grad else ParameterCount(frozen=size)
+        counts[module] = counts.get(module, ParameterCount()) + count
     return counts

@@ -63,4 +63,4 @@ def training_batches(samples, updates, state, accelerator, workers, keep=None):
         if keep is None or accelerator.num_processes > 1 or state.step == begun:
             raise
         state.micro_step = whole.micro_step
-        raise errors.cut_short(error, keep) from None
+        raise errors.with_saved_state(error, keep) from error

@@ -22,13 +22,13 @@ def model_folder(
 ):
     """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError.
 
-    A model in one file is converted, as single_file.folder_of says, which takes `config`. Parts `left_out` are
-    not fetched; of a model that is not `trained`, `variant` is read where there is one.
+    A model in one file is converted by `convert_single_file`, which takes `config`. Parts `left_out` are not
+    fetched; of a model that is not `trained`, `variant` is read where there is one.
     """
     if os.path.isdir(name):
         folder = Path(name)
     elif os.path.isfile(name):
-        folder = single_file.folder_of(name, pipeline_class, config, cache_dir)
+        folder = single_file.convert_single_file(name, pipeline_class, config, cache_dir)
     else:
         try:
             folder = Path(

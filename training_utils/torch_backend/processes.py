@@ -85,7 +85,7 @@ def memory_metrics(accelerator):
     """The memory that this process has in use, as values to log: of a GPU the peak of what tensors took since the
     start, and what is reserved for them now; else the host's. In GiB. Does not wait for the device."""
     if accelerator.device.type != "cuda":
-        return environment.memory_in_use()
+        return environment.memory_metrics()
     stats = torch.cuda.memory_stats(accelerator.device)
     peak, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.current"]
     return {"memory_peak_gib": peak / 2**30, "memory_reserved_gib": reserved / 2**30}
@@ -158,7 +158,7 @@ def start_progress(accelerator, guard, updates, state, total, logging_steps):
 
 def log_metrics(accelerator, values, step):
     """Hand a dict of numbers to the trackers, for a step."""
-    trackers.tell_trackers(accelerator.trackers, lambda tracker: tracker.log(values, step=step))
+    trackers.log_values(accelerator.trackers, values, step)
 
 
 def end_training(accelerator):
@@ -167,7 +167,7 @@ def end_training(accelerator):
     Destroyed while DDP's reducer still refers to it, gloo's thread and the interpreter's lock can wait for each other
     for ever; `reporting.run` ends the process without either.
     """
-    trackers.tell_trackers(accelerator.trackers, lambda tracker: tracker.finish())
+    trackers.finish_trackers(accelerator.trackers)
     output_folder.release()
 
 

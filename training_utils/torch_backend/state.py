@@ -102,7 +102,7 @@ class TrainingState:
                     moments["step"] = moments["step"].to(parameter.device if group.get("fused") else "cpu")
         optimizers.restart_schedule(self.optimizer, self.lr_scheduler, step)
 
-    def keep(self, root, state, about, limit, ema, held_back):
+    def keep(self, root, state, provenance, limit, ema, held_back):
         """`save_checkpoint` for a run that goes back to an earlier RunState, whose weights it still has.
 
         `held_back` is the number of steps since.
@@ -110,14 +110,20 @@ class TrainingState:
         if ema is not None:
             ema.optimization_step -= held_back
         optimizers.restart_schedule(self.optimizer, self.lr_scheduler, state.step)
-        return self.save_checkpoint(root, state, about, limit)
+        return self.save_checkpoint(root, state, provenance, limit)
 
-    def save_checkpoint(self, root, state, about, limit):
-        """One whole checkpoint of a RunState under `root`; None, and a warning, if it failed. See checkpoints.save."""
+    def save_checkpoint(self, root, state, provenance, limit):
+        """One whole checkpoint of a RunState under `root`; None, and a warning, if it failed. As in checkpoints."""
 
-        def any_of(failed):
+        def any_process(failed):
             return bool(self.accelerator.reduce(torch.tensor(int(failed), device=self.accelerator.device)).item())
 
         return checkpoints.save_checkpoint(
-            root, state, self.write, about, limit, self.accelerator.is_main_process, any_of
+            root,
+            state,
+            self.write,
+            provenance,
+            limit=limit,
+            is_main=self.accelerator.is_main_process,
+            any_process=any_process,
         )

@@ -329,7 +329,7 @@ class Source:
         self.starts = np.cumsum([0, *(chunk.rows for chunk in chunks)])
         self.spool = Spool(root, self.digest())
         self.turn, self.needed, self.asked, self.guests, self.threads = 0, {}, set(), deque(), []
-        exit_callbacks.EXIT_CALLBACKS.append(weakref.finalize(self, self.spool.close))
+        exit_callbacks.before_exit(weakref.finalize(self, self.spool.close))
 
     def __getstate__(self):  # as Spool's
         return self.__dict__ | {"threads": []}
