@@ -77,14 +77,14 @@ POISONED = """
 import os, runpy, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {root!r})
-from training_utils import engine
-real = engine.training_batches
+from training_utils.torch_backend import loader
+real = loader.training_batches
 def poisoned(*args):
     for number, batch in enumerate(real(*args), start=1):
         if number == 4 and os.environ["RANK"] == "1":
             batch = batch | {{"noise": batch["noise"] * float("nan")}}
         yield batch
-engine.training_batches = poisoned
+loader.training_batches = poisoned
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -43,14 +43,14 @@ PRIVATE_INTERFACES = (
     ),
     PrivateInterface(
         library="torch",
-        name="torch.optim.lr_scheduler.LRScheduler()._step_count",
+        name="torch.optim.lr_scheduler.LambdaLR()._step_count",
         used_in="training_utils/torch_backend/optimizers.py",
         reason="a schedule is put to a step without the warning that it was called before the optimizer",
         without="load it through load_state_dict, whose keys are the same",
     ),
     PrivateInterface(
         library="torch",
-        name="torch.optim.lr_scheduler.LRScheduler()._last_lr",
+        name="torch.optim.lr_scheduler.LambdaLR()._last_lr",
         used_in="training_utils/torch_backend/optimizers.py",
         reason="get_last_lr returns it, and a schedule that is put to a step has to say that step's",
         without="load it through load_state_dict, whose keys are the same",

@@ -9,14 +9,15 @@ from training_utils.run import dry_run
 def begin_dry_run(batches, samples):
     """The steps' batches for a dry run. Those of data.Samples that caches stand in for are made now: a run finds
     them on the disk."""
-    return (
-        dry_run.make_ahead(batches, dry_run.STEPS) if samples.prepare.images or samples.prepare.captions else batches
-    )
+    if samples.prepare.images or samples.prepare.captions:
+        return dry_run.make_ahead(batches, dry_run.STEPS)
+    return batches
 
 
 def report_dry_run(plan, name, trained, frozen):
     """Print what a dry run has found. `plan` is (RunFacts, ImageDataset, Progress), `name` the network that is
-    trained, `trained` the training state, `frozen` the parameters of the other networks, which may lie in host memory."""
+    trained, `trained` the training state, `frozen` the parameters of the other networks, which may lie in host
+    memory."""
     modules = {}
     for module, tree in trained["params"].items():
         top, size = module.split(".")[0], sum(array.size for array in jax.tree.leaves(tree))
