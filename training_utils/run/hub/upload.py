@@ -63,8 +63,8 @@ def _create_or_find(name: str, token: str | None, private: bool) -> tuple[str, b
     repository = create_repo(name, exist_ok=True, token=token).repo_id
     try:
         auth_check(repository, token=token, write=True)
-    except RepositoryNotFoundError:  # what the hub answers a user whom it does not know
-        raise refusal from None
+    except RepositoryNotFoundError as error:  # what the hub answers a user whom it does not know
+        raise refusal from error
     return repository, private and not model_info(repository, token=token).private
 
 
