@@ -207,11 +207,7 @@ def load_models(args, accelerator) -> Parts:
 
 def save_result(args, base, unet, sampler):
     """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
-    precision = models.stored_dtypes(base, args.variant)
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        base, unet=unet, scheduler=sampler, variant=args.variant, dtype=precision
-    )
-    models.save_pipeline(pipeline, args.output_dir)
+    models.save_trained(StableDiffusionPipeline, base, args.output_dir, args.variant, unet=unet, scheduler=sampler)
 
 
 def main(argv=None):

@@ -238,9 +238,7 @@ def load_models(args, accelerator, prompts, seed) -> Parts:
 
 def save_result(args, base, unet):
     """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
-    precision = models.stored_dtypes(base, args.variant)
-    pipeline = KandinskyV22Pipeline.from_pretrained(base, unet=unet, variant=args.variant, dtype=precision)
-    models.save_pipeline(pipeline, args.output_dir)
+    models.save_trained(KandinskyV22Pipeline, base, args.output_dir, args.variant, unet=unet)
 
 
 def usage(args, model, public=False):

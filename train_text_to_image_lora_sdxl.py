@@ -367,7 +367,7 @@ def main(argv=None):
                 optimizer.zero_grad()
             if args.debug_loss:
                 names = [f"loss_for_{run.dataset.name(index)}" for index in batch["index"].tolist()]
-                run.progress.note(dict(zip(names, sample_losses.tolist(), strict=True)))
+                run.progress.log_with_next_step(dict(zip(names, sample_losses.tolist(), strict=True)))
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of a step.

@@ -211,9 +211,7 @@ def load_models(args, accelerator, draws_images) -> Parts:
 
 def save_result(args, base, prior):
     """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
-    precision = models.stored_dtypes(base, args.variant)
-    pipeline = KandinskyV22PriorPipeline.from_pretrained(base, prior=prior, variant=args.variant, dtype=precision)
-    models.save_pipeline(pipeline, args.output_dir)
+    models.save_trained(KandinskyV22PriorPipeline, base, args.output_dir, args.variant, prior=prior)
 
 
 def usage(args, model, public=False):

@@ -252,15 +252,13 @@ def timestep_probabilities(args, timesteps):
 
 def save_result(args, base, unet, sampler):
     """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
-    precision = models.stored_dtypes(base, args.variant)
     vae = {}
     if args.pretrained_vae_model_name_or_path is not None:
         other = args.pretrained_vae_model_name_or_path
         vae["vae"] = models.load_replacement(AutoencoderKL, other, base, "vae", args.cache_dir)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        base, unet=unet, scheduler=sampler, variant=args.variant, dtype=precision, **vae
+    models.save_trained(
+        StableDiffusionXLPipeline, base, args.output_dir, args.variant, unet=unet, scheduler=sampler, **vae
     )
-    models.save_pipeline(pipeline, args.output_dir)
 
 
 def main(argv=None):

@@ -383,7 +383,7 @@ def test_a_cache_of_an_earlier_release_is_taken_up(tmp_path):
         for mirrored in (False, True):
             made = [samples.prepare.images.read(index, mirrored, np.random.default_rng(3), (4, 4)) for _ in "ab"]
             crops = [samples.prepare.images.crop_generator(index, crop) for crop in (0, 1)]
-            possible = [encode_few(samples.show(samples.rows, index, mirrored, crop, None)) for crop in crops]
+            possible = [encode_few(samples.show(samples.dataset, index, mirrored, crop, None)) for crop in crops]
             assert any(all(np.array_equal(made[0][name], one[name][1]) for name in one) for one in possible)
     blank = samples.prepare.images.read_blank()
     assert all(blank[name].tolist() == np.zeros((4, 4)).tolist() for name in ("mean", "half", "brain"))

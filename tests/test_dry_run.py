@@ -10,7 +10,10 @@ from diffusers import PriorTransformer, UNet2DConditionModel
 
 from training_utils.data.plan import BatchPlan
 from training_utils.run import dry_run
+from training_utils.run.dry_run import MemoryUse, ParameterCount
+from training_utils.run.facts import collect_facts
 from training_utils.run.progress import Progress
+from training_utils.run.provenance import Provenance
 from training_utils.run.signals import Interruption
 from training_utils.run.state import RunState
 
@@ -78,7 +81,7 @@ def test_parameters_are_counted(run, run_lora, run_prior, sd, kandinsky, tmp_pat
 def test_memory_is_added_up(run, sd, tmp_path, capsys, monkeypatch):
     """AdamW keeps two numbers for each weight and one for all, and an average a third."""
     seen = {}
-    monkeypatch.setattr(dry_run, "report", lambda *facts: seen.update(facts[-2]))
+    monkeypatch.setattr(dry_run, "print_report", lambda memory, **_: seen.update(memory.parts))
     unet = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(sd, subfolder="unet").parameters())
     run(tmp_path, "--dry_run", "--use_ema")
     assert seen["weights that are trained"] == seen["their gradients"] == seen["moving average"] == 4 * unet
@@ -141,11 +144,25 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
     updates = BatchPlan(12, 0, 4, 1, 1, sizes)
     state = RunState(0, step=100)
     progress = Progress(state, 10_000, 1, 4, None, None, None)
-    progress.seconds.extend([60, 1.5, 2.5])
-    dry_run.report(
-        rows, None, updates, 10_000, progress, {"unet": {"conv_in": (1, 2), "blocks": (3_000_000, 4)}}, "a GPU",
-        {"weights": 2**30}, 3 * 2**30,
-    )  # fmt: skip
+    progress.step_seconds.extend([60, 1.5, 2.5])
+    settings = {"mixed_precision": "no"}
+    facts = collect_facts(
+        provenance=Provenance("s.py", world_size=1, settings=settings, samples=len(rows), dataset_sha256="x"),
+        base_model="a model",
+        device="a GPU",
+        parameters=[],
+        plan=updates,
+        val_dataset=None,
+        steps=10_000,
+        state=state,
+    )
+    dry_run.print_report(
+        facts=facts,
+        dataset=rows,
+        progress=progress,
+        networks={"unet": {"conv_in": ParameterCount(1, 2), "blocks": ParameterCount(3_000_000, 4)}},
+        memory=MemoryUse("a GPU", parts={"weights": 2**30}, peak=3 * 2**30),
+    )
     assert capsys.readouterr().out == (
         "images      12 to train on, 0 held out\n"
         "  512 x 512                5\n"

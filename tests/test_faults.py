@@ -172,9 +172,9 @@ def around_saves(monkeypatch, before=lambda step: None, after=lambda step: None)
     """Do something before and after each checkpoint of a run, given its step."""
     real = checkpoints.save_checkpoint
 
-    def save(root, state, *rest):
+    def save(root, state, *rest, **options):
         before(state.step)
-        folder = real(root, state, *rest)
+        folder = real(root, state, *rest, **options)
         after(state.step)
         return folder
 
@@ -377,13 +377,13 @@ import runpy, sys, time
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {root!r})
 from training_utils.run import checkpoints
-real = checkpoints._seal
-def slow(folder, state, about):
+real = checkpoints._write_manifest
+def slow(folder, state, provenance):
     if state.step > 20:
         print("saving slowly", flush=True)
         time.sleep(60)
-    real(folder, state, about)
-checkpoints._seal = slow
+    real(folder, state, provenance)
+checkpoints._write_manifest = slow
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -29,10 +29,9 @@ from tiny import UNET
 
 import train_text_to_image_flax as script
 from flax_diffusion import FlaxStableDiffusionPipeline
-from tools.charts.numbers import short_number
 from tools.report.folder import read_run_folder
 from tools.report.page import render_page
-from training_utils.base import draws
+from training_utils.base import draws, formats
 from training_utils.base.errors import UserError
 from training_utils.jax_backend import devices, frozen, models, optimizers, validation
 from training_utils.jax_backend.frozen import Encoder
@@ -102,7 +101,7 @@ def test_metrics_and_the_page_of_a_run(every_draw):
         assert log.curves[name] == pytest.approx(logged(every_draw, name), rel=1e-6), name
     html = render_page([read_run_folder(every_draw)])
     assert "finished: 6 of 6 steps" in html and "train_text_to_image_flax.py --config" in html
-    assert html.count("<svg") == 6 and short_number(log.lowest("val_loss")[1]) in html
+    assert html.count("<svg") == 6 and formats.number(log.lowest("val_loss")[1]) in html
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])

@@ -18,6 +18,7 @@ from hub_server import DRAW, Hub, card_problems, front_matter
 from test_result import drawn
 
 from training_utils.run import checkpoints
+from training_utils.run.hub import upload
 from training_utils.run.hub.upload import Uploads
 
 LOOK = ["--validation_num_inference_steps", "2", "--validation_steps", "6"]
@@ -317,12 +318,12 @@ def line(monkeypatch):
 
     line = type("", (), {"open": threading.Event(), "begun": threading.Event(), "sent": {}})
 
-    def upload(folder_path, path_in_repo, **_):
+    def upload(api, folder_path, path_in_repo, **_):
         line.begun.set()
         assert line.open.wait(20)
         line.sent[path_in_repo] = local_files(folder_path)
 
-    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     yield line
     line.open.set()
 
@@ -351,8 +352,7 @@ def test_processes_wait_for_an_upload_a_little_at_a_time(tmp_path, line, monkeyp
     """A collective call that is as long as an upload would run into the process group's timeout."""
     uploads, asked = Uploads("me/model", None, tmp_path), []
     (tmp_path / "checkpoint-1").mkdir()
-    join = threading.Thread.join
-    monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout=None: join(thread, timeout and timeout / 100))
+    monkeypatch.setattr(upload, "WAIT", 0.05)
 
     def ask(make):
         asked.append(make())

@@ -2,6 +2,7 @@
 other, and the conditions are those that the pipelines feed."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import shutil
@@ -31,6 +32,7 @@ from training_utils.base.draws import SampleDraws
 from training_utils.base.errors import UserError
 from training_utils.cli.options import DataOptions
 from training_utils.data import buckets, checking, image_ops, opening
+from training_utils.run.facts import RunFacts
 from training_utils.run.hub.card import write_card
 from training_utils.torch_backend import lora, models, optimizers
 from training_utils.torch_backend.kandinsky import latent_shape
@@ -586,7 +588,10 @@ def test_the_card_of_a_decoder_names_its_prior(tmp_path):
     """diffusers assembles both stages from a decoder's id by that entry; a folder of this machine would be no use."""
     from huggingface_hub import ModelCard
 
-    facts = dict(repository=None, base_model="a/decoder", data=None, tags=[], facts={}, usage="")
+    known = dict.fromkeys((field.name for field in dataclasses.fields(RunFacts)), None) | {"settings": {}}
+    facts = dict(
+        repository=None, base_model="a/decoder", data=None, tags=[], facts=RunFacts(**known), step=1, usage=""
+    )
     write_card(tmp_path, **facts, prior="kandinsky-community/kandinsky-2-2-prior")
     assert ModelCard.load(tmp_path / "README.md").data.prior == ["kandinsky-community/kandinsky-2-2-prior"]
     write_card(tmp_path, **facts, prior=str(tmp_path))

@@ -1,7 +1,6 @@
 """See the run: metrics.jsonl holds what trackers get, the summaries name it, and the page shows it all."""
 
 import base64
-import dataclasses
 import hashlib
 import json
 import re
@@ -19,15 +18,15 @@ from conftest import ROOT, logged
 from tools.charts import drawing, series
 from tools.charts.axis import round_ticks
 from tools.charts.drawing import draw_chart
-from tools.charts.numbers import short_number
 from tools.charts.series import Line, smoothed, thinned
-from tools.report import command, facts
+from tools.report import command
 from tools.report.folder import read_run_folder
 from tools.report.images import MOST_GRIDS
 from tools.report.page import TEMPLATES, render_page
 from training_utils.base import formats
 from training_utils.base.errors import UserError
 from training_utils.run import metrics, summary
+from training_utils.run.facts import RECORDED
 from training_utils.run.metrics import Log, Metrics
 from training_utils.torch_backend import loader, processes
 
@@ -200,15 +199,15 @@ def test_an_earlier_validation_loss_was_the_lowest(tmp_path, capsys):
     log = Metrics(tmp_path, 0, {})
     for step, loss in ((10, 0.3), (20, 0.25), (30, 0.28)):
         log.log({"val_loss": loss}, step)
-    progress = types.SimpleNamespace(step=30, first=10, began=0, last_loss=0.1234, speed=lambda: 12.345)
-    summary.conclude(tmp_path, progress, "use()")
+    progress = types.SimpleNamespace(step=30, first_step=10, started=0, last_loss=0.1234, speed=lambda: 12.345)
+    summary.print_end_summary(tmp_path, progress, "use()")
     said = capsys.readouterr().err
     assert "0.2500 after step 20 is the lowest, 0.2800 after step 30 the last" in said
     assert "at 12.3 images/s" in said and "0.1234 in the last step" in said
 
 
 def test_words():
-    assert [formats.millions(n) for n in (64_796, 859_520_964, 2_567_463_684)] == ["64,796", "860 M", "2,567 M"]
+    assert [formats.large_count(n) for n in (64_796, 859_520_964, 2_567_463_684)] == ["64,796", "860 M", "2,567 M"]
     assert [formats.duration(n) for n in (3.9, 126, 5400)] == ["3 s", "2 min 6 s", "1 h 30 min"]
 
 
@@ -225,7 +224,7 @@ def test_the_page_of_a_run(finished):
     assert drawn["validation loss"] == log.curves["val_loss"] and drawn["learning rate"] == log.curves["lr"]
     assert set(drawn) == {"loss", "smoothed", "norm", "validation loss", "learning rate", "images/s", "resident"}
     best = log.lowest("val_loss")
-    assert short_number(best[1]) in page.text and "finished: 24 of 24 steps" in page.text
+    assert formats.number(best[1]) in page.text and "finished: 24 of 24 steps" in page.text
     grids = page.all("img")
     assert [re.search(r"after (\d+) steps", grid["alt"])[1] for grid in grids] == ["24", "16", "8"]
     assert all(grid["src"].startswith("data:image/jpeg;base64,") for grid in grids)
@@ -345,9 +344,8 @@ def test_each_text_of_a_run_is_escaped(tmp_path):
         f"---\nlicense: {json.dumps(HOSTILE)}\n---\n# {HOSTILE}\n```python\n{HOSTILE}\n```\n"
     )
     (folder / "run.yaml").write_text(json.dumps({HOSTILE: HOSTILE, "validation_prompts": [HOSTILE]}))
-    keys = {field.name: facts.KEYS.get(field.name, field.name) for field in dataclasses.fields(facts.StartFacts)}
-    numbers = ("processes", "parameters", "images", "val_images", "images_per_step", "steps", "epochs")
-    values = {key: 2 if name in numbers else HOSTILE for name, key in keys.items()}
+    numbers = ("processes", "parameters", "pictures", "held_out", "pictures_per_update", "updates", "epochs")
+    values = {key: 2 if key in numbers else HOSTILE for key in RECORDED.values()}
     values |= {"launcher": [HOSTILE], "flags": {HOSTILE: HOSTILE}, "libraries": {HOSTILE: HOSTILE}}
     log = Metrics(folder, 0, values)
     log.log({"train_loss": 1.0, "val_loss": float("nan")}, 1)
@@ -381,7 +379,7 @@ def test_in_a_browser(finished, tmp_path):
         before = browser.value("document.querySelector('.read').textContent")
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=middle, y=box["y"] + box["height"] / 2)
         shown = browser.value("document.querySelector('.read').textContent")
-        assert f"loss\u00a0{short_number(Log(out).curves['train_loss'][12])}" in shown and "step 12 " in shown
+        assert f"loss\u00a0{formats.number(Log(out).curves['train_loss'][12])}" in shown and "step 12 " in shown
         assert browser.value("document.querySelectorAll('.cursor').length") == 6
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
         assert browser.value("document.querySelector('.read').textContent") == before
@@ -404,8 +402,8 @@ def test_ticks_and_numbers():
         found = round_ticks(low, low + width)
         assert 3 <= len(found) <= 9 and all(low - 1e-6 * width <= tick <= low + 1.000001 * width for tick in found)
     numbers = {0: "0", 0.0123456: "0.01235", 1234.5: "1,234", 1e-5: "1e-5", 2.5e-4: "2.5e-4", 0.5: "0.5", 2e7: "2e7"}
-    assert {value: short_number(value) for value in numbers} == numbers
-    assert short_number(None) == "not finite"
+    assert {value: formats.number(value) for value in numbers} == numbers
+    assert formats.number(None) == "not finite"
 
 
 def test_smoothing_and_thinning():

@@ -134,8 +134,8 @@ def test_what_a_killed_conversion_left_goes(sd, one_file, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(single_file, "_convert", killed)
-        single_file.converted_folder(one_file, StableDiffusionPipeline, sd, tmp_path)
-    single_file.converted_folder(one_file, StableDiffusionPipeline, sd, tmp_path)
+        single_file.convert_single_file(one_file, StableDiffusionPipeline, sd, tmp_path)
+    single_file.convert_single_file(one_file, StableDiffusionPipeline, sd, tmp_path)
     assert not list(tmp_path.rglob("unfinished-*"))
 
 
@@ -180,7 +180,7 @@ def refused(path, tmp_path, config):
     from diffusers import StableDiffusionPipeline
 
     with pytest.raises(UserError) as caught:
-        single_file.converted_folder(path, StableDiffusionPipeline, config, tmp_path / "cache")
+        single_file.convert_single_file(path, StableDiffusionPipeline, config, tmp_path / "cache")
     assert not [folder for folder in (tmp_path / "cache").glob("*/*") if folder.is_dir()]
     return str(caught.value)
 
@@ -203,7 +203,7 @@ def test_the_precision_of_the_file_is_kept(sd, one_file, tmp_path):
 
     half = {name: tensor.to(torch.float16) for name, tensor in load_file(one_file).items()}
     save_file(half, tmp_path / "half.safetensors")
-    folder = single_file.converted_folder(
+    folder = single_file.convert_single_file(
         tmp_path / "half.safetensors", StableDiffusionPipeline, sd, tmp_path / "cache"
     )
     stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")

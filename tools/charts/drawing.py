@@ -7,9 +7,9 @@ from pathlib import Path
 from markupsafe import Markup
 
 from tools.charts.axis import Axis, step_axis, value_axis, whole_ticks
-from tools.charts.numbers import short_number
 from tools.charts.series import Line, thinned
 from tools.templates import template_environment
+from training_utils.base import formats
 
 FOLDER = Path(__file__).parent
 
@@ -121,7 +121,7 @@ def _tick_labels(values: list[float], logarithmic: bool) -> list[str]:
     """Labels for ticks; on an even axis all have the same number of decimals."""
     largest = max(map(abs, values))
     if logarithmic or (largest and (largest < 1e-3 or largest >= 1e6)):
-        return [short_number(value, 3) for value in values]
+        return [formats.number(value, 3) for value in values]
     decimals = 0
     while decimals < 12 and any(abs(round(value, decimals) - value) >= 1e-6 * largest for value in values if value):
         decimals += 1

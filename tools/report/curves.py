@@ -7,9 +7,9 @@ from typing import Any
 from markupsafe import Markup
 
 from tools.charts.drawing import draw_chart
-from tools.charts.numbers import short_number
 from tools.charts.series import COLOURS, Line, LineStyle, Point, smoothed, thinned
 from tools.report.folder import RunFolder
+from training_utils.base import formats
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ def _steps(steps: list[int]) -> str:
 
 def _ends(line: Line) -> Ends:
     values = [value for _, value in line.points if value is not None]
-    words = short_number(values[0])
+    words = formats.number(values[0])
     if len(values) > 1:
-        words += f" to {short_number(values[-1])}"
+        words += f" to {formats.number(values[-1])}"
     return Ends(line.name, words, line.css_class)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from tools.charts.series import Point
-from tools.report.facts import StartFacts, start_facts_from
-from tools.report.words import date, file_size
+from tools.report.words import date
+from training_utils.base import formats
 from training_utils.base.errors import UserError
 from training_utils.run import metrics, output_folder
 from training_utils.run.checkpoints import damage_of, list_checkpoints, read_manifest, step_of
+from training_utils.run.facts import RunFacts
 from training_utils.run.metrics import Log
 
 
@@ -37,7 +38,7 @@ class RunFolder:
     path: Path
     name: str
     log: Log | None
-    facts: StartFacts | None
+    facts: RunFacts | None
     settings: dict[str, Any]
     run_file: str
     model_card: str
@@ -65,7 +66,7 @@ class RunFolder:
 
     def shaping_settings(self) -> dict[str, Any]:
         """The settings that shaped the result and are not off."""
-        settings = (self.facts.flags if self.facts else {}) or self.settings
+        settings = (self.facts.settings if self.facts else {}) or self.settings
         return {name: value for name, value in settings.items() if value not in (None, False, "", "none")}
 
     def prompts(self) -> list[str]:
@@ -101,7 +102,7 @@ def read_run_folder(folder: str | Path) -> RunFolder:
         path=folder,
         name=folder.resolve().name,
         log=log,
-        facts=start_facts_from(log.runs[-1]) if log and log.runs else None,
+        facts=RunFacts.from_record(log.runs[-1]) if log and log.runs else None,
         settings=read_yaml(run_file),
         run_file=run_file,
         model_card=_text_of(folder / "README.md"),
@@ -147,5 +148,5 @@ def _checkpoint(folder: Path) -> Checkpoint:
         description = "made by another program"
     else:
         size = sum(fact["size"] for fact in manifest["files"].values())
-        description = f"{file_size(size)}, written {date(manifest['written'])}"
+        description = f"{formats.byte_size(size)}, written {date(manifest['written'])}"
     return Checkpoint(folder.name, description)

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tools.charts.numbers import short_number
 from tools.charts.series import smoothed
 from tools.report.curves import smoothing_window
 from tools.report.folder import RunFolder
@@ -61,7 +60,7 @@ def _loss(run: RunFolder) -> list[Fact]:
         return []
     window = smoothing_window(losses)
     mean = smoothed(losses, window)[-1][1]
-    return [Fact("loss", short_number(mean), f"mean of about {window} steps")]
+    return [Fact("loss", formats.number(mean), f"mean of about {window} steps")]
 
 
 def _validation_loss(run: RunFolder) -> list[Fact]:
@@ -71,9 +70,9 @@ def _validation_loss(run: RunFolder) -> list[Fact]:
     losses = run.log.finite("val_loss")
     step, loss = lowest
     last = max(losses)
-    others = "the last one" if last == step else f"the last one {short_number(losses[last])}"
+    others = "the last one" if last == step else f"the last one {formats.number(losses[last])}"
     separator = ", " if last == step else "; "
-    return [Fact("lowest validation loss", short_number(loss), f"step {step:,}{separator}{others}")]
+    return [Fact("lowest validation loss", formats.number(loss), f"step {step:,}{separator}{others}")]
 
 
 def _speed(run: RunFolder) -> list[Fact]:
@@ -83,19 +82,19 @@ def _speed(run: RunFolder) -> list[Fact]:
     speed = statistics.harmonic_mean(speeds)
     images_per_step = run.facts.images_per_step if run.facts else 0
     seconds_per_step = images_per_step / speed
-    remark = f"{short_number(seconds_per_step, 3)} s per step" if seconds_per_step else ""
+    remark = f"{formats.number(seconds_per_step, 3)} s per step" if seconds_per_step else ""
     steps_left = (run.total_steps or 0) - run.log.step
     if steps_left > 0 and seconds_per_step:
         remark += f"; about {rough_duration(seconds_per_step * steps_left)} left"
-    return [Fact("images per second", short_number(speed, 3), remark)]
+    return [Fact("images per second", formats.number(speed, 3), remark)]
 
 
 def _memory(run: RunFolder) -> list[Fact]:
     for name, label in MEMORY_CURVES.items():
         values = run.log.finite(name).values()
         if values:
-            remark = "of rank 0" if run.facts and run.facts.processes > 1 else ""
-            return [Fact(label, f"{short_number(max(values), 3)} GiB", remark)]
+            remark = "of rank 0" if run.facts and run.facts.world_size > 1 else ""
+            return [Fact(label, f"{formats.number(max(values), 3)} GiB", remark)]
     return []
 
 
@@ -104,20 +103,20 @@ def description_of(run: RunFolder) -> list[Fact]:
     facts = run.facts
     if not facts:
         return []
-    device = f"{facts.device}, {facts.processes} of them" if facts.processes > 1 else facts.device
-    val_images = f", and {facts.val_images:,} held out" if facts.val_images else ""
-    steps = f"{facts.steps:,} steps of {short_number(facts.images_per_step, 3)} images"
+    device = f"{facts.device}, {facts.world_size} of them" if facts.world_size > 1 else facts.device
+    val_images = f", and {facts.validation_images:,} held out" if facts.validation_images else ""
+    steps = f"{facts.steps:,} steps of {formats.number(facts.images_per_step, 3)} images"
     starts = len(run.log.runs)
     started = date(run.log.runs[0]["time"])
     if starts > 1:
         started += f"; started {starts} times"
     return [
         Fact("script", facts.script),
-        Fact("base model", facts.base),
-        Fact("trained", f"{formats.millions(facts.parameters)} parameters, {facts.precision}"),
+        Fact("base model", facts.base_model),
+        Fact("trained", f"{formats.large_count(facts.parameters)} parameters, {facts.precision}"),
         Fact("device", device),
         Fact("images", f"{facts.images:,}{val_images}"),
-        Fact("planned", f"{steps}, {short_number(facts.epochs, 3)} epochs"),
+        Fact("planned", f"{steps}, {formats.number(facts.epochs, 3)} epochs"),
         Fact("seed", str(facts.seed)),
         Fact("started", started),
         Fact("folder", str(run.path)),

@@ -43,7 +43,7 @@ def render_page(runs: list[RunFolder]) -> str:
         description={fact.label: fact.value for fact in description_of(runs[0])},
         comparison=comparison(runs, now),
         figures=figures_of(runs),
-        no_validation=all(run.facts is not None and not run.facts.val_images for run in runs),
+        no_validation=all(run.facts is not None and not run.facts.validation_images for run in runs),
         gallery=gallery_of(runs),
         differing=differing_settings(runs),
         contents=[contents_of(run) for run in runs],

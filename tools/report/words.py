@@ -2,17 +2,7 @@
 
 import time
 
-from tools.charts.numbers import short_number
 from training_utils.base import formats
-
-
-def file_size(size: float) -> str:
-    """A number of bytes in words."""
-    for unit in ("bytes", "KB", "MB"):
-        if size < 1000:
-            return f"{short_number(size, 3)} {unit}"
-        size /= 1000
-    return f"{short_number(size, 3)} GB"
 
 
 def date(seconds: float) -> str:

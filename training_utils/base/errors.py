@@ -1,6 +1,10 @@
 """What a user can fix, as an exception, and how exceptions are put into one line."""
 
+from __future__ import annotations
+
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -10,9 +14,10 @@ class UserError(Exception):
     itself; None where that is not known.
     """
 
-    def __init__(self, message, exit_code=2, everywhere=None):
+    def __init__(self, message: str, exit_code: int = 2, everywhere: bool | None = None) -> None:
         super().__init__(message)
-        self.exit_code, self.everywhere = exit_code, everywhere
+        self.exit_code = exit_code
+        self.everywhere = everywhere
 
     def __reduce__(self):
         """Pickled with its cause, so that it keeps it from a data worker or another process; exceptions do not by
@@ -31,14 +36,17 @@ def _can_be_pickled(error):
     return True
 
 
-def reason_of(error):
+def reason_of(error: BaseException) -> str:
     """An exception as one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0]
 
 
-def cut_short(error, keep):
-    """The UserError of an image that ends a run of one process. `keep()` writes what was trained until then, and
-    returns its folder, or None."""
-    folder = keep()
-    kept = f"what was trained until then is in {folder}" if folder else "what was trained until then was not written"
-    return UserError(f"{error}; {kept}", exit_code=error.exit_code, everywhere=error.everywhere)
+def with_saved_state(error: UserError, save: Callable[[], Path | None]) -> UserError:
+    """The UserError of an image that ends a run of one process, which also says where its weights are.
+
+    `save()` writes what was trained until then, and returns its folder, or None where that failed.
+    """
+    folder = save()
+    saved = f"what was trained until then is in {folder}" if folder else "what was trained until then was not written"
+    return UserError(f"{error}; {saved}", exit_code=error.exit_code, everywhere=error.everywhere)

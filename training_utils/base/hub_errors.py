@@ -3,14 +3,15 @@
 from training_utils.base.errors import reason_of
 
 
-def hub_reason(error):
+def hub_reason(error: BaseException) -> str:
     """Why the hub, or a library that asked it, failed with this exception: one line, with what to do where that helps.
 
     The client's own first line is often no more than `401 Client Error`, and libraries hide it behind theirs.
     """
     from huggingface_hub import errors
 
-    link = error
+    # Which link in the chain of exceptions is the client's.
+    link: BaseException | None = error
     while link is not None and not isinstance(link, errors.HfHubHTTPError):
         link = link.__cause__ or link.__context__
     if link is None:
@@ -29,9 +30,10 @@ def hub_reason(error):
     return reason_of(link)
 
 
-def not_found(name, error):
-    """Why a model that is no folder was not found on the hub either: `reason`, but for a name that can only be a path,
-    of which the client says no more than how names of repositories look."""
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".safetensors"):
+def not_found(name: str, error: BaseException) -> str:
+    """Why a model that is not a folder was not found on the hub either: as `hub_reason` says, except for a name that
+    can only be a path, where the client says no more than how names of repositories look."""
+    has_no_id = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    if has_no_id or name.endswith(".safetensors"):
         return "there is nothing at this path"
     return hub_reason(error)

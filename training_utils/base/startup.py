@@ -10,47 +10,66 @@ from training_utils.base import launch
 from training_utils.base.console import is_main_process
 
 
-def begin():
+def begin() -> None:
     """Say that libraries are loaded, for a script that was started from a terminal, and have Ctrl-C end it quietly."""
-    if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name.startswith("train_text_to_image"):
-        if sys.stderr.isatty() and is_main_process():
-            print("loading libraries …", file=sys.stderr)  # for ten seconds nothing else is said
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-            # Ctrl-C ends the imports without their stack trace; `reporting.run` takes it back.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    program = getattr(sys.modules["__main__"], "__file__", None) or ""
+    if not Path(program).name.startswith("train_text_to_image"):
+        return
+    if sys.stderr.isatty() and is_main_process():
+        print("loading libraries …", file=sys.stderr)  # for ten seconds nothing else is said
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        # Ctrl-C ends the imports without their stack trace; `exit.run_main` takes it back.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def prepare():
+def prepare() -> None:
     """Leave out what training never uses, and keep the terminal for what concerns the user.
 
-    diffusers imports scipy.stats, where there is one, for the beta sigmas of some samplers: 0.8 s of start-up, and
-    random draws that a reproducible start should not make. diffusers and PEFT import bitsandbytes, for quantized
-    networks, and it torch's compiler: one to two seconds more; an optimizer of it is imported when it is asked for.
-    transformers reports at each import that torchvision, which nothing here needs, is not installed. Call it before
-    anything else of the two is imported.
+    Call it before anything else of diffusers and transformers is imported.
     """
-    if not launch.uses_deepspeed():  # accelerate imports it wherever it is installed: two seconds, and warnings
+    if not launch.uses_deepspeed():
+        # accelerate imports it wherever it is installed: two seconds, and warnings.
         sys.modules.setdefault("deepspeed", None)
+    _import_without_bitsandbytes()
+    _leave_out_scipy()
+    _quieten()
 
-    hidden = sys.modules.setdefault("bitsandbytes", None) is None  # it cannot be imported
-    import diffusers.utils.import_utils
 
-    with suppress(ImportError):  # JAX does without it
+def _import_without_bitsandbytes() -> None:
+    """Have diffusers and PEFT find that bitsandbytes is not installed.
+
+    They import it for quantized networks, and it torch's compiler: one to two seconds. An optimizer of it is imported
+    when it is asked for.
+    """
+    is_hidden = sys.modules.setdefault("bitsandbytes", None) is None  # so that importing it fails
+    import diffusers.utils.import_utils  # noqa: F401 (which remembers what it has found)
+
+    with suppress(ImportError):  # JAX does without PEFT
         import peft.helpers
         import peft.import_utils
 
         peft.import_utils.is_bnb_available()  # which remembers what it has found
-    if hidden:
+    if is_hidden:
         del sys.modules["bitsandbytes"]
 
-    diffusers.utils.import_utils._scipy_available = False
+
+def _leave_out_scipy() -> None:
+    """Have diffusers do without scipy.stats, which it imports for the beta sigmas of some samplers: 0.8 s of start-up,
+    and random draws that a reproducible start should not make."""
+    import diffusers.utils.import_utils
+
+    diffusers.utils.import_utils._scipy_available = False  # listed in base/private_interfaces.py
+
+
+def _quieten() -> None:
+    """Silence what the libraries report that needs nothing done."""
+    # transformers says at each import that torchvision is not installed, which nothing here needs.
     logging.getLogger("transformers.utils.import_utils").addFilter(
         lambda record: "torchvision" not in record.getMessage()
     )
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it reports a kernel that it does without
-
-    # Six lines, of which engine.model_folder makes one, or a model that is all here already needs none.
+    # On a CPU it reports a kernel that it does without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Six lines, of which models.model_folder makes one, or which a model that is all here already does not need.
     logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(
         lambda record: "Couldn't connect to the Hub" not in record.getMessage()
     )
@@ -58,5 +77,6 @@ def prepare():
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    diffusers.utils.logging.disable_progress_bar()  # a bar for every file read or written
+    # A bar for every file that is read or written.
+    diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -73,7 +73,7 @@ def build(description: str, groups: Sequence[Group], exit_on_error: bool = True)
     return parser
 
 
-def _add_flag(section: argparse._ArgumentGroup, flag: Flag) -> None:
+def _add_flag(section: Any, flag: Flag) -> None:
     if flag.type is bool:
         section.add_argument(f"--{flag.name}", action="store_true", help=_escaped(flag.help))
         section.add_argument(f"--no_{flag.name}", action="store_false", dest=flag.name, help=argparse.SUPPRESS)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from training_utils.base.environment import memory_in_use
+from training_utils.base import environment as base_environment
 from training_utils.base.errors import UserError, reason_of
 
 AXIS = "batch"
@@ -69,7 +69,7 @@ def memory_metrics():
     process has. Does not wait for the device."""
     seen = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
     if "peak_bytes_in_use" not in seen:
-        return memory_in_use()
+        return base_environment.memory_metrics()
     return {"memory_peak_gib": seen["peak_bytes_in_use"] / 2**30}
 
 

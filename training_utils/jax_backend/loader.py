@@ -72,7 +72,7 @@ def training_batches(samples, updates, state, mesh, workers, keep=None):
         except UserError as error:
             if keep is None or jax.process_count() > 1 or state.step == begun:
                 raise
-            raise errors.cut_short(error, keep) from None
+            raise errors.with_saved_state(error, keep) from error
         yield devices.split_over_devices(arrays, mesh)
 
 

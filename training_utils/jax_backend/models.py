@@ -53,7 +53,7 @@ def _converted(path, config, cache_dir):
     startup.prepare()
     from diffusers import StableDiffusionPipeline
 
-    return single_file.converted_folder(path, StableDiffusionPipeline, config, cache_dir)
+    return single_file.convert_single_file(path, StableDiffusionPipeline, config, cache_dir)
 
 
 def load_part(folder, part, dtype=jnp.float32, variant=None):

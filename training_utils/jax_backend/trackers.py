@@ -14,7 +14,7 @@ from training_utils.base.errors import UserError, reason_of
 from training_utils.data import samples
 from training_utils.jax_backend import devices
 from training_utils.run import output_folder
-from training_utils.run.trackers import tell_trackers
+from training_utils.run.trackers import finish_trackers, log_values
 
 
 class TensorBoard:
@@ -97,7 +97,7 @@ def make_trackers(report_to, folder, project, settings):
 
 def log_metrics(trackers, values, step):
     """Hand {name: number} of a step to every tracker."""
-    tell_trackers(trackers, lambda tracker: tracker.log(values, step))
+    log_values(trackers, values, step)
 
 
 def say_skipped(skipped):
@@ -110,7 +110,7 @@ def end_training(trackers):
 
     A process that fails does not come here, and `reporting.run` ends it at once: at this point it would wait in vain.
     """
-    tell_trackers(trackers, lambda tracker: tracker.finish())
+    finish_trackers(trackers)
     output_folder.release()
     if jax.process_count() > 1:
         jax.distributed.shutdown()

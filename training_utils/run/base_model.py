@@ -7,28 +7,31 @@ from typing import Any
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
 
-# Words in a pipeline's class name by which the scripts tell apart what they train, and the script for each.
-FAMILIES = {
+# Words in the name of a pipeline's class that tell apart what the scripts train, and the scripts that train it.
+SCRIPTS = {
     "XL": "train_text_to_image_sdxl.py",
     "Prior": "train_text_to_image_prior.py",
     "Kandinsky": "train_text_to_image_decoder.py",
     "StableDiffusion": "train_text_to_image.py",
 }
+DISTINGUISHING = ("XL", "Kandinsky", "V22", "Prior")
 
 
 def refuse_another_family(name: str, folder: str | Path, wanted: str) -> None:
     """Raise UserError where the base model in a folder is not one that the pipeline class `wanted` loads."""
-    family = str(read_index(folder).get("_class_name", ""))
-    if any((word in family) != (word in wanted) for word in ("XL", "Kandinsky", "V22", "Prior")):
-        script = next((script for word, script in FAMILIES.items() if word in family), None)
-        advice = ""
-        if script is not None:
+    pipeline = str(read_index(folder).get("_class_name", ""))
+    if all((word in pipeline) == (word in wanted) for word in DISTINGUISHING):
+        return
+    advice = ""
+    for word, script in SCRIPTS.items():
+        if word in pipeline:
             advice = f"; {script}, or its twin for LoRA, trains those"
-        raise UserError(f"base model {name} is for {family}; this script trains {wanted} models{advice}")
+            break
+    raise UserError(f"base model {name} is for {pipeline}; this script trains {wanted} models{advice}")
 
 
-def read_index(folder: str | Path) -> dict:
-    """The model_index.json of a pipeline's folder, a dict. Raises UserError where there is none that can be read."""
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline's folder. Raises UserError where there is none that can be read."""
     path = Path(folder) / "model_index.json"
     try:
         index = json.loads(path.read_text())

@@ -1,4 +1,6 @@
-"""TODO"""
+"""Checkpoint folders: written complete or not at all, listed, checked and rotated."""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -6,113 +8,154 @@ import os
 import re
 import shutil
 import time
-import zipfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from training_utils.base import environment
 from training_utils.base.console import warn
 from training_utils.base.errors import reason_of
+from training_utils.base.formats import mebibytes
+from training_utils.run.provenance import Provenance
+from training_utils.run.state import RunState
+from training_utils.run.weight_files import is_complete_safetensors, is_complete_torch_file, write_errors
 
 MANIFEST = "manifest.json"
-
-FORMAT = 1
-
+FORMAT = 1  # of the manifest
 NAME = re.compile(r"checkpoint-(\d+)")
+UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old)")
+LITTLE_SPACE = 2**30  # bytes left on a disk, below which a message about a failed write says how many
 
-LEFT_OVER = re.compile(r"\.checkpoint-\d+\.(partial|old)")
+
+@dataclass(frozen=True)
+class CheckpointPaths:
+    """Where the checkpoint of a step stands, where it is written, and where an earlier one of that step waits for its
+    removal."""
+
+    final: Path
+    partial: Path
+    old: Path
+
+    @classmethod
+    def of(cls, root: Path, step: int) -> CheckpointPaths:
+        """Those under an output folder."""
+        return cls(
+            final=root / f"checkpoint-{step}",
+            partial=root / f".checkpoint-{step}.partial",
+            old=root / f".checkpoint-{step}.old",
+        )
 
 
-def save_checkpoint(root, state, write, about, limit=None, main=True, any_of=lambda failed: failed):
+def save_checkpoint(
+    root: str | Path | None,
+    state: RunState,
+    write: Callable[[Path], None],
+    provenance: Provenance,
+    *,
+    limit: int | None = None,
+    is_main: bool = True,
+    any_process: Callable[[bool], bool] = bool,
+) -> Path | None:
     """Write checkpoint-<step> under `root`; then remove the oldest ones beyond `limit`. Every process must call it.
 
-    `write(folder)` writes weights and optimizer state; `about` is a dict for the manifest (JSON values); `main` says
-    whether this process is the one that renames; `any_of(failed)` tells whether any process failed, and waits for all.
-    A failure to write is reported and leaves the earlier checkpoints as they are. Returns the new folder, or None, in
-    every process alike, where it could not be written or `root` is None.
+    `write(folder)` writes weights and optimizer state; `is_main` says whether this process is the one that renames;
+    `any_process(failed)` tells whether any process failed, and waits for all. A failure to write is reported and
+    leaves the earlier checkpoints as they are. Returns the new folder, or None, in every process alike, where it could
+    not be written or `root` is None, as in a dry run.
     """
-    if root is None:  # in a dry run
+    if root is None:
         return None
     root = Path(root)
-    final, partial, old = (root / name for name in _names(state.step))
+    paths = CheckpointPaths.of(root, state.step)
 
-    def attempt(action):
-        nonlocal failure
-        try:
-            if failure is None:
-                action()
-        except Exception as error:  # a full disk reaches us as OSError, RuntimeError or SafetensorError
-            failure = error
-        if any_of(failure is not None) and failure is None:
-            failure = "another process could not write its part"
+    def prepare() -> None:
+        if is_main:
+            remove_unfinished(root)
+            paths.partial.mkdir(parents=True)
 
-    def prepare():
-        if main:
-            clear_left_overs(root)
-            partial.mkdir(parents=True)
-
-    def publish():
-        if main:
-            _seal(partial, state, about)
-            if final.exists():
-                os.rename(final, old)
-            try:
-                os.rename(partial, final)
-            except OSError:
-                if old.exists():
-                    os.rename(old, final)
-                raise
-            _flush(root)
+    def publish() -> None:
+        if is_main:
+            _write_manifest(paths.partial, state, provenance)
+            _move_into_place(paths)
 
     failure = None
-    for action in (prepare, lambda: write(partial), publish):
-        attempt(action)
+    for action in (prepare, lambda: write(paths.partial), publish):
+        if failure is None:
+            try:
+                action()
+            except write_errors() as error:
+                failure = reason_of(error)
+        if any_process(failure is not None) and failure is None:
+            failure = "another process could not write its part"
     if failure is not None:
-        full = ""
-        with suppress(OSError):  # there is no such folder, on another machine or behind a broken link
-            free = shutil.disk_usage(root).free
-            full = f"; its disk has {free / 2**20:,.0f} MiB left" if free < 2**30 else ""
-        warn(f"{final} could not be written ({failure}{full}); earlier checkpoints stand")
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
+        warn(f"{paths.final} could not be written ({failure}{_space_left(root)}); earlier checkpoints stand")
+        if is_main:
+            shutil.rmtree(paths.partial, ignore_errors=True)
         return None
-    if main:
-        shutil.rmtree(old, ignore_errors=True)
-        _prune(root, limit)
-    return final
+    if is_main:
+        shutil.rmtree(paths.old, ignore_errors=True)
+        _remove_oldest(root, limit)
+    return paths.final
 
 
-def _names(step):
-    return f"checkpoint-{step}", f".checkpoint-{step}.partial", f".checkpoint-{step}.old"
+def _move_into_place(paths: CheckpointPaths) -> None:
+    """Rename what was written to what it is called; an earlier checkpoint of that name goes only after it."""
+    if paths.final.exists():
+        os.rename(paths.final, paths.old)
+    try:
+        os.rename(paths.partial, paths.final)
+    except OSError:
+        if paths.old.exists():
+            os.rename(paths.old, paths.final)
+        raise
+    _flush(paths.final.parent)
 
 
-def _seal(folder, state, about):
-    """Flush every file of `folder` to the disk and write the manifest."""
+def _space_left(root: Path) -> str:
+    """Words on how much space a full disk has left; none where it has enough, or there is no such folder."""
+    with suppress(OSError):
+        free = shutil.disk_usage(root).free
+        if free < LITTLE_SPACE:
+            return f"; its disk has {mebibytes(free)} left"
+    return ""
+
+
+def _write_manifest(folder: Path, state: RunState, provenance: Provenance) -> None:
+    """Write a checkpoint's manifest, and flush every file of it to the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
     manifest = {
         "format": FORMAT,
-        # After the newest one that stands: a clock may have gone back since.
-        "written": max([time.time(), *(_written(newest) + 0.001 for newest in list_checkpoints(folder.parent)[:1])]),
+        "written": _time_after_newest(folder.parent),
         "state": asdict(state),
-        **about,
+        **provenance.manifest_entries(),
         "libraries": environment.library_versions(),
-        "files": dict(zip((path.relative_to(folder).as_posix() for path in files), file_digests(files), strict=True)),
+        "files": dict(zip(names, file_digests(files), strict=True)),
     }
     manifest["sha256"] = _digest_of(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+    folders = [path for path in folder.rglob("*") if path.is_dir()]
+    for path in [*files, folder / MANIFEST, *folders, folder]:
         _flush(path)
 
 
-def _digest_of(manifest):
+def _time_after_newest(root: Path) -> float:
+    """The time, or one just after that of the newest checkpoint: a clock may have gone back since."""
+    newest = list_checkpoints(root)[:1]
+    return max([time.time(), *(_time_written(folder) + 0.001 for folder in newest)])
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
     """SHA-256 over a manifest's values, its own digest left out: the manifest too may be damaged."""
     values = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _flush(path):
+def _flush(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,79 +163,94 @@ def _flush(path):
         os.close(descriptor)
 
 
-def file_digests(paths):
-    def digest(path):
+def file_digests(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The size and the SHA-256 of each file, as a manifest has them."""
+
+    def digest(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
-    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
         return list(pool.map(digest, paths))
 
 
-def _prune(root, limit):
-    """Remove the oldest whole checkpoints beyond `limit`. Each is renamed first, so that none is ever half there."""
-    whole = [folder for folder in list_checkpoints(root) if damage_of(folder, contents=False) is None]
-    for folder in whole[limit:] if limit else []:
-        doomed = root / _names(step_of(folder))[2]
+def _remove_oldest(root: Path, limit: int | None) -> None:
+    """Remove the oldest complete checkpoints beyond `limit`; None keeps all.
+
+    Each is renamed first, so that none ever stands there half removed.
+    """
+    if not limit:
+        return
+    complete = [folder for folder in list_checkpoints(root) if damage_of(folder, contents=False) is None]
+    for folder in complete[limit:]:
+        doomed = CheckpointPaths.of(root, step_of(folder)).old
         try:
             os.rename(folder, doomed)
-        except OSError as error:  # in use, or removed by somebody else meanwhile
+        except OSError as error:  # it is in use, or somebody else has removed it meanwhile
             warn(f"{folder} is one checkpoint too many, but could not be removed ({reason_of(error)})")
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def clear_left_overs(root):
+def remove_unfinished(root: str | Path) -> None:
     """Remove what a killed run left of a checkpoint that it was writing or deleting.
 
     One that it had moved aside, to put another in its place, and had not replaced yet, goes back.
     """
-    for path in Path(root).iterdir() if Path(root).is_dir() else []:
-        left = LEFT_OVER.fullmatch(path.name)
-        if left is None:
+    root = Path(root)
+    if not root.is_dir():
+        return
+    for path in root.iterdir():
+        match = UNFINISHED.fullmatch(path.name)
+        if match is None:
             continue
-        final = Path(root) / path.name.strip(".").rsplit(".", 1)[0]
-        # Half deleted it may have lost its manifest, and would then look like another program's.
-        if left[1] == "old" and not final.exists() and read_manifest(path) is not None and damage_of(path) is None:
+        final = root / path.name.strip(".").rsplit(".", 1)[0]
+        # One that is half deleted may have lost its manifest, and would then look like another program's.
+        moved_aside = match[1] == "old" and not final.exists() and read_manifest(path) is not None
+        if moved_aside and damage_of(path) is None:
             os.rename(path, final)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def step_of(folder):
+def step_of(folder: str | Path) -> int | None:
     """The step in a checkpoint's name, or None for a folder that is not named like one."""
     match = NAME.fullmatch(Path(folder).name)
     return int(match[1]) if match else None
 
 
-def list_checkpoints(root):
+def list_checkpoints(root: str | Path) -> list[Path]:
     """The checkpoint folders under `root`, the one written last first: it is of the run that went on last, also where
     an earlier run over the same folder got further. Others, such as checkpoint_backup, are not among them."""
     folders = [path for path in Path(root).glob("checkpoint-*") if path.is_dir() and step_of(path) is not None]
-    return sorted(folders, key=lambda path: (_written(path), step_of(path)), reverse=True)
+    return sorted(folders, key=lambda path: (_time_written(path), step_of(path)), reverse=True)
 
 
-def _written(folder):
-    written = (read_manifest(folder) or {}).get("written")
+def _time_written(folder: Path) -> float:
+    """When a checkpoint was written, in seconds since 1970."""
+    manifest = read_manifest(folder) or {}
+    written = manifest.get("written")
     return written if isinstance(written, (int, float)) else folder.stat().st_mtime
 
 
-def complete_checkpoint_at(root, state, about):
-    """The checkpoint of a RunState under `root`, if a whole one stands there, or None.
+def complete_checkpoint_at(root: str | Path, state: RunState, provenance: Provenance) -> Path | None:
+    """The checkpoint of a RunState under `root`, if a complete one stands there, or None.
 
     One that an earlier run with another seed or other settings has left there is not it.
     """
-    folder = Path(root) / _names(state.step)[0]
+    folder = CheckpointPaths.of(Path(root), state.step).final
     manifest = read_manifest(folder) if folder.is_dir() else None
     if not manifest or damage_of(folder) is not None:
         return None
-    ours = json.loads(json.dumps({"state": asdict(state), "flags": about["flags"]}))
-    return folder if all(manifest.get(key) == value for key, value in ours.items()) else None
+    # Through JSON, which makes lists of tuples.
+    expected = json.loads(json.dumps({"state": asdict(state), "flags": provenance.settings}))
+    is_ours = all(manifest.get(key) == value for key, value in expected.items())
+    return folder if is_ours else None
 
 
-def damage_of(folder, contents=True):
+def damage_of(folder: str | Path, contents: bool = True) -> str | None:
     """What is wrong with a checkpoint, as a phrase, or None. `contents=False` compares sizes and not hashes.
 
-    A checkpoint without a manifest, made by another program, is looked at as far as its files describe themselves.
+    A checkpoint without a manifest, made by another program, is checked as far as its files describe themselves.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -201,46 +259,44 @@ def damage_of(folder, contents=True):
     if manifest.get("format") != FORMAT or manifest.get("sha256") != _digest_of(manifest):
         return f"{MANIFEST} is damaged or of another version"
     try:
-        for name, fact in manifest["files"].items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if (folder / name).stat().st_size != fact["size"]:
-                return f"{name} has {(folder / name).stat().st_size} bytes instead of {fact['size']}"
-        if contents:
-            names = list(manifest["files"])
-            for name, found in zip(names, file_digests([folder / name for name in names]), strict=True):
-                if found != manifest["files"][name]:
-                    return f"{name} does not have the content that was written"
+        return _damaged_file(folder, manifest["files"], contents)
     except OSError as error:
         return f"it cannot be read ({reason_of(error)})"
+
+
+def _damaged_file(folder: Path, files: dict[str, dict[str, Any]], contents: bool) -> str | None:
+    """What is wrong with the first file that is not as a manifest says. Raises OSError where one cannot be read."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != expected["size"]:
+            return f"{name} has {size} bytes instead of {expected['size']}"
+    if contents:
+        found = file_digests([folder / name for name in files])
+        for (name, expected), digest in zip(files.items(), found, strict=True):
+            if digest != expected:
+                return f"{name} does not have the content that was written"
     return None
 
 
-def _damage_of_foreign(folder):
+def _damage_of_foreign(folder: Path) -> str | None:
+    """What is wrong with a checkpoint of another program, as a phrase, or None."""
     weights = list(folder.rglob("*.safetensors"))
     if not weights:
         return f"it has neither {MANIFEST} nor weights in safetensors"
     for path in weights:
-        if not _is_complete(path):
+        if not is_complete_safetensors(path):
             return f"{path.relative_to(folder)} is incomplete"
     for path in folder.glob("*.bin"):
-        if not zipfile.is_zipfile(path):  # torch.save writes a zip, whose directory comes last
+        if not is_complete_torch_file(path):
             return f"{path.name} is incomplete"
     return None
 
 
-def _is_complete(path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np"):  # which holds the header against the file's size
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def read_manifest(folder):
-    """The manifest of a checkpoint as a dict; None where there is none, {} where it cannot be read."""
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint; None where there is none, {} where it cannot be read."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None
@@ -249,8 +305,3 @@ def read_manifest(folder):
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
-
-
-def checkpoint_due(state, every, last):
-    """Whether a checkpoint is due after this step: each `every` steps (0: never) and at the `last` one."""
-    return every and (state.step % every == 0 or state.step == last)

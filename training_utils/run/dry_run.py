@@ -1,82 +1,117 @@
-"""TODO"""
+"""What a dry run prints: what the run would be, and what its first steps took."""
+
+from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from training_utils.base.console import is_main_process
+from training_utils.base.formats import estimated_duration, mebibytes
+from training_utils.data.dataset import ImageDataset
+from training_utils.run.facts import RunFacts
+from training_utils.run.progress import Progress
+from training_utils.run.summary import image_count
 
 STEPS = 3  # that are made; the first one also compiles, allocates and warms up, and is not counted
 
+Batch = TypeVar("Batch")
 
-def ahead(batches, count):
-    """The same batches, the first `count` of which are made now: what makes them is then no part of a step."""
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters of a module are trained, and how many are frozen."""
+
+    trained: int = 0
+    frozen: int = 0
+
+    def __add__(self, other: ParameterCount) -> ParameterCount:
+        return ParameterCount(self.trained + other.trained, self.frozen + other.frozen)
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What one process takes on a device, in bytes: `parts` is {what takes it: bytes}, `peak` was measured."""
+
+    device: str
+    parts: dict[str, int]
+    peak: int
+
+
+def make_ahead(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """The same batches, the first `count` of which are made now: what makes them is then not part of a step."""
     return itertools.chain([next(batches) for _ in range(count)], batches)
 
 
-def report(rows, val_dataset, updates, total, progress, networks, device, memory, peak):
+def print_report(
+    *,
+    facts: RunFacts,
+    dataset: ImageDataset,
+    progress: Progress,
+    networks: dict[str, dict[str, ParameterCount]],
+    memory: MemoryUse,
+) -> None:
     """Print it all, once, whatever the number of processes.
 
-    Args: the data.Rows to train on and those held out, or None; `updates`, data.BatchPlan, and the `total` number of
-    them in the run; `progress`, reporting.Progress over those that were made; `networks`, {name: {module: (parameters
-    that are trained, that are not)}}; `device`, its name; `memory`, {what takes it: bytes}, of one process, and the
-    `peak` that was measured there, in bytes.
+    `dataset` holds the images to train on, `progress` has counted the steps that were made, and `networks` is
+    {network: {module: parameters}} of those that are trained.
     """
     if not is_main_process():
         return
     blocks = [
-        _data(rows, val_dataset, updates, total, progress.first),
-        *(_parameters(name, modules) for name, modules in networks.items()),
-        _memory(device, memory, peak),
-        _time(list(progress.seconds), total - progress.first),
+        _data_lines(facts, dataset),
+        *(_parameter_lines(name, modules) for name, modules in networks.items()),
+        _memory_lines(memory),
+        _time_lines(list(progress.step_seconds), facts.steps - facts.first_step),
     ]
     print("\n\n".join("\n".join(lines) for lines in blocks), flush=True)
 
 
-def _data(rows, val_dataset, updates, total, done):
-    lines = [f"images      {len(rows):,} to train on, {len(val_dataset or []):,} held out"]
-    if rows.stream is not None:
-        lines.append(f"chunks      {rows.source.describe_chunks()}")
-    if rows.sizes is not None:
-        sizes, counts = np.unique(rows.sizes, axis=0, return_counts=True)
-        lines += [f"  {f'{width} x {height}':<12}{count:>14,}" for (width, height), count in zip(sizes, counts)]
-    each = f"{updates.samples_per_step:,} images"
-    if updates.mean_samples_per_step < updates.samples_per_step:
-        each = f"up to {each}, {updates.mean_samples_per_step:.3g} on average"
-    lines.append(f"steps       {total:,} of {each}" + (f"; {done:,} of them are made" if done else ""))
-    lines.append(f"epochs      {total / updates.steps_per_epoch:,.1f}, of {updates.steps_per_epoch:,} steps each")
+def _data_lines(facts: RunFacts, dataset: ImageDataset) -> list[str]:
+    lines = [f"images      {facts.dataset_images:,} to train on, {facts.validation_images:,} held out"]
+    if dataset.stream is not None:
+        lines.append(f"chunks      {dataset.source.describe_chunks()}")
+    if dataset.sizes is not None:
+        sizes, counts = np.unique(dataset.sizes, axis=0, return_counts=True)
+        for (width, height), count in zip(sizes, counts):
+            lines.append(f"  {f'{width} x {height}':<12}{count:>14,}")
+    steps = f"steps       {facts.steps:,} of {image_count(facts)}"
+    if facts.first_step:
+        steps += f"; {facts.first_step:,} of them are made"
+    epochs = f"epochs      {facts.epochs:,.1f}, of {facts.step_size.steps_per_epoch:,} steps each"
+    return [*lines, steps, epochs]
+
+
+def _parameter_lines(name: str, modules: dict[str, ParameterCount]) -> list[str]:
+    rows = modules | {"in all": sum(modules.values(), ParameterCount())}
+    width = max(map(len, rows))
+    title = f"{f'parameters of {name}':<{width + 2}}"
+    lines = [f"{title}{'trained':>16}{'frozen':>16}"]
+    for module, count in rows.items():
+        lines.append(f"  {module:<{len(title) - 2}}{count.trained:>16,}{count.frozen:>16,}")
     return lines
 
 
-def _parameters(name, modules):
-    width = max(map(len, [*modules, "in all"]))
-    lines = [f"{f'parameters of {name}':<{width + 2}}{'trained':>16}{'frozen':>16}"]
-    sums = tuple(map(sum, zip(*modules.values())))
-    first = len(lines[0]) - 32
-    for module, (trained, frozen) in [*modules.items(), ("in all", sums)]:
-        lines.append(f"  {module:<{first - 2}}{trained:>16,}{frozen:>16,}")
-    return lines
+def _memory_lines(memory: MemoryUse) -> list[str]:
+    rows = memory.parts | {
+        "activations and all the rest": memory.peak - sum(memory.parts.values()),
+        "peak, as measured": memory.peak,
+    }
+    lines = [f"memory of {memory.device} for one process"]
+    return lines + [f"  {what:<30}{mebibytes(size, decimals=1):>18}" for what, size in rows.items()]
 
 
-def _memory(device, memory, peak):
-    rest = {"activations and all the rest": peak - sum(memory.values()), "peak, as measured": peak}
-    lines = [f"memory of {device} for one process"]
-    return lines + [f"  {what:<30}{size / 2**20:>14,.1f} MiB" for what, size in (memory | rest).items()]
-
-
-def _time(seconds, left):
+def _time_lines(seconds: list[float], steps_left: int) -> list[str]:
     if not seconds:
         return ["time        no step is left to be made"]
-    pace = float(np.mean(seconds[1:] or seconds))
-    counted = f"{len(seconds[1:])} timed, after the first one" if seconds[1:] else "the first and only one"
+    timed = seconds[1:] or seconds
+    step_seconds = float(np.mean(timed))
+    counted = f"{len(timed)} timed, after the first one" if seconds[1:] else "the first and only one"
+    left = estimated_duration(step_seconds * steps_left)
     return [
-        f"time        {pace:.3g} s a step ({counted})",
-        f"            {_duration(pace * left)} for {left:,} steps, without caches, checkpoints and validation",
+        f"time        {step_seconds:.3g} s a step ({counted})",
+        f"            {left} for {steps_left:,} steps, without caches, checkpoints and validation",
     ]
-
-
-def _duration(seconds):
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, hours = round(seconds / 60), round(seconds / 60) // 60
-    return f"{hours:,} h {minutes % 60} min" if hours else f"{minutes} min"

@@ -1,76 +1,98 @@
 """Validation images as one captioned grid."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from training_utils.base.console import say, warn
 from training_utils.base.errors import reason_of
-from training_utils.run.trackers import log_images, tell_trackers
+from training_utils.run.trackers import Tracker, log_images
+
+MOST_LINES = 3  # of a caption
+GAP = 12  # pixels between images
+TITLE_HEIGHT = 40
+LINE_HEIGHT = 18
+BACKGROUND = (250, 250, 248)
 
 
-def _font(size):
-    return ImageFont.load_default(size)
+def draw_grid(
+    images: Sequence[Image.Image], captions: Sequence[str], title: str, columns: int = 4, side: int = 256
+) -> Image.Image:
+    """One sheet of square images under a title line, each with its caption.
+
+    `side` is the size in pixels that each image is shown at; small ones are enlarged without smoothing.
+    """
+    caption_font = ImageFont.load_default(14)
+    title_font = ImageFont.load_default(18)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    texts = [_fit(ruler, caption, caption_font, side) for caption in captions]
+    most_lines = max(text.count("\n") + 1 for text in texts)
+
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    cell_width = side + GAP
+    cell_height = side + 8 + LINE_HEIGHT * most_lines + GAP
+    width = columns * cell_width + GAP
+    sheet = Image.new("RGB", (width, TITLE_HEIGHT + rows * cell_height + GAP), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 11), _fit(draw, title, title_font, width - 2 * GAP), fill=(30, 30, 30), font=title_font)
+    for at, (image, text) in enumerate(zip(images, texts, strict=True)):
+        row, column = divmod(at, columns)
+        left = GAP + column * cell_width
+        top = TITLE_HEIGHT + GAP // 2 + row * cell_height
+        smooth = Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.LANCZOS
+        sheet.paste(image.resize((side, side), smooth), (left, top))
+        draw.multiline_text((left, top + side + 4), text, fill=(70, 70, 70), font=caption_font, spacing=3)
+    return sheet
 
 
-def _fit(draw, text, font, width):
+def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """`text` broken into at most three lines of `width` pixels, the last one shortened if there is more."""
-    lines, words = [""], text.split()
-    for word in words:
+    lines = [""]
+    for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if draw.textlength(longer, font=font) <= width or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
-    short = lines[:3]
-    if len(lines) > 3:
-        short[-1] += " …"
-    for at, line in enumerate(short):
-        while draw.textlength(line, font=font) > width and len(line) > 2:
-            line = line[:-2].rstrip() + "…"
-        short[at] = line
-    return "\n".join(short)
+    shown = lines[:MOST_LINES]
+    if len(lines) > MOST_LINES:
+        shown[-1] += " …"
+    return "\n".join(_cut_to(draw, line, font, width) for line in shown)
 
 
-def draw_grid(images, captions, title, columns=4, side=256):
-    """One captioned contact sheet of square PIL images: (images, captions, title line) to a PIL image.
-
-    `side` is the size in pixels that each image is shown at; small ones are enlarged without smoothing.
-    """
-    columns = min(columns, len(images))
-    gap, title_height = 12, 40
-    rows = -(-len(images) // columns)
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    texts = [_fit(ruler, caption, _font(14), side) for caption in captions]
-    caption_height = 8 + 18 * max(text.count("\n") + 1 for text in texts)
-    width = columns * (side + gap) + gap
-    sheet = Image.new("RGB", (width, title_height + rows * (side + caption_height + gap) + gap), (250, 250, 248))
-    draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 11), _fit(draw, title, _font(18), width - 2 * gap), fill=(30, 30, 30), font=_font(18))
-    for at, (image, text) in enumerate(zip(images, texts, strict=True)):
-        left = gap + (at % columns) * (side + gap)
-        top = title_height + gap // 2 + (at // columns) * (side + caption_height + gap)
-        smooth = Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.LANCZOS
-        sheet.paste(image.resize((side, side), smooth), (left, top))
-        draw.multiline_text((left, top + side + 4), text, fill=(70, 70, 70), font=_font(14), spacing=3)
-    return sheet
+def _cut_to(draw: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """A line that is no wider than `width` pixels, with … for what is cut off."""
+    while draw.textlength(line, font=font) > width and len(line) > 2:
+        line = line[:-2].rstrip() + "…"
+    return line
 
 
-def grid_name(step):
+def grid_name(step: int) -> str:
     """Where the validation images of a step lie inside the output folder."""
     return f"validation/step-{step:06d}.png"
 
 
-def standing_grids(output_dir, step):
+def standing_grids(output_dir: str | Path, step: int) -> list[str]:
     """The grids of validation images that an earlier run left at this step, as names: one or none."""
-    return [name for name in [grid_name(step)] if (Path(output_dir) / name).is_file()]
+    name = grid_name(step)
+    return [name] if (Path(output_dir) / name).is_file() else []
 
 
-def publish_images(trackers, images, prompts, step, output_dir):
-    """Write images (a list of PIL) as one captioned grid under `output_dir` and hand them to the trackers."""
+def publish_images(
+    trackers: list[Tracker],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    step: int,
+    output_dir: str | Path,
+) -> None:
+    """Write validation images as one captioned grid under `output_dir` and hand them to the trackers."""
     path = Path(output_dir) / grid_name(step)
     sheet = draw_grid(images, prompts, f"after {step:,} steps")
-    tell_trackers(trackers, lambda tracker: log_images(tracker, images, prompts, step))
+    log_images(trackers, images, prompts, step)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)

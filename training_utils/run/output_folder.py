@@ -1,99 +1,168 @@
 """The folder that a run writes into: claimed by one run, never holding the result of another kind."""
 
-import fcntl
+from __future__ import annotations
+
 import json
 import os
 import tempfile
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
+from training_utils.base.exit_callbacks import before_exit
 from training_utils.run import checkpoints
+from training_utils.run.provenance import Provenance
+from training_utils.run.state import RunState
+from training_utils.run.weight_files import write_errors
 
 RUN_FILE = "run.yaml"
+LOCK_FILE = ".run.lock"
 
 
 @contextmanager
-def rescue_weights(root, state, about, save_weights):
+def rescue_weights(
+    root: str | Path, state: RunState, provenance: Provenance, save_weights: Callable[[Path], None]
+) -> Iterator[None]:
     """The context in which the result of a run that stands at a RunState is written into `root`.
 
-    Where that fails, on a full disk for one, raises UserError that says where the weights are: in the run's checkpoint
-    of this state or, without one, in a temporary folder that `save_weights(folder)` writes into. `about` as in `save`.
+    Where that fails, for example on a full disk, the weights are in the run's checkpoint of this state or, without
+    one, in a temporary folder that `save_weights(folder)` writes into. Raises UserError that says where; what a bug
+    has raised goes on as it is, after a warning that says it.
     """
     try:
         yield
-    except Exception as error:  # as in `save`
+    except Exception as error:  # whatever it is, the weights must not be lost
+        is_bug = not isinstance(error, (UserError, *write_errors()))
         what = f"the result could not be written into {root} ({reason_of(error)})"
-        standing = checkpoints.complete_checkpoint_at(root, state, about)
-        if standing:
-            raise UserError(
-                f"{what}, but its weights are in {standing}: make room, and run the same command once more with "
-                "--resume_from_checkpoint latest",
-                exit_code=1,
-            ) from error
-        try:
-            refuge = Path(tempfile.mkdtemp(prefix="weights-"))
-            save_weights(refuge)
-        except Exception as second:
-            where = tempfile.gettempdir()
-            raise UserError(f"{what}, nor its weights into {where} ({reason_of(second)})", exit_code=1) from error
-        raise UserError(f"{what}; its weights, alone, are in {refuge}", exit_code=1) from error
+        message = f"{what}{_where_weights_are(root, state, provenance, save_weights)}"
+        if is_bug:
+            warn(message)
+            raise
+        raise UserError(message, exit_code=1) from error
 
 
-def write_run_file(root, content):
-    """Write run.yaml, the text of a run's flags, into `root`, whole or not at all; a failure is reported."""
-    final, partial = Path(root) / RUN_FILE, Path(root) / f".{RUN_FILE}.partial"
+def _where_weights_are(
+    root: str | Path, state: RunState, provenance: Provenance, save_weights: Callable[[Path], None]
+) -> str:
+    """Words on where the weights of a run are whose result could not be written; they are written where needed."""
+    checkpoint = checkpoints.complete_checkpoint_at(root, state, provenance)
+    if checkpoint is not None:
+        return (
+            f", but its weights are in {checkpoint}: make room, and run the same command once more with "
+            "--resume_from_checkpoint latest"
+        )
+    try:
+        refuge = Path(tempfile.mkdtemp(prefix="weights-"))
+        save_weights(refuge)
+    except write_errors() as error:
+        return f", nor its weights into {tempfile.gettempdir()} ({reason_of(error)})"
+    return f"; its weights, alone, are in {refuge}"
+
+
+def write_run_file(root: str | Path, content: str) -> None:
+    """Write run.yaml, the text of a run's flags, into `root`, complete or not at all; a failure is reported."""
+    final = Path(root) / RUN_FILE
+    partial = Path(root) / f".{RUN_FILE}.partial"
     try:
         partial.write_text(content, encoding="utf-8")
         os.replace(partial, final)
-    except (OSError, UnicodeEncodeError) as error:  # the latter for a path whose bytes are no text
+    except (OSError, UnicodeEncodeError) as error:  # the latter for a path whose bytes are not text
         warn(f"{final} could not be written ({reason_of(error)})")
 
 
-_claimed = []  # the descriptor of the output folder, whose lock keeps other runs out
+class FolderLock:
+    """Keeps other runs out of an output folder, by a lock on a file in it.
+
+    The system lets go of the lock when the process ends, however it ends, and filelock when it is forked, so that a
+    data worker never holds it. The file itself is removed with the lock; a killed run leaves it, which matters not.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        """Take the lock. Raises UserError where another run has it; goes without it where the file system has no
+        locks."""
+        from filelock import FileLock, Timeout
+
+        self.path = Path(root) / LOCK_FILE
+        # Without the library's own substitute for locks: it would outlive a process that was killed.
+        self._lock = FileLock(self.path, timeout=0, fallback_to_soft=False)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another run is writing into --output_dir {root}; give this one another folder"
+            ) from error
+        except OSError:
+            with suppress(OSError):
+                self.path.unlink()
+
+    def release(self) -> None:
+        """Let other runs have the folder. Does nothing in a process that was forked from the one that has it."""
+        if self._lock.is_locked:
+            # Before the lock goes: afterwards the file may be another run's.
+            with suppress(OSError):
+                self.path.unlink()
+            self._lock.release()
 
 
-def claim(root):
-    """Keep other runs out of an output folder until `let_go`, or the end of this process. Raises UserError where one
+_claimed: list[FolderLock] = []  # the lock of this process' run
+
+
+def claim(root: str | Path) -> None:
+    """Keep other runs out of an output folder until `release`, or the end of this process. Raises UserError where one
     is at work there."""
     release()
-    _claimed.append(os.open(root, os.O_RDONLY))
-    try:
-        fcntl.flock(_claimed[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing into --output_dir {root}; give this one another folder") from None
-    except OSError:  # a file system without locks
-        pass
+    _claimed.append(FolderLock(root))
+    before_exit(release)
 
 
-def release():
-    """Let other runs have the output folder. A forked process calls it too, else the lock would last as long as it."""
+def release() -> None:
+    """Let other runs have the output folder."""
     while _claimed:
-        os.close(_claimed.pop())
+        _claimed.pop().release()
 
 
-def refuse_another_result(root, pipeline=None, adapted=()):
+def refuse_another_result(root: str | Path, pipeline: str | None = None, adapted: Collection[str] = ()) -> None:
     """Raise UserError where `root` holds the result of another kind of run, which this run's would damage.
 
     `pipeline` is the class that the result will load as, `adapted` the names of the networks that get adapters.
     """
-    index, adapters = Path(root) / "model_index.json", Path(root) / "pytorch_lora_weights.safetensors"
-    have = None
-    try:
-        if pipeline and index.is_file():
-            # The JAX script of old wrote Flax before the name.
-            name = json.loads(index.read_text())["_class_name"].removeprefix("Flax")
-            have = name if name != pipeline else None
-        elif adapted and adapters.is_file():
-            from safetensors import safe_open
-
-            with safe_open(adapters, "np") as file:
-                parts = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-            have = f"adapters of {', '.join(sorted(parts))}" if not parts & set(adapted) else None
-    except Exception:  # half of a result, which a full disk or a kill has left: there is nothing to lose
-        return
-    if have:
+    found = None
+    if pipeline:
+        found = _pipeline_in(Path(root) / "model_index.json", other_than=pipeline)
+    if found is None and adapted:
+        found = _adapters_in(Path(root) / "pytorch_lora_weights.safetensors", other_than=adapted)
+    if found:
         raise UserError(
-            f"--output_dir {root} holds the result of another run, {have}; give this one a folder of its own"
+            f"--output_dir {root} holds the result of another run, {found}; give this one a folder of its own"
         )
+
+
+def _pipeline_in(index: Path, other_than: str) -> str | None:
+    """The class that a pipeline's folder loads as, if it is another one. Half of a folder, which a full disk or a kill
+    has left, is none: there is nothing to lose."""
+    try:
+        content = json.loads(index.read_text())
+    except (OSError, ValueError):
+        return None
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    if not isinstance(name, str):
+        return None
+    # An earlier JAX script wrote Flax before the name.
+    name = name.removeprefix("Flax")
+    return name if name != other_than else None
+
+
+def _adapters_in(path: Path, other_than: Collection[str]) -> str | None:
+    """What a file of adapters is for, if it is for none of these networks; half of a file is for nothing."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            networks = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except (OSError, SafetensorError):
+        return None
+    if networks & set(other_than):
+        return None
+    return f"adapters of {', '.join(sorted(networks))}"

@@ -13,11 +13,14 @@ from training_utils.data.captions import warn_of_long_captions
 from training_utils.data.dataset import ImageDataset
 from training_utils.data.plan import BatchPlan
 from training_utils.data.samples import Samples, say_skipped
-from training_utils.run import checkpoints, commands, output_folder, progress, resume, summary
+from training_utils.run import cadence, commands, output_folder, progress, resume, summary
 from training_utils.run.dry_run import STEPS
+from training_utils.run.facts import RunFacts, collect_facts
 from training_utils.run.grids import standing_grids
 from training_utils.run.hub import card, upload
+from training_utils.run.hub.card import CardImage
 from training_utils.run.metrics import Metrics
+from training_utils.run.provenance import Provenance
 from training_utils.run.signals import Interruption
 from training_utils.run.state import RunState
 
@@ -49,6 +52,8 @@ class Session:
     """
 
     plan: BatchPlan
+    provenance: Provenance
+    facts: RunFacts
     progress: progress.Progress
 
     def __init__(
@@ -163,35 +168,36 @@ class Session:
 
     # --- the start ---------------------------------------------------------------------------------------------------
 
-    def identify(self) -> dict[str, Any]:
+    def identify(self) -> Provenance:
         """What a checkpoint says of this run; warns where the one that is continued differs. A collective call."""
-        self.about = {
-            "script": self.script,
-            "world_size": self.processes.world_size,
-            "flags": self.args.shapes_result,
-            "data": {"samples": len(self.dataset), "sha256": self.processes.from_main(self.dataset.fingerprint)},
-        }
+        self.provenance = Provenance(
+            script=self.script,
+            world_size=self.processes.world_size,
+            settings=self.args.shapes_result,
+            samples=len(self.dataset),
+            dataset_sha256=self.processes.from_main(self.dataset.fingerprint),
+        )
         if self.resume_from:
-            self.processes.from_main(lambda: resume.warn_of_differences(self.resume_from, self.about))
-        return self.about
+            self.processes.from_main(lambda: resume.warn_of_differences(self.resume_from, self.provenance))
+        return self.provenance
 
     def announce(self, parameters: Any, device: str, trackers: list[Any]) -> None:
         """Say what is about to be trained, write run.yaml, and add metrics.jsonl to the trackers."""
         args = self.args
-        facts = summary.announce(
-            self.about,
-            self.base_model,
-            device,
-            args.output_dir,
-            parameters,
-            self.plan,
-            self.val_dataset,
-            args.max_train_steps,
-            self.state,
+        self.facts = collect_facts(
+            provenance=self.provenance,
+            base_model=self.base_model,
+            device=device,
+            parameters=parameters,
+            plan=self.plan,
+            val_dataset=self.val_dataset,
+            steps=args.max_train_steps,
+            state=self.state,
         )
+        summary.print_start_summary(self.facts, args.output_dir)
         if self.processes.is_main and not args.dry_run:
             output_folder.write_run_file(args.output_dir, cli.as_file(args, self.state.seed))
-            trackers.append(Metrics(args.output_dir, self.state.step, facts))
+            trackers.append(Metrics(args.output_dir, self.state.step, self.facts.to_record()))
         if self.prompts:
             self.grids = standing_grids(args.output_dir, self.state.step)
 
@@ -233,21 +239,21 @@ class Session:
     def count_overflow(self, save_checkpoint: Callable[[], Path | None]) -> None:
         """Count a step that an fp16 overflow left out: the run only moves on in the data."""
         self.state.position = self.plan.position_after(self.state.position)
-        self.progress.skip(save_checkpoint)
+        self.progress.count_overflow(save_checkpoint)
         self.stopped_by = self.interruption.signal()
 
     def checkpoint_due(self, stepped: bool) -> bool:
         """Whether to write a checkpoint now."""
         if self.stopped_by:
             return True
-        return stepped and checkpoints.checkpoint_due(self.state, self.args.checkpointing_steps, self.last_step)
+        return stepped and cadence.checkpoint_due(self.state, self.args.checkpointing_steps, self.last_step)
 
     def validation_due(self, stepped: bool) -> bool:
         """Whether to validate now."""
         if not stepped or self.stopped_by or not self._validates():
             return False
         args = self.args
-        return progress.validation_due(self.state, args.validation_steps, args.validation_epochs, self.last_step)
+        return cadence.validation_due(self.state, args.validation_steps, args.validation_epochs, self.last_step)
 
     def report_not_finite(
         self, step: int, loss: float, before: RunState, save_before: Callable[[], Path | None]
@@ -297,8 +303,7 @@ class Session:
         args = self.args
         say_skipped(set(self.processes.gather(sorted(self.dataset.findings.skipped))))
         if self.processes.is_main:
-            facts = {"seed": self.state.seed, "steps": self.state.step, "images": len(self.dataset)}
-            with output_folder.rescue_weights(args.output_dir, self.state, self.about, save_weights):
+            with output_folder.rescue_weights(args.output_dir, self.state, self.provenance, save_weights):
                 save_result()
                 card.write_card(
                     args.output_dir,
@@ -306,13 +311,14 @@ class Session:
                     base_model=self.base_model,
                     data=args.dataset_name,
                     tags=tags,
-                    facts=args.shapes_result | facts,
+                    facts=self.facts,
+                    step=self.state.step,
                     usage=public_usage,
-                    images=[(grid, self.prompts) for grid in self.grids],
+                    images=[CardImage(grid, self.prompts) for grid in self.grids],
                     token=args.hub_token,
                     prior=prior,
                 )
-            summary.conclude(args.output_dir, self.progress, usage)
+            summary.print_end_summary(args.output_dir, self.progress, usage)
             if self.repository:
                 self.uploads.finish()
                 upload.upload_result(args.output_dir, self.repository, args.hub_token, uploaded)

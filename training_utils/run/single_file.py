@@ -1,20 +1,24 @@
 """A base model in one .safetensors file, as WebUI and ComfyUI keep it, made into the folder that the scripts read."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from training_utils.base.console import say
 from training_utils.base.errors import UserError, reason_of
 from training_utils.cli import folders
 
 FORMAT = 1  # part of a folder's name; raise it when the conversion changes
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def converted_folder(
-    path: str | Path, pipeline_class: type, config: str | Path | None = None, cache_dir: str | Path | None = None
+def convert_single_file(
+    path: str, pipeline_class: type, config: str | None = None, cache_dir: str | None = None
 ) -> Path:
     """The folder, in diffusers' layout, of a model in one file. Converted once and kept beside the downloads, under a
     name that comes from the file's content; complete or not at all.
@@ -33,11 +37,10 @@ def converted_folder(
     folder = root / f"{pipeline_class.__name__}-{_digest(path, config)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # One of several processes converts, and the others find the folder.
+        # Of several processes one converts, and the others find what it has made.
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                # What a killed conversion has left.
-                for unfinished in root.glob(f"unfinished-{folder.name}-*"):
+                for unfinished in root.glob(f"unfinished-{folder.name}-*"):  # what a killed process left
                     shutil.rmtree(unfinished, ignore_errors=True)
                 say(f"converting {path}, once, into {folder}")
                 _convert(path, pipeline_class, config, cache_dir, folder)
@@ -48,7 +51,7 @@ def converted_folder(
     return folder
 
 
-def _digest(path: str | Path, config: str | Path | None) -> str:
+def _digest(path: str, config: str | None) -> str:
     """What tells one conversion from another: the file's content and the settings'."""
     try:
         with open(path, "rb") as file:
@@ -56,50 +59,65 @@ def _digest(path: str | Path, config: str | Path | None) -> str:
     except OSError as error:
         raise UserError(f"base model {path} cannot be read: {error.strerror}") from error
     digest.update(str(FORMAT).encode())
-    for setting in _setting_files(config) if config else []:
+    for setting in _settings(config) if config else []:
         digest.update(str(setting.relative_to(config)).encode() + b"\0" + setting.read_bytes())
     return digest.hexdigest()[:32]
 
 
-def _setting_files(config: str | Path) -> list[Path]:
+def _settings(config: str) -> list[Path]:
     """The files of a model's folder that hold no weights."""
     return sorted(file for ending in ("json", "txt") for file in Path(config).rglob(f"*.{ending}"))
 
 
-def _convert(
-    path: str | Path, pipeline_class: type, config: str | Path | None, cache_dir: str | Path | None, folder: Path
-) -> None:
-    """Convert a model in one file into `folder`. Raises UserError where the file is no model of this pipeline."""
+def _convert(path: str, pipeline_class: type, config: str | None, cache_dir: str | None, folder: Path) -> None:
+    """Write the model in a file as a folder, by way of one beside it. Raises UserError or OSError."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"unfinished-{folder.name}-") as place:
+        settings = None
+        if config:
+            settings = os.path.join(place, "settings")
+            _copy_settings(config, settings)
+        dtype = _widest_type(path)
+        try:
+            pipeline = pipeline_class.from_single_file(path, config=settings, cache_dir=cache_dir, dtype=dtype)
+        except Exception as error:  # diffusers' own, the hub client's, torch's for shapes that do not fit
+            advice = "--single_file_config can name a folder of such a model, to take its settings from"
+            if config:
+                advice = f"its parts do not fit the settings in {config}"
+            raise UserError(f"base model {path} cannot be converted ({reason_of(error)}); {advice}") from error
+        _check_parts(path, pipeline)
+        complete = os.path.join(place, "model")
+        pipeline.save_pretrained(complete)
+        os.replace(complete, folder)
+
+
+def _copy_settings(config: str, target: str) -> None:
+    """Copy a model's folder without its weights: where the file lacks a part, diffusers would take it from there."""
+    for file in _settings(config):
+        copy = Path(target) / file.relative_to(config)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _widest_type(path: str) -> Any:
+    """The torch.dtype of the most exact weights in a safetensors file. Raises UserError where it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"unfinished-{folder.name}-") as place:
-        copy = None
-        if config:
-            # A copy without weights: where a part is missing in the file, diffusers would take it from there.
-            copy = os.path.join(place, "settings")
-            for file in _setting_files(config):
-                target = Path(copy) / file.relative_to(config)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
-        try:
-            with safe_open(path, framework="pt") as file:
-                types = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-            widest = max((kind for kind in types if kind.is_floating_point), key=lambda kind: kind.itemsize)
-            pipeline = pipeline_class.from_single_file(path, config=copy, cache_dir=cache_dir, dtype=widest)
-        except SafetensorError as error:
-            raise UserError(f"base model {path} cannot be read: {reason_of(error)}") from error
-        except Exception as error:
-            # Diffusers' own kinds, the hub client's, torch's for shapes that do not fit.
-            advice = f"its parts do not fit the settings in {config}"
-            if not config:
-                advice = "--single_file_config can name a folder of such a model, to take its settings from"
-            raise UserError(f"base model {path} cannot be converted ({reason_of(error)}); {advice}") from error
-        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            part = getattr(pipeline, name, None)
-            if not hasattr(pipeline, name):
-                continue
-            if part is None or any(parameter.is_meta for parameter in part.parameters()):
-                raise UserError(f"base model {path} has no {name}")
-        converted = os.path.join(place, "model")
-        pipeline.save_pretrained(converted)
-        os.replace(converted, folder)
+    try:
+        with safe_open(path, framework="pt") as file:
+            types = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except SafetensorError as error:
+        raise UserError(f"base model {path} cannot be read: {reason_of(error)}") from error
+    floating = [dtype for dtype in types if dtype.is_floating_point]
+    if not floating:
+        raise UserError(f"base model {path} cannot be converted: it holds no weights")
+    return max(floating, key=lambda dtype: dtype.itemsize)
+
+
+def _check_parts(path: str, pipeline: Any) -> None:
+    """Raise UserError where a network that the pipeline has is not in the file."""
+    for name in PARTS:
+        if not hasattr(pipeline, name):
+            continue
+        part = getattr(pipeline, name)
+        if part is None or any(parameter.is_meta for parameter in part.parameters()):
+            raise UserError(f"base model {path} has no {name}")

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from training_utils.base import environment
 from training_utils.run import dry_run
+from training_utils.run.dry_run import MemoryUse, ParameterCount
 from training_utils.torch_backend import sharding
 from training_utils.torch_backend.deepspeed import PartitionedOptimizer
 from training_utils.torch_backend.ema import EMAWeights
@@ -20,53 +21,21 @@ def begin_dry_run(accelerator: Accelerator, batches: Iterator, samples: Any, bat
     """
     prepare = samples.prepare
     if prepare.images or getattr(prepare, "captions", None):
-        batches = dry_run.ahead(batches, dry_run.STEPS * batch_plan.accumulation)
+        batches = dry_run.make_ahead(batches, dry_run.STEPS * batch_plan.accumulation)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     return batches
 
 
-def report_dry_run(
-    accelerator: Accelerator,
-    plan: tuple,
-    networks: dict[str, torch.nn.Module],
-    others: Iterable[torch.nn.Module | None],
-    optimizer: Any,
-    ema: EMAWeights | None,
-    fused: Any = None,
-) -> None:
-    """Print what a dry run has found.
-
-    `plan` is what `dry_run.report` takes first; `networks` are those that are trained, {name: module}, and `others`
-    the frozen ones. `fused` is a FusedBackward or None.
-    """
-    device = accelerator.device
-    memory = memory_by_part(
-        device,
-        models=[*networks.values(), *(network for network in others if network is not None)],
-        optimizer=optimizer,
-        ema=ema,
-        frees_gradients=fused is not None,
-    )
-    if device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        device_name = "this machine"
-        peak = environment.peak_memory()
-    parameters = {name: _parameters_by_module(network) for name, network in networks.items()}
-    dry_run.report(*plan, parameters, device_name, memory, peak)
-
-
-def memory_by_part(
+def measure_memory(
     device: torch.device,
     *,
     models: list[torch.nn.Module],
     optimizer: Any,
     ema: EMAWeights | None,
     frees_gradients: bool,
-) -> dict[str, int]:
-    """What each part of a training takes on the device, {part in words: bytes}.
+) -> MemoryUse:
+    """What each part of a training takes on the device, and the peak.
 
     `frees_gradients` says that a weight's gradient is freed before the next one's is there.
     """
@@ -94,7 +63,11 @@ def memory_by_part(
         "moving average": ema.shadow_params if ema is not None else [],
         "weights that are frozen": frozen,
     }
-    return {part: _bytes_on(device, tensors) for part, tensors in parts.items()}
+    name, peak = "this machine", environment.peak_memory()
+    if device.type == "cuda":
+        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+    sizes = {part: _bytes_on(device, tensors) for part, tensors in parts.items()}
+    return MemoryUse(device=name, parts=sizes, peak=peak)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -108,15 +81,12 @@ def _bytes_on(device: torch.device, tensors: Iterable[torch.Tensor]) -> int:
     return sum(_bytes(tensor) for tensor in distinct.values())
 
 
-def _parameters_by_module(network: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """The parameters of each top-level module, {name: (how many are trained, how many are frozen)}."""
-    counts = {}
+def parameters_by_module(network: torch.nn.Module) -> dict[str, ParameterCount]:
+    """How many parameters each top-level module has."""
+    counts: dict[str, ParameterCount] = {}
     for name, parameter in network.named_parameters():
         module = name.split(".")[0]
-        trained, frozen = counts.get(module, (0, 0))
-        if parameter.requires_grad:
-            trained += parameter.numel()
-        else:
-            frozen += parameter.numel()
-        counts[module] = (trained, frozen)
+        size = parameter.numel()
+        count = ParameterCount(trained=size) if parameter.requires_grad else ParameterCount(frozen=size)
+        counts[module] = counts.get(module, ParameterCount()) + count
     return counts

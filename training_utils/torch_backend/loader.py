@@ -78,4 +78,4 @@ def training_batches(
         if save_checkpoint is None or accelerator.num_processes > 1 or state.step == first_step:
             raise
         state.micro_step = after_last_step.micro_step
-        raise errors.cut_short(error, save_checkpoint) from error
+        raise errors.with_saved_state(error, save_checkpoint) from error

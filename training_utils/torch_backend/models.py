@@ -33,13 +33,13 @@ def model_folder(
 ) -> Path:
     """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError.
 
-    A model in one file is converted, as single_file.converted_folder says, which takes `config`. Parts `left_out` are
+    A model in one file is converted, as convert_single_file says, which takes `config`. Parts `left_out` are
     not fetched; of a model that is not `trained`, `variant` is read where there is one.
     """
     if os.path.isdir(name):
         folder = Path(name)
     elif os.path.isfile(name):
-        folder = single_file.converted_folder(name, pipeline_class, config, cache_dir)
+        folder = single_file.convert_single_file(name, pipeline_class, config, cache_dir)
     else:
         options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, **dict.fromkeys(left_out)}
         try:
@@ -243,6 +243,28 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
         settings = json.loads(path.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
         settings.pop("_name_or_path", None)
         path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save_trained(
+    pipeline_class: type, base: str | Path, output_dir: str | Path, variant: str | None, **trained: Any
+) -> None:
+    """Write the base model's pipeline with its `trained` parts into a folder. Frozen parts are read again, to be saved
+    in the precision they have. Raises UserError where they cannot be."""
+    dtypes = stored_dtypes(base, variant)
+    try:
+        pipeline = pipeline_class.from_pretrained(base, variant=variant, dtype=dtypes, **trained)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        ImportError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
+        raise UserError(f"base model {base} cannot be loaded as a pipeline: {reason_of(error)}") from error
+    save_pipeline(pipeline, output_dir)
 
 
 class LatentShape(NamedTuple):

@@ -79,7 +79,7 @@ def memory_metrics(accelerator):
     """The memory that this process has in use, as values to log: of a GPU the peak of what tensors took since the
     start, and what is reserved for them now; else the host's. In GiB. Does not wait for the device."""
     if accelerator.device.type != "cuda":
-        return environment.memory_in_use()
+        return environment.memory_metrics()
     stats = torch.cuda.memory_stats(accelerator.device)
     peak, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.current"]
     return {"memory_peak_gib": peak / 2**30, "memory_reserved_gib": reserved / 2**30}
@@ -178,7 +178,7 @@ def start_progress(accelerator, report_not_finite, plan, state, total, logging_s
 
 def log_metrics(accelerator, values, step):
     """Hand a dict of numbers to the trackers, for a step."""
-    trackers.tell_trackers(accelerator.trackers, lambda tracker: tracker.log(values, step=step))
+    trackers.log_values(accelerator.trackers, values, step)
 
 
 def end_training(accelerator):
@@ -187,7 +187,7 @@ def end_training(accelerator):
     Destroyed while DDP's reducer still refers to it, gloo's thread and the interpreter's lock can wait for each other
     for ever; `run.exit.run_main` ends the process without either.
     """
-    trackers.tell_trackers(accelerator.trackers, lambda tracker: tracker.finish())
+    trackers.finish_trackers(accelerator.trackers)
     output_folder.release()
 
 

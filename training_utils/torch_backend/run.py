@@ -11,6 +11,7 @@ import torch
 
 from training_utils.base import draws
 from training_utils.data.samples import Samples
+from training_utils.run import dry_run as dry_run_report
 from training_utils.run import trackers
 from training_utils.run.session import Session
 from training_utils.run.state import RunState
@@ -110,7 +111,7 @@ class Run(Session):
             steps_back = self.state.step - before.step
             limit = self.args.checkpoints_total_limit
             return self.training.save_earlier_checkpoint(
-                self.output_dir, before, self.about, limit, steps_back=steps_back
+                self.output_dir, before, self.provenance, limit, steps_back=steps_back
             )
 
         self.report_not_finite(step, loss, before, save_before)
@@ -145,7 +146,7 @@ class Run(Session):
         """Write a checkpoint and have it uploaded; None where it could not be written. A collective call."""
         self.progress.flush()
         limit = self.args.checkpoints_total_limit
-        folder = self.training.save_checkpoint(self.output_dir, self.state, self.about, limit)
+        folder = self.training.save_checkpoint(self.output_dir, self.state, self.provenance, limit)
         self.progress.pause()
         self.newest_checkpoint = self.uploads.add(folder)
         return self.newest_checkpoint
@@ -195,8 +196,20 @@ class Run(Session):
         """Say what a dry run has found, or how to continue. Returns the exit code."""
         if not self.args.dry_run:
             return self.say_stopped()
-        plan = (self.dataset, self.val_dataset, self.plan, self.args.max_train_steps, self.progress)
-        dry_run.report_dry_run(self.accelerator, plan, networks, encoders, optimizer, ema, self.gradient.fused)
+        memory = dry_run.measure_memory(
+            self.accelerator.device,
+            models=[*networks.values(), *(encoder for encoder in encoders if encoder is not None)],
+            optimizer=optimizer,
+            ema=ema,
+            frees_gradients=self.gradient.fused is not None,
+        )
+        dry_run_report.print_report(
+            facts=self.facts,
+            dataset=self.dataset,
+            progress=self.progress,
+            networks={name: dry_run.parameters_by_module(network) for name, network in networks.items()},
+            memory=memory,
+        )
         return self.stopped_by and 128 + self.stopped_by
 
     def publish_weights(self, save_result: Callable[[], None], weights: Weights, **card: Any) -> int:

@@ -13,6 +13,7 @@ from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
 from training_utils.cli.optimizers import found_settings
 from training_utils.run import checkpoints, resume
+from training_utils.run.provenance import Provenance
 from training_utils.run.state import RunState
 from training_utils.torch_backend import optimizers, sharding
 from training_utils.torch_backend.ema import EMAWeights
@@ -174,24 +175,32 @@ class TrainingState:
                     moments["step"] = moments["step"].to(parameter.device if group.get("fused") else "cpu")
 
     def save_earlier_checkpoint(
-        self, root: Path | None, state: RunState, facts: dict, limit: int | None, steps_back: int
+        self, root: Path | None, state: RunState, provenance: Provenance, limit: int | None, steps_back: int
     ) -> Path | None:
         """`save_checkpoint` of an earlier RunState, `steps_back` steps ago, since which the weights have not moved."""
         if self.weights.ema is not None:
             self.weights.ema.optimization_step -= steps_back
         optimizers.restart_schedule(self.optimizer, self.lr_scheduler, state.step)
-        return self.save_checkpoint(root, state, facts, limit)
+        return self.save_checkpoint(root, state, provenance, limit)
 
-    def save_checkpoint(self, root: Path | None, state: RunState, facts: dict, limit: int | None) -> Path | None:
+    def save_checkpoint(
+        self, root: Path | None, state: RunState, provenance: Provenance, limit: int | None
+    ) -> Path | None:
         """Write a checkpoint of a RunState under `root`; return its folder, or None, after a warning, if that failed.
 
-        `facts` are for the manifest. A collective call; see checkpoints.save_checkpoint.
+        `provenance` is for the manifest. A collective call; see checkpoints.save_checkpoint.
         """
 
-        def any_of(failed: bool) -> bool:
+        def any_process(failed: bool) -> bool:
             count = torch.tensor(int(failed), device=self.accelerator.device)
             return bool(self.accelerator.reduce(count).item())
 
         return checkpoints.save_checkpoint(
-            root, state, self.write, facts, limit, self.accelerator.is_main_process, any_of
+            root,
+            state,
+            self.write,
+            provenance,
+            limit=limit,
+            is_main=self.accelerator.is_main_process,
+            any_process=any_process,
         )
