@@ -16,13 +16,16 @@ from training_utils.data.samples import Samples
 from training_utils.jax_backend import loader, processes, state
 from training_utils.jax_backend.processes import ArrayTree
 
+# encode(network, batch): the network is a function with its parameters bound, the batch a dict of arrays (B, ...).
+Encode = Callable[..., dict[str, jax.Array]]
+
 
 def encode_one_by_one(
     params: ArrayTree,
     inputs: dict[str, jax.Array],
     count: jax.Array | int,
     *,
-    encode: Callable[..., dict[str, jax.Array]],
+    encode: Encode,
     network: Any,
 ) -> dict[str, jax.Array]:
     """What a frozen network makes of `inputs`, arrays (micro-batches, B, ...), on one device: a dict of such arrays.
@@ -58,7 +61,7 @@ class Encoder:
     batch, both on the devices, returns the batch with the outputs in that array's place.
     """
 
-    def __init__(self, encode: Callable[..., dict[str, jax.Array]], network: Any, name: str) -> None:
+    def __init__(self, encode: Encode, network: Any, name: str) -> None:
         self.network = network
         self.name = name
         self.run = processes.map_over_devices(
@@ -100,8 +103,9 @@ class Encoder:
 class FrozenEncoders:
     """The frozen networks of a run. Their outputs come from a cache on disk, or the networks run at each step.
 
-    `parameters` has those of each network by its name: on the devices where each step runs it, else, as NumPy arrays,
-    in host memory. A call with a batch returns it with what the networks make of it; caches have put it there already.
+    `parameters` has those of each network by its part ("vae"): on the devices where each step runs it, else, as NumPy
+    arrays, in host memory. A call with a batch returns it with what the networks make of it; caches have put it there
+    already.
     """
 
     def __init__(
@@ -126,41 +130,45 @@ class FrozenEncoders:
         self.cache_captions = cache_captions
         self.crops = crops
         self.parameters: dict[str, ArrayTree] = {}
-        self.each_step: list[tuple[str, Encoder]] = []
+        self.each_step: list[Encoder] = []
 
-    def images(self, name: str, encoder: Encoder, params: ArrayTree, *, settings: list[Any]) -> None:
-        """Run the network of this name that sees images, once for every image, or from now on at each step.
+    def images(self, encode: Encode, network: Any, params: ArrayTree, *, cache_key: list[Any]) -> None:
+        """Run the network that sees images, once for every image, or from now on at each step.
 
-        `params` are its parameters, NumPy arrays; `settings` tell apart in the cache how images are shown to it. A
+        `params` are its parameters, NumPy arrays; `cache_key` tells apart in the cache how images are shown to it. A
         collective call. Raises UserError.
         """
+        encoder = Encoder(encode, network, "pixels")
         if not self.cache_images:
-            self._run_at_each_step(name, encoder, params)
+            self._run_at_each_step(encoder, params)
             return
-        self.parameters[name] = params
-        store = self._store("pictures", encoder, params, settings)
-        encode = encoder.host_encoder(params, self.batch_size, self.mesh)
-        images.cache_images(store, self.sets, encode, self._team(), self.batch_size * self.mesh.size, self.crops or 1)
+        self.parameters[network.part] = params
+        store = self._store("pictures", encoder, params, cache_key)
+        host_encode = encoder.host_encoder(params, self.batch_size, self.mesh)
+        total_size = self.batch_size * self.mesh.size
+        images.cache_images(store, self.sets, host_encode, self._team(), total_size, self.crops or 1)
 
-    def captions(self, name: str, encoder: Encoder, params: ArrayTree, *, empty: bool) -> None:
-        """Run the text encoder of this name, once for every caption, and for the empty one where it is `empty` that is
-        trained as well; or from now on at each step. A collective call. Raises UserError."""
+    def captions(self, encode: Encode, network: Any, params: ArrayTree, *, with_empty: bool) -> None:
+        """Run the text encoder, once for every caption, and for the empty one where that is trained as well
+        (`with_empty`); or from now on at each step. A collective call. Raises UserError."""
+        encoder = Encoder(encode, network, "tokens")
         if not self.cache_captions:
-            self._run_at_each_step(name, encoder, params)
+            self._run_at_each_step(encoder, params)
             return
-        self.parameters[name] = params
+        self.parameters[network.part] = params
         store = self._store("captions", encoder, params, None)
-        encode = encoder.host_encoder(params, self.batch_size, self.mesh)
-        captions.cache_captions(store, self.sets, encode, self._team(), self.batch_size * self.mesh.size, empty)
+        host_encode = encoder.host_encoder(params, self.batch_size, self.mesh)
+        total_size = self.batch_size * self.mesh.size
+        captions.cache_captions(store, self.sets, host_encode, self._team(), total_size, with_empty)
 
     def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        for name, encoder in self.each_step:
-            batch = encoder(self.parameters[name], batch)
+        for encoder in self.each_step:
+            batch = encoder(self.parameters[encoder.network.part], batch)
         return batch
 
-    def _run_at_each_step(self, name: str, encoder: Encoder, params: ArrayTree) -> None:
-        self.parameters[name] = processes.replicate(params, self.mesh)
-        self.each_step.append((name, encoder))
+    def _run_at_each_step(self, encoder: Encoder, params: ArrayTree) -> None:
+        self.parameters[encoder.network.part] = processes.replicate(params, self.mesh)
+        self.each_step.append(encoder)
 
     def _store(self, kind: str, encoder: Encoder, params: ArrayTree, settings: list[Any] | None) -> Store | None:
         if self.cache_folder is None:

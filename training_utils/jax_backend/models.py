@@ -132,9 +132,7 @@ def sampling_scheduler(config: dict[str, Any], changes: Mapping[str, Any], steps
     return sampler
 
 
-def make_pipeline(
-    base: str | Path, variant: str | None, parts: Mapping[str, Any]
-) -> FlaxStableDiffusionPipeline:
+def make_pipeline(base: str | Path, variant: str | None, parts: Mapping[str, Any]) -> FlaxStableDiffusionPipeline:
     """The pipeline of a base model's parts, a dict. Raises UserError where they do not fit together."""
     try:
         return FlaxStableDiffusionPipeline(**parts, source=base, variant=variant)

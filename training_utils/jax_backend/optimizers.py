@@ -14,7 +14,13 @@ def make_optimizer(betas: tuple[float, float], weight_decay: float, epsilon: flo
 
 
 def learning_rate_curve(
-    *, name: str, peak: float, num_warmup_steps: int, num_training_steps: int, num_cycles: float = 1, power: float = 1.0
+    *,
+    name: str,
+    peak: float,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    num_cycles: float = 1,
+    power: float = 1.0,
 ) -> Callable[[int], float]:
     """A function from the number of steps made to the learning rate of the next one; floats on the host.
 
