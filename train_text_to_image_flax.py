@@ -409,6 +409,7 @@ def main(argv=None):
 
     return run.publish(
         save_result,
+        training.write,
         tags=["stable-diffusion", "stable-diffusion-diffusers"],
         usage=USAGE.format(model=args.output_dir),
         public_usage=USAGE_IN_TORCH.format(model=run.repository or args.output_dir),

@@ -897,6 +897,14 @@ def drawing(args):
     }
 
 
+def prompts(args):
+    """The prompts of the validation images, a list: --validation_prompts, or --validation_prompt as often as it is
+    drawn."""
+    if vars(args).get("validation_prompt"):
+        return [args.validation_prompt] * args.num_validation_images
+    return vars(args).get("validation_prompts") or []
+
+
 def schedule_changes(args):
     """What the flags change in the configuration of the base model's scheduler, a dict."""
     return {name: value for name in ("prediction_type", "rescale_betas_zero_snr") if (value := vars(args).get(name))}

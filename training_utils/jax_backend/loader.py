@@ -20,6 +20,7 @@ from training_utils.jax_backend import processes
 from training_utils.run.state import RunState
 
 Batch = dict[str, Any]  # {name: array}, and on the host "skipped", sentences about images that were skipped
+DeviceBatch = dict[str, jax.Array]
 Key = tuple[int, int, float]  # (epoch, index, weight) of a sample
 
 
@@ -74,7 +75,7 @@ def training_batches(
     mesh: Mesh,
     workers: int,
     save_checkpoint: Callable[[], Path | None] | None = None,
-) -> Iterator[dict[str, jax.Array]]:
+) -> Iterator[DeviceBatch]:
     """The endless steps of this host from a RunState's position on: arrays (devices, micro-steps, batch_size, ...).
 
     Each device is a process of data.BatchPlan. Every batch has the same shape, so a step compiles once; where an
@@ -98,7 +99,7 @@ def training_batches(
         yield processes.split_over_devices(arrays, mesh)
 
 
-def validation_batches(samples: Samples, batch_size: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+def validation_batches(samples: Samples, batch_size: int, mesh: Mesh) -> Iterator[DeviceBatch]:
     """All validation samples once, as arrays (devices, 1, batch_size, ...), the same number of them on every host."""
     first_device = jax.process_index() * mesh.size
     world_size = jax.process_count() * mesh.size

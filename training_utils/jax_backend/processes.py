@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from training_utils.base.environment import memory_in_use
 from training_utils.base.errors import UserError, reason_of
-from training_utils.data import samples
 from training_utils.run import output_folder
 from training_utils.run.trackers import tell_trackers
 
@@ -142,20 +141,42 @@ def largest_of_processes(mesh: Mesh, lag: int = 2) -> Callable[[int], int]:
     return ask
 
 
-def say_skipped(skipped: set[str]) -> None:
-    """`samples.say_skipped` for all processes together; `skipped` is the set of this one. A collective call."""
-    samples.say_skipped(set(gather(sorted(skipped))))
+class JaxProcesses:
+    """The processes of a run, joined, as run.session.Processes has them.
 
-
-def end_training(trackers: list[Any]) -> None:
-    """Close the trackers, release the output folder, and leave the other processes, once all have come this far.
-
-    A process that fails does not come here, and `run.exit` ends it at once: at this point it would wait in vain.
+    Attributes: mesh, the devices of this host; world_size, the number of devices of all hosts, each of which is a
+    process of the batch plan; trackers, which the main process opens later.
     """
-    tell_trackers(trackers, lambda tracker: tracker.finish())
-    output_folder.release()
-    if jax.process_count() > 1:
-        jax.distributed.shutdown()
+
+    def __init__(self) -> None:
+        """Join the hosts; see `connect_hosts`."""
+        connect_hosts()
+        self.mesh = local_mesh()
+        self.is_main = is_main()
+        self.world_size = self.mesh.size * jax.process_count()
+        self.trackers: list[Any] = []
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What a function returns in the main process, on every process. A collective call."""
+        return from_main(make)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The lists of all processes, one after the other. A collective call."""
+        return gather(items)
+
+    def ask_for_largest(self) -> Callable[[int], int]:
+        """A function from a number to the largest that any process gave it, some calls later."""
+        return largest_of_processes(self.mesh)
+
+    def end(self) -> None:
+        """Close the trackers, release the output folder, and leave the other processes, once all have come this far.
+
+        A process that fails does not come here, and `run.exit` ends it at once: at this point it would wait in vain.
+        """
+        tell_trackers(self.trackers, lambda tracker: tracker.finish())
+        output_folder.release()
+        if jax.process_count() > 1:
+            jax.distributed.shutdown()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
