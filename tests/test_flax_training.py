@@ -1,12 +1,14 @@
 """train_text_to_image_flax.py: the numbers of the torch script, exact resume, devices and hosts, and what it saves."""
 
 import gc
+import io
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from functools import partial
@@ -705,6 +707,56 @@ def test_weights_and_biases(run_flax, tmp_path, monkeypatch):
     assert told[0]["learning_rate"] == 1e-3 and SECRET not in str(told)
     assert [step for step, values in told[1:-1] if "train_loss" in values] == [1, 2, 3, 4, 5, 6]
     assert (6, {"validation": ["a handwritten one", "two"]}) in told and told[-1] == "finished"
+
+
+WITHOUT_TORCH = """
+import sys
+import numpy as np
+from training_utils.jax_backend.trackers import TensorBoard
+
+tracker = TensorBoard(sys.argv[1], "run", {"seed": 7})
+tracker.log({"train_loss": 0.25, "grad_norm": float("nan")}, 3)
+tracker.writer.add_images("validation", np.full((2, 4, 6, 3), 200, np.uint8), 3, dataformats="NHWC")
+tracker.finish()
+assert "torch" not in sys.modules, "it takes seconds to import"
+"""
+
+
+def test_tensorboard_without_torch(tmp_path):
+    """Curves, images side by side and the settings, and no word about a NaN, which the run itself reports."""
+    words = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "logs")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert logged(tmp_path) == {3: 0.25} and np.isnan(logged(tmp_path, "grad_norm")[3])
+    assert json.loads((tmp_path / "logs" / "run" / "settings.json").read_text()) == {"seed": 7}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (image,) = EventAccumulator(str(tmp_path / "logs" / "run")).Reload().Images("validation")
+    assert (image.step, image.width, image.height) == (3, 12, 4)
+    assert (np.asarray(Image.open(io.BytesIO(image.encoded_image_string))) == 200).all()
+
+
+@pytest.mark.parametrize(("value", "words"), [(None, "is missing"), ("two", "is 'two', not a whole number")])
+def test_hosts_that_are_named_wrongly(monkeypatch, value, words):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JAX_NUM_PROCESSES", value)
+    with pytest.raises(UserError, match=f"do not find each other: JAX_NUM_PROCESSES {words}"):
+        processes.connect_hosts()
+
+
+def test_a_bug_of_ours_is_not_called_a_damaged_checkpoint(every_draw, monkeypatch):
+    unet, params = models.load_part(every_draw, "unet")
+    training = TrainingState(unet, new_arrays(params, optimizers.make_optimizer((0.9, 0.999), 0.01, 1e-8)))
+
+    def broken(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("flax_diffusion.weights.to_params", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        training.read(every_draw / "checkpoint-5")
 
 
 BAD_BASES = {
