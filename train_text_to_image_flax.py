@@ -73,7 +73,7 @@ from training_utils.base.console import warn  # noqa: E402
 from training_utils.base.errors import UserError  # noqa: E402
 from training_utils.data import image_ops, inspection  # noqa: E402
 from training_utils.data.captions import choose_caption, shuffle_tags  # noqa: E402
-from training_utils.jax_backend import models, processes, state, validation  # noqa: E402
+from training_utils.jax_backend import models, processes, validation  # noqa: E402
 from training_utils.jax_backend.ema import update_average  # noqa: E402
 from training_utils.jax_backend.gradient import (  # noqa: E402
     accumulate_gradient,
@@ -83,6 +83,7 @@ from training_utils.jax_backend.gradient import (  # noqa: E402
 )
 from training_utils.jax_backend.processes import AXIS  # noqa: E402
 from training_utils.jax_backend.run import Run  # noqa: E402
+from training_utils.jax_backend.state import TrainingState, new_arrays  # noqa: E402
 from training_utils.run import exit  # noqa: E402
 
 PARTS = ["feature_extractor", "safety_checker", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
@@ -341,14 +342,16 @@ def main(argv=None):
     run.plan_batches()
     optimizer = run.make_optimizer()
     fp16 = args.mixed_precision == "fp16"
-    arrays = state.new_arrays(
-        base.parameters.pop("unet"),
-        optimizer,
-        average=args.use_ema,
-        loss_scaling=fp16,
-        stop_on_nan=args.on_nan == "stop" and not fp16,  # an fp16 overflow is no fault: it lowers the loss scale
+    training = TrainingState(
+        unet,
+        new_arrays(
+            base.parameters.pop("unet"),
+            optimizer,
+            average=args.use_ema,
+            loss_scaling=fp16,
+            stop_on_nan=args.on_nan == "stop" and not fp16,  # an fp16 overflow is no fault: it lowers the loss scale
+        ),
     )
-    training = state.TrainingState(unet, arrays)
     run.begin(training)
 
     objective = {
