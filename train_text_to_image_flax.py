@@ -19,51 +19,31 @@ from training_utils.base import startup  # noqa: E402
 
 startup.begin()
 
-from dataclasses import asdict  # noqa: E402
+from dataclasses import asdict, dataclass  # noqa: E402
 from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from flax_diffusion import FlaxDDPMScheduler  # noqa: E402
+from flax_diffusion import FlaxDDPMScheduler, FlaxStableDiffusionPipeline  # noqa: E402
 from training_utils.base import losses  # noqa: E402
-from training_utils.base.console import say, warn  # noqa: E402
-from training_utils.base.errors import UserError  # noqa: E402
-from training_utils.data import captions, checking, image_ops, inspection, opening, selection  # noqa: E402
-from training_utils.data.plan import BatchPlan  # noqa: E402
-from training_utils.data.samples import Samples  # noqa: E402
-from training_utils.jax_backend import dry_run, loader, models, optimizers, validation  # noqa: E402
-from training_utils.jax_backend.devices import (  # noqa: E402
-    AXIS,
-    Pace,
-    any_process,
-    cast,
-    check_precision,
-    connect_hosts,
-    device_name,
-    from_main,
-    gather,
-    is_main,
-    keep_compiled,
-    largest_of_processes,
-    local_mesh,
-    map_over_devices,
-    memory_metrics,
-    replicate,
+from training_utils.data import image_ops, inspection  # noqa: E402
+from training_utils.data.captions import choose_caption, shuffle_tags  # noqa: E402
+from training_utils.jax_backend import models, processes, validation  # noqa: E402
+from training_utils.jax_backend.ema import update_average  # noqa: E402
+from training_utils.jax_backend.gradient import (  # noqa: E402
+    accumulate_gradient,
+    clip_gradient,
+    select_tree,
+    update_loss_scale,
 )
-from training_utils.jax_backend.frozen import Encoder, cache_captions, cache_images  # noqa: E402
-from training_utils.jax_backend.state import load_state, save_state  # noqa: E402
-from training_utils.jax_backend.trackers import end_training, log_metrics, make_trackers, say_skipped  # noqa: E402
-from training_utils.run import checkpoints, commands, exit, output_folder, resume, summary  # noqa: E402
-from training_utils.run.dry_run import STEPS  # noqa: E402
-from training_utils.run.grids import grid_name, publish_images, standing_grids  # noqa: E402
-from training_utils.run.hub import card, upload  # noqa: E402
-from training_utils.run.metrics import Metrics  # noqa: E402
-from training_utils.run.progress import Progress, report_not_finite, validation_due  # noqa: E402
-from training_utils.run.signals import Interruption  # noqa: E402
-from training_utils.run.trackers import tracker_config  # noqa: E402
+from training_utils.jax_backend.processes import AXIS  # noqa: E402
+from training_utils.jax_backend.run import Run  # noqa: E402
+from training_utils.jax_backend.state import TrainingState, new_arrays  # noqa: E402
+from training_utils.run import exit  # noqa: E402
+from training_utils.run.base_model import check_prediction_type  # noqa: E402
 
 PARTS = ["feature_extractor", "safety_checker", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
 UPLOADED = ["README.md", "model_index.json", "validation/*.png", *(f"{part}/*" for part in PARTS)]
@@ -112,9 +92,9 @@ class SampleTransform:
         latent_shape = (self.channels, height // self.factor, width // self.factor)
         mirrored = self.mirrors and draw("flip").random() < 0.5
         corner = draw("crop") if self.cropped else None
-        caption = captions.choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        caption = choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
-            caption = captions.shuffle_tags(caption, draw, args.keep_tokens)
+            caption = shuffle_tags(caption, draw, args.keep_tokens)
         image = self.images.read if self.images else partial(self.show, rows)
         text = self.tokenize(caption or "")
         if train:
@@ -148,6 +128,47 @@ def encode_captions(text_encoder, batch):
     return {"text_states": text_encoder(batch["tokens"])}
 
 
+@dataclass
+class Models:
+    """The base model, its parameters in host memory.
+
+    Attributes: pipeline, the networks and the model's own sampler, with the changes that the flags ask for;
+    parameters, by part; noise_schedule, that of the training.
+    """
+
+    pipeline: FlaxStableDiffusionPipeline
+    parameters: dict[str, Any]
+    noise_schedule: FlaxDDPMScheduler
+
+
+def load_models(args) -> Models:
+    """Load the base model. Raises UserError for one that this script cannot train."""
+    base = models.model_folder(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, args.single_file_config
+    )
+    changes = args.schedule_changes
+    config = models.load_scheduler_config(base)
+    noise_schedule = FlaxDDPMScheduler.from_config(config | changes)
+    check_prediction_type(noise_schedule.config, zero_snr_asked=args.rescale_betas_zero_snr)
+    drawing_steps = args.validation_num_inference_steps if args.validation_prompts else None
+    parts = {
+        "scheduler": models.sampling_scheduler(config, changes, drawing_steps),
+        "tokenizer": models.load_tokenizer(base),
+    }
+    parameters = {}
+    compute_type = models.TYPES[args.mixed_precision]
+    for part in ("unet", "vae", "text_encoder"):
+        parts[part], parameters[part] = models.load_part(base, part, compute_type, args.variant)
+    if args.gradient_checkpointing:
+        parts["unet"] = parts["unet"].clone(gradient_checkpointing=True)
+    return Models(models.make_pipeline(base, args.variant, parts), parameters, noise_schedule)
+
+
+def latent_shape_of(vae):
+    """The channels of the VAE's latents, and how many pixels the side of one covers."""
+    return vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def training_loss(unet, schedule, batch, scaling_factor, snr_gamma=None):
     """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,). The UNet is a function of its inputs.
@@ -178,343 +199,170 @@ def sample_losses(params, batch, unet, schedule, scaling_factor, snr_gamma=None)
 
 
 def train_step(
-    trained, batch, learning_rate, *, unet, schedule, scaling_factor, optimizer, snr_gamma, max_grad_norm, ema_decay
+    arrays,
+    batch,
+    learning_rate,
+    *,
+    unet,
+    schedule,
+    scaling_factor,
+    optimizer,
+    snr_gamma,
+    max_grad_norm,
+    ema_decay,
 ):
-    """One step on one device, of the devices that `engine.AXIS` joins. A pure function.
+    """One step on one device, of the devices that `processes.AXIS` joins. A pure function.
 
-    Args: trained, the training state: a dict of params, optimizer and, where they are used, average and loss_scale;
-    batch, arrays (micro-steps, B, ...), with what the frozen networks make of it; learning_rate, a scalar. The
-    keywords are bound once. Returns (trained, {"loss", "grad_norm", "applied"}), alike on every device.
+    Args: arrays, what is trained, see state.new_arrays; batch, arrays (micro-steps, B, ...), with what the frozen
+    networks make of it; learning_rate, a scalar. The keywords are bound once. Returns (arrays, {"loss", "grad_norm",
+    "applied"}), alike on every device.
 
-    A gradient that is not finite changes nothing. Where the state has `held`, neither does any that comes after it:
-    the weights stay in the last good state until the host, which looks at the losses now and then, notices.
+    A gradient that is not finite changes nothing. Where the arrays have `halted`, neither does any that comes after
+    it: the weights stay in the last good state until the host, which fetches the losses now and then, notices.
     """
-    params, scale = trained["params"], trained["loss_scale"]["scale"] if "loss_scale" in trained else 1.0
+    params = arrays["params"]
+    scale = arrays["loss_scale"]["scale"] if "loss_scale" in arrays else 1.0
 
     def scaled_loss(params, micro_batch):
-        weight = micro_batch["weight"]
-        return scale * (sample_losses(params, micro_batch, unet, schedule, scaling_factor, snr_gamma) * weight).sum()
+        losses = sample_losses(params, micro_batch, unet, schedule, scaling_factor, snr_gamma)
+        return scale * (losses * micro_batch["weight"]).sum()
 
-    loss, gradients = optimizers.accumulated(jax.value_and_grad(scaled_loss), params, batch)
+    loss, gradients = accumulate_gradient(jax.value_and_grad(scaled_loss), params, batch)
     loss, gradients = jax.lax.pmean((loss, gradients), AXIS)
     loss, gradients = jax.tree.map(lambda value: value / scale, (loss, gradients))
-    gradients, norm = optimizers.clip_gradient(gradients, max_grad_norm)
-    steps, optimizer_state = optimizer.update(gradients, trained["optimizer"], params)
-    params = jax.tree.map(lambda value, step: value - learning_rate * step, params, steps)
+    gradients, grad_norm = clip_gradient(gradients, max_grad_norm)
+    changes, optimizer_state = optimizer.update(gradients, arrays["optimizer"], params)
+    params = jax.tree.map(lambda value, change: value - learning_rate * change, params, changes)
     after = {"params": params, "optimizer": optimizer_state}
-    if "average" in trained:
-        after["average"] = optimizers.move_average(trained["average"], params, ema_decay)
-    applied = jnp.isfinite(norm)
-    if "held" in trained:
-        applied &= ~trained["held"]
-    after = optimizers.where(applied, after, {key: trained[key] for key in after})
-    if "held" in trained:
-        after["held"] = ~applied
-    if "loss_scale" in trained:
-        after["loss_scale"] = optimizers.move_loss_scale(trained["loss_scale"], applied)
-    return after, {"loss": loss, "grad_norm": norm, "applied": applied}
+    if "average" in arrays:
+        after["average"] = update_average(arrays["average"], params, ema_decay)
+    applied = jnp.isfinite(grad_norm)
+    if "halted" in arrays:
+        applied &= ~arrays["halted"]
+    after = select_tree(applied, after, {key: arrays[key] for key in after})
+    if "halted" in arrays:
+        after["halted"] = ~applied
+    if "loss_scale" in arrays:
+        after["loss_scale"] = update_loss_scale(arrays["loss_scale"], applied)
+    return after, {"loss": loss, "grad_norm": grad_norm, "applied": applied}
 
 
 def validation_step(params, batch, *, unet, schedule, scaling_factor):
-    """The sum of a held-out batch's losses over the devices; arrays (1, B, ...)."""
+    """The sum of a validation batch's losses over the devices; arrays (1, B, ...)."""
     batch = jax.tree.map(lambda array: array[0], batch)
-    loss = sample_losses(params, batch, unet, schedule, scaling_factor) * batch["weight"]
-    return jax.lax.psum(loss.sum(), AXIS)
-
-
-def load_models(args):
-    """The base model: (pipeline, parameters, schedule).
-
-    `pipeline` holds the networks and the model's own sampler, `parameters` is a dict by part, `schedule` the noise
-    schedule of the training.
-    """
-    base = models.model_folder(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, args.single_file_config
-    )
-    changes = args.schedule_changes
-    config = models.load_scheduler_config(base)
-    schedule = FlaxDDPMScheduler.from_config(config | changes)
-    check_prediction_type(args, schedule.config)
-    steps = args.validation_num_inference_steps if args.validation_prompts else None
-    parts = {"scheduler": models.sampling_scheduler(config, changes, steps), "tokenizer": models.load_tokenizer(base)}
-    parameters, half = {}, models.TYPES[args.mixed_precision]
-    for part in ("unet", "vae", "text_encoder"):
-        parts[part], parameters[part] = models.load_part(base, part, half, args.variant)
-    if args.gradient_checkpointing:
-        parts["unet"] = parts["unet"].clone(gradient_checkpointing=True)
-    return models.make_pipeline(base, args.variant, parts), parameters, schedule
-
-
-def check_prediction_type(args, config):
-    """Objections that need the model's own scheduler, beyond those that the flags alone raise."""
-    if config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"the model predicts '{config.prediction_type}'; this script trains epsilon and v_prediction")
-    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-        problem = "with zero terminal SNR the last timestep is pure noise, from which epsilon cannot be predicted"
-        if args.rescale_betas_zero_snr:
-            raise UserError(f"{problem}; add --prediction_type v_prediction")
-        warn(f"{problem}, and this base model has such a schedule; --prediction_type v_prediction goes with it")
+    losses = sample_losses(params, batch, unet, schedule, scaling_factor)
+    return jax.lax.psum((losses * batch["weight"]).sum(), AXIS)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    command = cli.without_secrets(argv)
     if args.check_data:
         return inspection.check_data(args.data, args.resolution)
-
-    # --- processes, seed and where to begin --------------------------------------------------------------------------
-    if args.compilation_cache_dir:
-        keep_compiled(args.compilation_cache_dir)
-    connect_hosts()
-    check_precision(args.mixed_precision)
-    mesh = local_mesh()
-    devices = mesh.size * jax.process_count()
-    for notice in args.notices:
-        warn(notice)
-    seed = args.seed if "seed" in args.given else None
-    resume_from, state = from_main(
-        lambda: resume.begin_run(
-            args.output_dir, args.resume_from_checkpoint, seed, otherwise=args.seed, writes=not args.dry_run
-        )
-    )
-    from_main(lambda: output_folder.refuse_another_result(args.output_dir, pipeline="StableDiffusionPipeline"))
-    repository, uploads = upload.open_uploads(from_main, is_main(), args.hub, args.output_dir)
+    run = Run(args, __file__, argv, base_model=args.pretrained_model_name_or_path, pipeline="StableDiffusionPipeline")
 
     # --- data and models ---------------------------------------------------------------------------------------------
-    rows = opening.load_dataset(args.data)
-    rows = selection.take_subset(rows, args.max_train_samples, state.seed)
-    unusable = from_main(lambda: checking.check_dataset(rows, args.on_bad_sample))
-    rows = rows.drop(unusable)
-    rows.sizes = np.full((len(rows), 2), args.resolution)
-    rows, val_dataset = selection.split_validation(rows, args.validation_split, state.seed)
-    pipeline, parameters, schedule = load_models(args)
-    tokenizer, text_encoder, vae, unet = pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet
-    if is_main():
-        captions.warn_of_long_captions(rows, tokenizer)
-    latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
-    prepare = SampleTransform(args, tokenizer, latents, schedule.config.num_train_timesteps)
-    samples = Samples(rows, prepare, state.seed, args.on_bad_sample)
-    if val_dataset is not None:
-        prepare = SampleTransform(args, tokenizer, latents, schedule.config.num_train_timesteps, len(val_dataset))
-        val_samples = Samples(val_dataset, prepare, state.seed, on_bad_sample="skip")
+    run.open_data()
+    base = load_models(args)
+    pipeline = base.pipeline
+    unet = pipeline.unet
+    run.warn_of_long_captions(pipeline.tokenizer)
+    timesteps = base.noise_schedule.config.num_train_timesteps
+    channels, pixels_of_latent = latent_shape_of(pipeline.vae)
+    transform = partial(SampleTransform, args, pipeline.tokenizer, (channels, pixels_of_latent), timesteps)
+    train_set, val_set = run.samples(transform)
 
-    # --- what is frozen runs once ------------------------------------------------------------------------------------
-    sets = [samples, val_samples] if val_dataset is not None else [samples]
-    keeping = (args.caches.folder, sets, args.train_batch_size, mesh)
-    frozen = {part: cast(parameters[part], vae.dtype) for part in ("vae", "text_encoder")}
-    see, read = Encoder(encode_images, vae, "pixels"), Encoder(encode_captions, text_encoder, "tokens")
-    if args.cache_latents:
-        settings = ["stable diffusion", args.resolution, args.image_interpolation_mode]
-        cache_images(*keeping, see, frozen["vae"], settings, args.cached_crops)
-    else:
-        frozen["vae"] = replicate(frozen["vae"], mesh)
-    if args.cache_text_embeddings:
-        cache_captions(*keeping, read, frozen["text_encoder"], bool(args.caption_dropout))
-    else:
-        frozen["text_encoder"] = replicate(frozen["text_encoder"], mesh)
-
-    def encode(batch):
-        """A batch with what the frozen networks make of it; caches have put it there already."""
-        batch = batch if args.cache_latents else see(frozen["vae"], batch)
-        return batch if args.cache_text_embeddings else read(frozen["text_encoder"], batch)
-
-    # --- optimizer and learning rate, in steps ---------------------------------------------------------------------
-    updates = BatchPlan.for_dataset(rows, state.seed, args.train_batch_size, args.gradient_accumulation_steps, devices)
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * updates.steps_per_epoch
-    optimizer = optimizers.make_optimizer(
-        (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon
+    # --- frozen networks: cached on disk, or run at each step --------------------------------------------------------
+    encode = run.frozen_encoders()
+    half = pipeline.vae.dtype
+    image_key = ["stable diffusion", args.resolution, args.image_interpolation_mode]
+    encode.images(encode_images, pipeline.vae, processes.cast(base.parameters["vae"], half), cache_key=image_key)
+    encode.captions(
+        encode_captions,
+        pipeline.text_encoder,
+        processes.cast(base.parameters["text_encoder"], half),
+        with_empty=bool(args.caption_dropout),
     )
-    learning_rate = optimizers.learning_rate_curve(
-        args.lr_scheduler,
-        args.learning_rate * (updates.samples_per_step if args.scale_lr else 1),
-        args.lr_warmup_steps,
-        args.max_train_steps,
-        args.lr_num_cycles,
-        args.lr_power,
-    )
-    fp16 = args.mixed_precision == "fp16"  # whose overflows are no fault: they lower the scale of the loss
-    hold = args.on_nan == "stop" and not fp16
-    trained = optimizers.new_state(parameters.pop("unet"), optimizer, args.use_ema, fp16, hold)
 
-    # --- resume ------------------------------------------------------------------------------------------------------
-    about = {
-        "script": Path(__file__).name,
-        "world_size": devices,
-        "flags": args.shapes_result,
-        "data": {"samples": len(rows), "sha256": from_main(rows.fingerprint)},
+    # --- optimizer, schedule, EMA, resume ----------------------------------------------------------------------------
+    run.plan_batches()
+    optimizer = run.make_optimizer()
+    fp16 = args.mixed_precision == "fp16"
+    training = TrainingState(
+        unet,
+        new_arrays(
+            base.parameters.pop("unet"),
+            optimizer,
+            average=args.use_ema,
+            loss_scaling=fp16,
+            stop_on_nan=args.on_nan == "stop" and not fp16,  # an fp16 overflow is no fault: it lowers the loss scale
+        ),
+    )
+    run.begin(training)
+
+    objective = {
+        "unet": unet,
+        "schedule": base.noise_schedule,
+        "scaling_factor": pipeline.vae.config.scaling_factor,
     }
-    if resume_from:
-        from_main(lambda: resume.warn_of_differences(resume_from, about))
-        resume.require_everywhere(resume_from, gather)
-        trained = load_state(resume_from, trained, unet)
-    trained = replicate(trained, mesh)
-    trackers = make_trackers(
-        args.report_to,
-        Path(args.output_dir) / args.logging_dir,
-        args.tracker_project_name,
-        tracker_config(args.public),
+    bound_step = partial(
+        train_step,
+        **objective,
+        optimizer=optimizer,
+        snr_gamma=args.snr_gamma,
+        max_grad_norm=args.max_grad_norm,
+        ema_decay=args.ema_decay,
     )
-
-    named = (about, args.pretrained_model_name_or_path, device_name(), args.output_dir)
-    facts = summary.announce(
-        *named, jax.tree.leaves(trained["params"]), updates, val_dataset, args.max_train_steps, state
-    )
-    if is_main() and not args.dry_run:
-        output_folder.write_run_file(args.output_dir, cli.as_file(args, state.seed))
-        trackers.append(Metrics(args.output_dir, state.step, facts))
-
-    def save(state):
-        """Write a checkpoint of a RunState. Returns its folder, or None where it could not be written."""
-        folder = checkpoints.save_checkpoint(
-            args.output_dir,
-            state,
-            lambda folder: save_state(folder, trained, unet),
-            about,
-            args.checkpoints_total_limit,
-            is_main(),
-            any_process,
-        )
-        return uploads.add(folder)
-
-    def not_finite(step, loss, before):
-        def keep():
-            folder = save(before)
-            uploads.finish(from_main)
-            end_training(trackers)
-            return folder
-
-        names = updates.image_names(rows, before.position)
-        report_not_finite(step, loss, names, args.on_nan == "stop", keep)
-
-    progress = Progress(
-        state,
-        args.max_train_steps,
-        args.logging_steps,
-        updates.mean_samples_per_step,
-        lambda scalars: [float(scalar) for scalar in jax.device_get(scalars)],
-        lambda values, step: log_metrics(trackers, values, step),
-        not_finite,
-        memory_metrics,
-    )
-
-    prompts = args.validation_prompts or []
-    grids = standing_grids(args.output_dir, state.step) if prompts else []  # the last ones drawn
-    objective = dict(unet=unet, schedule=schedule, scaling_factor=vae.config.scaling_factor)
-    evaluate = map_over_devices(partial(validation_step, **objective), in_axes=(None, 0))
-
-    def result_weights():
-        """The weights that would be saved now."""
-        return trained["average"]["weights"] if args.use_ema else trained["params"]
+    step = processes.map_over_devices(bound_step, in_axes=(None, 0, None), donate=(0,))
+    evaluate = processes.map_over_devices(partial(validation_step, **objective), in_axes=(None, 0))
 
     def validate():
         """Validation loss and images with the weights that would be saved now."""
-        progress.flush()
-        if val_dataset is not None:
-            loss = validation.validation_loss(
-                lambda batch: evaluate(result_weights(), encode(batch)), val_samples, args.train_batch_size, mesh
-            )
-            log_metrics(trackers, {"val_loss": loss}, state.step)
-            say(f"step {state.step}: val_loss {loss:.4f}")
-        if prompts:
-            if is_main():
+        with run.validating():
+            if val_set is not None:
+                run.log_val_loss(val_set, lambda batch: evaluate(training.result, encode(batch)))
+            if run.prompts and processes.is_main():
+                side = args.resolution // pixels_of_latent
                 images = validation.draw_images(
                     pipeline,
-                    frozen | {"unet": result_weights()},
-                    prompts,
-                    state.seed,
-                    (latents[0], args.resolution // latents[1], args.resolution // latents[1]),
+                    encode.parameters | {"unet": training.result},
+                    run.prompts,
+                    seed=run.state.seed,
+                    latent_shape=(channels, side, side),
                     **asdict(args.validation),
                 )
-                publish_images(trackers, images, prompts, state.step, args.output_dir)
-            grids[:] = [grid_name(state.step)]
-        progress.pause()
-
-    def checkpoint():
-        progress.flush()
-        folder = save(state)
-        progress.pause()
-        return folder
+                run.log_images(images)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    step = map_over_devices(
-        partial(
-            train_step,
-            **objective,
-            optimizer=optimizer,
-            snr_gamma=args.snr_gamma,
-            max_grad_norm=args.max_grad_norm,
-            ema_decay=args.ema_decay,
-        ),
-        in_axes=(None, 0, None),
-        donate=(0,),
-    )
-    keep = None if args.dry_run else checkpoint
-    batches = loader.training_batches(samples, updates, state, mesh, args.dataloader_num_workers, keep)
-    looks = prompts or val_dataset is not None
-    cadence = (args.validation_steps, args.validation_epochs) if looks else (0, 0)
-    pace, stopped_by, planned = Pace(), 0, args.max_train_steps
-    if args.dry_run:
-        batches = dry_run.begin_dry_run(batches, samples)
-        args.max_train_steps, args.output_dir = min(planned, state.step + STEPS), None
-    with Interruption(largest_of_processes(mesh)) as interruption:
-        if args.validation_at_start and looks and state.step == 0:
+    batches = run.batches()
+    with run:  # SIGTERM and Ctrl-C end it after a step
+        if run.validates_first():
             validate()
-        while state.step < args.max_train_steps and not stopped_by:
-            rate = np.float32(learning_rate(state.step))
-            trained, seen = step(trained, encode(next(batches)), rate)
-            pace(seen["loss"])
-            state.micro_step += args.gradient_accumulation_steps
+        while run.continues():
+            batch = encode(next(batches))
+            training.arrays, result = step(training.arrays, batch, run.learning_rate())
             # As in the torch scripts: the end of a step.
-            state.position = updates.position_after(state.position)
-            updated = not fp16 or bool(seen["applied"])  # False: an overflow, only data moved on
-            if updated:
-                state.step += 1
-                progress.update(state, seen["loss"], seen["grad_norm"], learning_rate(state.step))
-            else:
-                progress.skip(checkpoint)
-            stopped_by = interruption.signal()
-            if stopped_by or (
-                updated and checkpoints.checkpoint_due(state, args.checkpointing_steps, args.max_train_steps)
-            ):
-                newest = checkpoint()
-            if updated and not stopped_by and validation_due(state, *cadence, args.max_train_steps):
+            stepped = not fp16 or bool(result["applied"])  # False: an fp16 overflow, only the data moved on
+            run.end_step(result["loss"], result["grad_norm"], stepped)
+            if run.checkpoint_due(stepped):
+                run.save_checkpoint()
+            if run.validation_due(stepped):
                 validate()
-        if stopped_by:
-            uploads.finish(from_main)
-    progress.close()
-    if args.dry_run:
-        plan = (rows, val_dataset, updates, planned, progress)
-        dry_run.report_dry_run(plan, "unet", trained, frozen)
-        return stopped_by and 128 + stopped_by
-    if stopped_by:
-        end_training(trackers)
-        return commands.say_stopped(stopped_by, state.step, newest, command)
-    say_skipped(rows.findings.skipped)
+    if run.ended_early:  # a dry run, or a signal: says how to continue
+        return run.exit_code("unet", encode.parameters)
 
     # --- the result --------------------------------------------------------------------------------------------------
-    if is_main():
-        with output_folder.rescue_weights(
-            args.output_dir, state, about, lambda folder: save_state(folder, trained, unet)
-        ):
-            models.save_pipeline(args.output_dir, pipeline, parameters | {"unet": jax.device_get(result_weights())})
-            card.write_card(
-                args.output_dir,
-                repository,
-                base_model=args.pretrained_model_name_or_path,
-                data=args.dataset_name,
-                tags=["stable-diffusion", "stable-diffusion-diffusers"],
-                facts=args.shapes_result | {"seed": state.seed, "steps": state.step, "images": len(rows)},
-                usage=USAGE_IN_TORCH.format(model=repository or args.output_dir),
-                images=[(grid, prompts) for grid in grids],
-                token=args.hub_token,
-            )
-        summary.conclude(args.output_dir, progress, USAGE.format(model=args.output_dir))
-        if repository:
-            uploads.finish()
-            upload.upload_result(args.output_dir, repository, args.hub_token, UPLOADED)
-    end_training(trackers)
-    return 0
+    def save_result():
+        parameters = base.parameters | {"unet": jax.device_get(training.result)}
+        models.save_pipeline(args.output_dir, pipeline, parameters)
+
+    return run.publish(
+        save_result,
+        training.write,
+        tags=["stable-diffusion", "stable-diffusion-diffusers"],
+        usage=USAGE.format(model=args.output_dir),
+        public_usage=USAGE_IN_TORCH.format(model=run.repository or args.output_dir),
+        uploaded=UPLOADED,
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax
 from conftest import Runner
 from flax_tiny import COMPILED
 
-from training_utils.jax_backend import devices, optimizers
+from training_utils.jax_backend import optimizers, processes
 
 
 class FlaxRunner(Runner):
@@ -24,11 +24,11 @@ class FlaxRunner(Runner):
 
 
 class CompiledOnce:
-    """Stands in for `jax_engine.over_devices`: what was mapped with the same settings before is used again, since
+    """Stands in for `processes.map_over_devices`: what was mapped with the same settings before is used again, since
     tracing takes longer than these runs. `traced` counts how often each was traced."""
 
     def __init__(self):
-        self.real, self.mapped, self.traced = devices.map_over_devices, {}, {}
+        self.real, self.mapped, self.traced = processes.map_over_devices, {}, {}
 
     def __call__(self, function, in_axes, **options):
         if not isinstance(function, functools.partial):
@@ -57,8 +57,8 @@ _one_optimizer = functools.cache(_make_optimizer)
 @contextmanager
 def compiled_once():
     """Within this context all runs of this process share what they compile; yields the CompiledOnce."""
-    devices.map_over_devices, optimizers.make_optimizer = _compiled, _one_optimizer
+    processes.map_over_devices, optimizers.make_optimizer = _compiled, _one_optimizer
     try:
         yield _compiled
     finally:
-        devices.map_over_devices, optimizers.make_optimizer = _compiled.real, _make_optimizer
+        processes.map_over_devices, optimizers.make_optimizer = _compiled.real, _make_optimizer

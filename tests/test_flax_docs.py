@@ -1,4 +1,4 @@
-"""What the pages have of JAX runs, with a tiny model and few updates in place of a real one and many."""
+"""What the pages have of JAX runs, with a tiny model and few steps in place of a real one and many."""
 
 import importlib.metadata
 import re

@@ -33,13 +33,13 @@ def each(sd, images):
     return FlaxRunner("train_text_to_image_flax", sd, images)
 
 
-def poison(monkeypatch, *updates):
+def poison(monkeypatch, *steps):
     """Let the noise of these steps, counted from 1, be no number."""
     real = loader.training_batches
 
     def poisoned(*args):
         for number, batch in enumerate(real(*args), start=1):
-            yield batch | {"noise": batch["noise"] * np.nan} if number in updates else batch
+            yield batch | {"noise": batch["noise"] * np.nan} if number in steps else batch
 
     monkeypatch.setattr(loader, "training_batches", poisoned)
 

@@ -1,12 +1,14 @@
 """train_text_to_image_flax.py: the numbers of the torch script, exact resume, devices and hosts, and what it saves."""
 
 import gc
+import io
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from functools import partial
@@ -33,9 +35,9 @@ from tools.report.folder import read_run_folder
 from tools.report.page import render_page
 from training_utils.base import draws, formats
 from training_utils.base.errors import UserError
-from training_utils.jax_backend import devices, frozen, models, optimizers, validation
+from training_utils.jax_backend import frozen, gradient, models, optimizers, processes, validation
 from training_utils.jax_backend.frozen import Encoder
-from training_utils.jax_backend.state import load_state
+from training_utils.jax_backend.state import TrainingState, new_arrays
 from training_utils.run import checkpoints, exit
 from training_utils.run.metrics import Log
 from training_utils.run.progress import Progress
@@ -108,7 +110,9 @@ def test_metrics_and_the_page_of_a_run(every_draw):
 def test_learning_rate_curves(shape):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
     theirs = get_scheduler(shape, optimizer, num_warmup_steps=3, num_training_steps=10, num_cycles=2, power=2)
-    ours = optimizers.learning_rate_curve(shape, 1e-3, 3, 10, 2, 2)
+    ours = optimizers.learning_rate_curve(
+        name=shape, peak=1e-3, num_warmup_steps=3, num_training_steps=10, num_cycles=2, power=2
+    )
     for step in range(11):
         assert ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-15), step
         optimizer.step()
@@ -122,11 +126,11 @@ def test_clipping_and_its_absence():
         for tensor, array in zip(tensors, gradients.values()):
             tensor.grad = torch.from_numpy(array.copy())
         norm = torch.nn.utils.clip_grad_norm_(tensors, most)
-        ours, our_norm = optimizers.clip_gradient(gradients, most)
+        ours, our_norm = gradient.clip_gradient(gradients, most)
         assert float(our_norm) == pytest.approx(float(norm))
         for mine, tensor in zip(ours.values(), tensors):
             np.testing.assert_allclose(mine, tensor.grad.numpy(), rtol=1e-6)
-    ours, norm = optimizers.clip_gradient(gradients, 0)
+    ours, norm = gradient.clip_gradient(gradients, 0)
     assert float(norm) == 5 and all(np.array_equal(ours[name], gradients[name]) for name in gradients)
 
 
@@ -221,7 +225,7 @@ def test_fp16_without_an_accelerator(run_flax, tmp_path):
 @pytest.fixture
 def fp16_on_a_cpu(monkeypatch):
     """The loss scale of fp16 over a computation in float32, which is what a CPU has."""
-    monkeypatch.setattr(devices, "check_precision", lambda name: None)
+    monkeypatch.setattr(processes, "check_precision", lambda name: None)
     monkeypatch.setitem(models.TYPES, "fp16", jnp.float32)
 
 
@@ -234,7 +238,7 @@ def test_fp16_overflows_skip_the_update(run_flax, plain, tmp_path, monkeypatch, 
     """Neither step nor schedule moves, only the data; the scale is halved until the gradients are finite. Cut and
     continued in between it comes to the same weights; fifty overflows in a row end the run."""
     scale = {"scale": np.float32(2.0**127), "good": np.int32(0)}
-    monkeypatch.setattr(optimizers, "new_loss_scale", lambda: scale)
+    monkeypatch.setattr(gradient, "new_loss_scale", lambda: scale)
     monkeypatch.setattr(script, "sample_losses", lambda params, batch, *_: far_from(params, batch["noise"]))
     flags = ["--mixed_precision", "fp16", *TRACKED, "--lr_scheduler", "linear", "--lr_warmup_steps", "0"]
     run_flax(tmp_path / "some", *flags, "--checkpointing_steps", "1")
@@ -254,9 +258,9 @@ def test_fp16_overflows_skip_the_update(run_flax, plain, tmp_path, monkeypatch, 
 
 
 def test_loss_scale():
-    state = {"scale": np.float32(8), "good": np.int32(optimizers.GROW_AFTER - 1)}
-    assert optimizers.move_loss_scale(state, np.True_) == {"scale": 16, "good": 0}
-    assert optimizers.move_loss_scale(state, np.False_) == {"scale": 4, "good": 0}
+    state = {"scale": np.float32(8), "good": np.int32(gradient.STEPS_TO_GROW - 1)}
+    assert gradient.update_loss_scale(state, np.True_) == {"scale": 16, "good": 0}
+    assert gradient.update_loss_scale(state, np.False_) == {"scale": 4, "good": 0}
 
 
 def test_number_of_threads_changes_nothing(run_flax, plain, tmp_path):
@@ -378,8 +382,9 @@ def test_an_average_can_be_turned_on_later_and_turned_off(run_flax, every_draw, 
         assert np.array_equal(saved, weight), name
 
     unet, params = models.load_part(every_draw, "unet")
-    fresh = optimizers.new_state(params, optimizers.make_optimizer((0.9, 0.999), 0.01, 1e-8))
-    assert set(load_state(every_draw / "checkpoint-5", fresh, unet)) == {"params", "optimizer"}
+    fresh = TrainingState(unet, new_arrays(params, optimizers.make_optimizer((0.9, 0.999), 0.01, 1e-8)))
+    fresh.read(every_draw / "checkpoint-5")
+    assert set(fresh.arrays) == {"params", "optimizer"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,7 +453,7 @@ def test_bits_of_a_sample_depend_on_no_other(sd, monkeypatch):
 
     def encoded(*lead):
         count = lead[0] * lead[1]
-        run = jax.jit(partial(frozen.in_turn, encode=script.encode_captions, network=module))
+        run = jax.jit(partial(frozen.encode_one_by_one, encode=script.encode_captions, network=module))
         made = run(params, {"tokens": tokens[:count].reshape(*lead, 16)}, count)["text_states"]
         assert made.shape[:2] == lead
         return np.asarray(made).reshape(count, 16, -1)
@@ -702,6 +707,56 @@ def test_weights_and_biases(run_flax, tmp_path, monkeypatch):
     assert told[0]["learning_rate"] == 1e-3 and SECRET not in str(told)
     assert [step for step, values in told[1:-1] if "train_loss" in values] == [1, 2, 3, 4, 5, 6]
     assert (6, {"validation": ["a handwritten one", "two"]}) in told and told[-1] == "finished"
+
+
+WITHOUT_TORCH = """
+import sys
+import numpy as np
+from training_utils.jax_backend.trackers import TensorBoard
+
+tracker = TensorBoard(sys.argv[1], "run", {"seed": 7})
+tracker.log({"train_loss": 0.25, "grad_norm": float("nan")}, 3)
+tracker.writer.add_images("validation", np.full((2, 4, 6, 3), 200, np.uint8), 3, dataformats="NHWC")
+tracker.finish()
+assert "torch" not in sys.modules, "it takes seconds to import"
+"""
+
+
+def test_tensorboard_without_torch(tmp_path):
+    """Curves, images side by side and the settings, and no word about a NaN, which the run itself reports."""
+    words = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "logs")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert logged(tmp_path) == {3: 0.25} and np.isnan(logged(tmp_path, "grad_norm")[3])
+    assert json.loads((tmp_path / "logs" / "run" / "settings.json").read_text()) == {"seed": 7}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (image,) = EventAccumulator(str(tmp_path / "logs" / "run")).Reload().Images("validation")
+    assert (image.step, image.width, image.height) == (3, 12, 4)
+    assert (np.asarray(Image.open(io.BytesIO(image.encoded_image_string))) == 200).all()
+
+
+@pytest.mark.parametrize(("value", "words"), [(None, "is missing"), ("two", "is 'two', not a whole number")])
+def test_hosts_that_are_named_wrongly(monkeypatch, value, words):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JAX_NUM_PROCESSES", value)
+    with pytest.raises(UserError, match=f"do not find each other: JAX_NUM_PROCESSES {words}"):
+        processes.connect_hosts()
+
+
+def test_a_bug_of_ours_is_not_called_a_damaged_checkpoint(every_draw, monkeypatch):
+    unet, params = models.load_part(every_draw, "unet")
+    training = TrainingState(unet, new_arrays(params, optimizers.make_optimizer((0.9, 0.999), 0.01, 1e-8)))
+
+    def broken(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("flax_diffusion.weights.to_params", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        training.read(every_draw / "checkpoint-5")
 
 
 BAD_BASES = {

@@ -1,25 +1,41 @@
 """The networks that are not trained: how they encode, and that they do it only once."""
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from training_utils.cache import captions, images
-from training_utils.cache.processes import find_processes
+from training_utils.cache.processes import Processes, find_processes
 from training_utils.cache.store import Store, network_digest
-from training_utils.jax_backend import devices, loader, state
+from training_utils.data.samples import Samples
+from training_utils.jax_backend import loader, processes, state
+from training_utils.jax_backend.processes import ArrayTree
+
+# encode(network, batch): the network is a function with its parameters bound, the batch a dict of arrays (B, ...).
+Encode = Callable[..., dict[str, jax.Array]]
 
 
-def in_turn(params, inputs, turns, *, encode, network):
+def encode_one_by_one(
+    params: ArrayTree,
+    inputs: dict[str, jax.Array],
+    count: jax.Array | int,
+    *,
+    encode: Encode,
+    network: Any,
+) -> dict[str, jax.Array]:
     """What a frozen network makes of `inputs`, arrays (micro-batches, B, ...), on one device: a dict of such arrays.
 
     `encode(network, batch)` gives it for arrays (B, ...), the network being a function with its parameters bound. It
     runs micro-batch by micro-batch, but on a CPU sample by sample: that is no slower, and a sample's bits then do not
     depend on its neighbours, as they would in a batch. What a cache holds is therefore exactly what a run without it
-    computes. `turns`, how many samples there are, is an argument for that: XLA inlines a loop that it knows to turn
-    once, and rounds otherwise there. (Elsewhere the host would have to wait for a loop of unknown length.)
+    computes. `count`, the number of samples, is an argument for that: XLA inlines a loop that it knows to run once,
+    and rounds otherwise there. (Elsewhere the host would have to wait for a loop of unknown length.)
     """
     apply = partial(network.apply, {"params": params})
     if jax.default_backend() != "cpu":
@@ -27,91 +43,139 @@ def in_turn(params, inputs, turns, *, encode, network):
     lead = next(iter(inputs.values())).shape[:2]
     samples = jax.tree.map(lambda array: array.reshape(-1, 1, *array.shape[2:]), inputs)
 
-    def one(turn):
-        return encode(apply, jax.tree.map(lambda array: array[turn], samples))
+    def encode_sample(number: jax.Array | int) -> dict[str, jax.Array]:
+        return encode(apply, jax.tree.map(lambda array: array[number], samples))
 
-    def put(turn, made):
-        return jax.tree.map(lambda whole, part: whole.at[turn].set(part[0]), made, one(turn))
+    def put(number: jax.Array, made: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return jax.tree.map(lambda all_of, one: all_of.at[number].set(one[0]), made, encode_sample(number))
 
-    like = jax.eval_shape(one, 0)
+    like = jax.eval_shape(encode_sample, 0)
     made = jax.tree.map(lambda array: jnp.zeros((lead[0] * lead[1], *array.shape[1:]), array.dtype), like)
-    made = jax.lax.fori_loop(0, turns, put, made)
+    made = jax.lax.fori_loop(0, count, put, made)
     return jax.tree.map(lambda array: array.reshape(*lead, *array.shape[1:]), made)
 
 
 class Encoder:
     """What a frozen network makes of batches, whose arrays are (devices, micro-batches, B, ...).
 
-    `encode` is as in `in_turn`, `name` the array that the network takes. A call with its parameters and a batch, both
-    on the devices, returns the batch with the outputs in that array's place.
+    `encode` is as in `encode_one_by_one`, `name` the array that the network takes. A call with its parameters and a
+    batch, both on the devices, returns the batch with the outputs in that array's place.
     """
 
-    def __init__(self, encode, network, name):
-        self.network, self.name = network, name
-        self.run = devices.map_over_devices(
-            partial(in_turn, encode=encode, network=network), (None, 0, None), alone=True
+    def __init__(self, encode: Encode, network: Any, name: str) -> None:
+        self.network = network
+        self.name = name
+        self.run = processes.map_over_devices(
+            partial(encode_one_by_one, encode=encode, network=network), (None, 0, None), independent=True
         )
 
-    def __call__(self, params, batch):
-        rest = dict(batch)
-        inputs = rest.pop(self.name)
-        return rest | self.run(params, {self.name: inputs}, np.int32(inputs.shape[1] * inputs.shape[2]))
+    def __call__(self, params: ArrayTree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        others = dict(batch)
+        inputs = others.pop(self.name)
+        count = np.int32(inputs.shape[1] * inputs.shape[2])
+        return others | self.run(params, {self.name: inputs}, count)
 
-    def digest(self, params):
-        """SHA-256 of the network's configuration, type and parameters, numpy arrays."""
+    def digest(self, params: ArrayTree) -> str:
+        """SHA-256 of the network's configuration, type and parameters, NumPy arrays."""
         words = [type(self.network).__name__, str(jnp.dtype(self.network.dtype))]
         arrays = ((name, np.ascontiguousarray(array)) for name, array in state.flat_names(params).items())
         parameters = ((name, array.dtype, array.shape, array.reshape(-1).view(np.uint8)) for name, array in arrays)
         return network_digest(words, self.network.config, parameters)
 
-    def over_arrays(self, params, size, mesh):
-        """The same from and to host memory for at most `size` samples a device, as `cache.fill` takes it."""
-        params = devices.replicate(params, mesh)
+    def host_encoder(self, params: ArrayTree, size: int, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], dict]:
+        """A function that does the same from and to host memory for at most `size` samples a device, as `cache.fill`
+        takes it. It holds the parameters on the devices."""
+        params = processes.replicate(params, mesh)
 
-        def encoded(batch):
+        def encode(batch: dict[str, np.ndarray]) -> dict[str, tuple[str, np.ndarray]]:
             inputs = batch[self.name]
-            filled = np.resize(inputs, (mesh.size, 1, size, *inputs.shape[1:]))  # with samples that stand there again
-            made = jax.device_get(self(params, devices.split_over_devices(loader.narrow({self.name: filled}), mesh)))
-            return {
-                name: (str(array.dtype), array.reshape(-1, *array.shape[3:])[: len(inputs)].astype(np.float32))
-                for name, array in made.items()
-            }
+            filled = np.resize(inputs, (mesh.size, 1, size, *inputs.shape[1:]))  # it repeats the samples
+            on_devices = processes.split_over_devices(loader.to_32_bits({self.name: filled}), mesh)
+            made = jax.device_get(self(params, on_devices))
+            outputs = {}
+            for name, array in made.items():
+                flat = array.reshape(-1, *array.shape[3:])
+                outputs[name] = (str(array.dtype), flat[: len(inputs)].astype(np.float32))
+            return outputs
 
-        return encoded
-
-
-def _together(batch_size):
-    """How many samples a device encodes at once while a cache is filled."""
-    return 1 if jax.default_backend() == "cpu" else batch_size
+        return encode
 
 
-def _processes():
-    on_cpu = jax.default_backend() == "cpu"
-    return find_processes(rank=jax.process_index(), gather=devices.gather, on_cpu=on_cpu)
+class FrozenEncoders:
+    """The frozen networks of a run. Their outputs come from a cache on disk, or the networks run at each step.
 
-
-def _store(root, kind, encoder, params, settings=None):
-    if root is None:  # a dry run
-        return None
-    return Store(root, kind, {"networks": ["jax", encoder.digest(params)], "settings": settings})
-
-
-def cache_images(root, sets, batch_size, mesh, encoder, params, settings, crops=None):
-    """Run a network that sees images once for every image of some data.Samples; `prepare.images` of each has the
-    outputs then. A collective call.
-
-    `params` are its parameters, numpy arrays, which lie on the devices only meanwhile; `settings` tell apart how
-    images are shown to it; `crops` is how many are kept of each that is cropped at random, None where none is.
-    Raises UserError.
+    `parameters` has those of each network by its part ("vae"): on the devices where each step runs it, else, as NumPy
+    arrays, in host memory. A call with a batch returns it with what the networks make of it; caches have put it there
+    already.
     """
-    size = _together(batch_size)
-    store, encode = _store(root, "pictures", encoder, params, settings), encoder.over_arrays(params, size, mesh)
-    images.cache_images(store, sets, encode, _processes(), size * mesh.size, crops or 1)
 
+    def __init__(
+        self,
+        mesh: Mesh,
+        sets: list[Samples],
+        *,
+        batch_size: int,
+        cache_folder: str | Path | None,
+        cache_images: bool,
+        cache_captions: bool,
+        crops: int | None = None,
+    ) -> None:
+        """`crops` is how many crops are cached of each image that is cropped at random, None where none is; where the
+        folder is None (a dry run) nothing is kept on the disk, and the networks run when samples are made."""
+        self.mesh = mesh
+        self.sets = sets
+        # On a CPU each sample is encoded by itself, see `encode_one_by_one`.
+        self.batch_size = 1 if jax.default_backend() == "cpu" else batch_size
+        self.cache_folder = cache_folder
+        self.cache_images = cache_images
+        self.cache_captions = cache_captions
+        self.crops = crops
+        self.parameters: dict[str, ArrayTree] = {}
+        self.each_step: list[Encoder] = []
 
-def cache_captions(root, sets, batch_size, mesh, encoder, params, empty):
-    """Run the text encoder once for every caption of some data.Samples, and for the empty one where it is `empty` that
-    is trained as well; `prepare.captions` of each has the outputs then. A collective call. Raises UserError."""
-    size = _together(batch_size)
-    store, encode = _store(root, "captions", encoder, params), encoder.over_arrays(params, size, mesh)
-    captions.cache_captions(store, sets, encode, _processes(), size * mesh.size, empty)
+    def images(self, encode: Encode, network: Any, params: ArrayTree, *, cache_key: list[Any]) -> None:
+        """Run the network that sees images, once for every image, or from now on at each step.
+
+        `params` are its parameters, NumPy arrays; `cache_key` tells apart in the cache how images are shown to it. A
+        collective call. Raises UserError.
+        """
+        encoder = Encoder(encode, network, "pixels")
+        if not self.cache_images:
+            self._run_at_each_step(encoder, params)
+            return
+        self.parameters[network.part] = params
+        store = self._store("pictures", encoder, params, cache_key)
+        host_encode = encoder.host_encoder(params, self.batch_size, self.mesh)
+        total_size = self.batch_size * self.mesh.size
+        images.cache_images(store, self.sets, host_encode, self._processes(), total_size, self.crops or 1)
+
+    def captions(self, encode: Encode, network: Any, params: ArrayTree, *, with_empty: bool) -> None:
+        """Run the text encoder, once for every caption, and for the empty one where that is trained as well
+        (`with_empty`); or from now on at each step. A collective call. Raises UserError."""
+        encoder = Encoder(encode, network, "tokens")
+        if not self.cache_captions:
+            self._run_at_each_step(encoder, params)
+            return
+        self.parameters[network.part] = params
+        store = self._store("captions", encoder, params, None)
+        host_encode = encoder.host_encoder(params, self.batch_size, self.mesh)
+        total_size = self.batch_size * self.mesh.size
+        captions.cache_captions(store, self.sets, host_encode, self._processes(), total_size, with_empty)
+
+    def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        for encoder in self.each_step:
+            batch = encoder(self.parameters[encoder.network.part], batch)
+        return batch
+
+    def _run_at_each_step(self, encoder: Encoder, params: ArrayTree) -> None:
+        self.parameters[encoder.network.part] = processes.replicate(params, self.mesh)
+        self.each_step.append(encoder)
+
+    def _store(self, kind: str, encoder: Encoder, params: ArrayTree, settings: list[Any] | None) -> Store | None:
+        if self.cache_folder is None:
+            return None
+        return Store(self.cache_folder, kind, {"networks": ["jax", encoder.digest(params)], "settings": settings})
+
+    def _processes(self) -> Processes:
+        on_cpu = jax.default_backend() == "cpu"
+        return find_processes(rank=jax.process_index(), gather=processes.gather, on_cpu=on_cpu)

@@ -1,116 +1,123 @@
-"""Trackers without torch."""
+"""Trackers without torch. Their interface is that of accelerate's."""
 
-import io
 import json
-import time
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-
-import jax
-import numpy as np
-from PIL import Image
+from typing import Any, Protocol
 
 from training_utils.base.errors import UserError, reason_of
-from training_utils.data import samples
-from training_utils.jax_backend import devices
-from training_utils.run import output_folder
-from training_utils.run.trackers import finish_trackers, log_values
+from training_utils.jax_backend import processes
+from training_utils.run.trackers import log_values
+
+
+class Tracker(Protocol):
+    """What the curves of a run are logged to."""
+
+    name: str
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers by name for a step."""
+
+    def finish(self) -> None:
+        """Write what is left, and close."""
 
 
 class TensorBoard:
-    """Writes TensorBoard's files without torch or TensorFlow; the interface is that of accelerate's trackers."""
+    """Writes TensorBoard's files by tensorboardX; the run's settings go into settings.json beside them.
+
+    `writer` is tensorboardX's SummaryWriter, which also takes images.
+    """
 
     name = "tensorboard"
 
-    def __init__(self, folder, project, settings):
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    def __init__(self, folder: str | Path, project: str, settings: Mapping[str, Any]) -> None:
+        with _without_torch():
+            from tensorboardX import SummaryWriter
 
-        self.folder, self.writer = Path(folder) / project, self
-        self.events = EventFileWriter(str(self.folder))
-        (self.folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+        # It would warn of each NaN loss, in lines of its own across the progress bar; the run itself speaks of them.
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+        folder = Path(folder) / project
+        self.writer = SummaryWriter(str(folder), flush_secs=1)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
 
-    def _add(self, step, **value):
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        summary = Summary(value=[Summary.Value(**value)])
-        self.events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
-
-    def log(self, values, step):
-        """Curves: {name: number} at a step."""
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers by name for a step."""
         for name, value in values.items():
-            self._add(step, tag=name, simple_value=value)
-        self.events.flush()
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
 
-    def add_images(self, name, images, step, dataformats="NHWC"):
-        """Images side by side, uint8 of shape (N, H, W, 3)."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+    def finish(self) -> None:
+        """Write what is left, and close."""
+        self.writer.close()
 
-        assert dataformats == "NHWC"
-        sheet, file = Image.fromarray(np.concatenate(images, axis=1)), io.BytesIO()
-        sheet.save(file, "PNG")
-        image = Summary.Image(
-            height=sheet.height, width=sheet.width, colorspace=3, encoded_image_string=file.getvalue()
-        )
-        self._add(step, tag=name, image=image)
-        self.events.flush()
 
-    def finish(self):
-        self.events.close()
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """The context in which torch cannot be imported, unless it is already.
+
+    tensorboardX imports it where it is installed, for no more than the name of a type: seconds, and another runtime
+    beside JAX.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # with which an import raises ImportError
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class WandB:
-    """Logs to Weights & Biases; the interface is that of accelerate's trackers."""
+    """Logs to Weights & Biases."""
 
     name = "wandb"
 
-    def __init__(self, folder, project, settings):
+    def __init__(self, folder: str | Path, project: str, settings: Mapping[str, Any]) -> None:
         import wandb
 
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(project=project, config=settings, dir=str(folder))
+        try:
+            self.run = wandb.init(project=project, config=settings, dir=str(folder))
+        except wandb.errors.Error as error:  # no account, no network
+            raise ConnectionError(reason_of(error)) from error
 
-    def log(self, values, step):
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Log values by name for a step."""
         self.run.log(values, step=step)
 
-    def finish(self):
+    def finish(self) -> None:
+        """Write what is left, and close."""
         self.run.finish()
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-def make_trackers(report_to, folder, project, settings):
-    """The trackers that `--report_to` names, of the main process; `all` means those that are installed. Raises
-    UserError where one cannot be opened."""
-    if not devices.is_main() or report_to == "none":
+def start_trackers(report_to: str, folder: Path, project: str, settings: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers that `--report_to` names, in the main process; `all` means those that are installed.
+
+    Raises UserError where one cannot be opened.
+    """
+    if not processes.is_main() or report_to == "none":
         return []
-    names = [name for name in TRACKERS if find_spec(name)] if report_to == "all" else [report_to]
+    names = [report_to]
+    if report_to == "all":
+        names = [name for name in TRACKERS if find_spec(PACKAGES[name])]
     try:
         return [TRACKERS[name](folder, project, settings) for name in names]
-    except Exception as error:  # no account, no network, another version
-        names = ", ".join(names)
+    except (OSError, ImportError) as error:  # no account, no network, a disk that is full, another version
+        shown = ", ".join(names)
         raise UserError(
-            f"the tracker cannot be opened ({names}: {reason_of(error)}); or give --report_to none"
-        ) from None
+            f"the tracker cannot be opened ({shown}: {reason_of(error)}); or give --report_to none"
+        ) from error
 
 
-def log_metrics(trackers, values, step):
+def log_metrics(trackers: list[Tracker], values: Mapping[str, float], step: int) -> None:
     """Hand {name: number} of a step to every tracker."""
     log_values(trackers, values, step)
-
-
-def say_skipped(skipped):
-    """`data.say_skipped` for all hosts together; `skipped` is this one's set. A collective call."""
-    samples.say_skipped(set(devices.gather(sorted(skipped))))
-
-
-def end_training(trackers):
-    """Close the trackers, let go of the output folder, and part from the other processes, once all have come this far.
-
-    A process that fails does not come here, and `reporting.run` ends it at once: at this point it would wait in vain.
-    """
-    finish_trackers(trackers)
-    output_folder.release()
-    if jax.process_count() > 1:
-        jax.distributed.shutdown()

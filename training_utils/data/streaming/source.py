@@ -52,7 +52,7 @@ class Source:
         self.requests: queue.SimpleQueue = queue.SimpleQueue()
         self.requested: set[int] = set()
         self.threads: list[threading.Thread] = []
-        exit_callbacks.EXIT_CALLBACKS.append(weakref.finalize(self, _close, self.spool, self.requests))
+        exit_callbacks.before_exit(weakref.finalize(self, _close, self.spool, self.requests))
 
     def __getstate__(self) -> dict[str, Any]:
         # A data worker that is not a fork fetches what it reads by itself.
