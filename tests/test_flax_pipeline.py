@@ -29,7 +29,8 @@ from flax_diffusion import (
     ModelError,
     pipeline,
 )
-from flax_diffusion.weights import MSGPACK, STEMS, load_part
+from flax_diffusion.weight_files import MSGPACK, STEMS
+from flax_diffusion.weights import load_part
 
 PROMPTS = ["a handwritten one", "a handwritten two, and then more of it"]
 STEPS = 5
