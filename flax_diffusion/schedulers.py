@@ -19,7 +19,11 @@ from .trajectory import Plan, prediction_coefficients
 
 
 class Sampler(NoiseSchedule):
-    """What the samplers share."""
+    """What the samplers share. A subclass defines `plan`."""
+
+    def plan(self, count: int) -> Plan:
+        """The Plan of a trajectory of `count` steps. Raises ModelError."""
+        raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
@@ -106,7 +110,7 @@ class FlaxDDIMScheduler(Sampler):
         if self.config.thresholding:
             raise ModelError("scheduler: the setting thresholding = True is for pixels and not supported")
         x0, epsilon = prediction_coefficients(self.config.prediction_type, a)
-        never = np.zeros(len(timesteps), bool)
+        never: np.ndarray = np.zeros(len(timesteps), bool)
         bound = self.config.clip_sample_range if self.config.clip_sample else np.inf
         return Plan(
             timestep=timesteps.astype(np.int32),
@@ -201,7 +205,7 @@ class FlaxPNDMScheduler(Sampler):
 
     def _heun_start(self, count: int) -> list[_MultistepRow]:
         """The rows with Heun's method first, and then growing combinations."""
-        times = self.timesteps(count)
+        times = self.timesteps(count).tolist()
         stride = self.config.num_train_timesteps // count
         rows = [_MultistepRow(times[0], times[0], times[0] - stride, (1,), remember=True)]
         if count > 1:
@@ -212,7 +216,7 @@ class FlaxPNDMScheduler(Sampler):
         """The rows with three steps of the Runge-Kutta method of order four first. Raises ModelError."""
         if count < 4:
             raise ModelError(f"scheduler: PNDM needs at least 4 steps, or skip_prk_steps; {count} are asked for")
-        times = self.timesteps(count)
+        times = self.timesteps(count).tolist()
         stride = self.config.num_train_timesteps // count
         half = stride // 2
         rows = []

@@ -149,9 +149,9 @@ def test_half_precision_draws_nearly_the_same(sd, loaded):
 def test_numpy_to_pil():
     images = np.zeros((4, 2, 8, 16, 3))
     images[..., 0], images[3, 1, ..., 1] = 1, 0.5
-    images = FlaxStableDiffusionPipeline.numpy_to_pil(images)
-    assert len(images) == 8 and images[0].size == (16, 8)
-    assert images[0].getpixel((0, 0)) == (255, 0, 0) and images[7].getpixel((5, 5)) == (255, 128, 0)
+    converted = FlaxStableDiffusionPipeline.numpy_to_pil(images)
+    assert len(converted) == 8 and converted[0].size == (16, 8)
+    assert converted[0].getpixel((0, 0)) == (255, 0, 0) and converted[7].getpixel((5, 5)) == (255, 128, 0)
     assert len(FlaxStableDiffusionPipeline.numpy_to_pil(images[0, 0])) == 1
 
 
