@@ -215,13 +215,13 @@ events = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
 other = pipeline(prompt_ids, p_params, prng_seed, 5, guidance_scale=2.0, jit=True)[0]
 compiled = sum("backend_compile" in event for event in events)
-images = pipeline.numpy_to_pil(np.asarray(images.reshape((images.shape[0],) + images.shape[-3:])))
+pil_images = pipeline.numpy_to_pil(np.asarray(images.reshape((images.shape[0],) + images.shape[-3:])))
 
 one_by_one = [pipeline(prompt_ids[at], params, prng_seed[at], 5).images for at in range(jax.device_count())]
 print(json.dumps({
     "devices": len(images.sharding.device_set),
     "shape": images.shape,
-    "images": len(images),
+    "images": len(pil_images),
     "error": float(abs(np.asarray(images) - np.asarray(one_by_one)).max()),
     "spread": float(np.asarray(images).std(axis=0).max()),
     "guidance": float(abs(np.asarray(images) - np.asarray(other)).max()),
