@@ -1,6 +1,6 @@
 """Runs one training script as a user does, in a process of its own, and measures it on request.
 
-    python benchmarks/run_script.py steps|building SCRIPT FLAGS...
+    python benchmarks/run_script.py updates|building SCRIPT FLAGS...
 
 With `updates` it trains until its optimizer has its state and then does what it is told, a line on stdin each: "script
 N" makes N steps, "bare N" makes N bare steps of the trained network, "end" ends it. With `building` it lets the
@@ -145,11 +145,11 @@ class BatchPlan:
             prepared = original(accelerator, *objects)
             network, optimizer = prepared
 
-            def keep(_, args, kwargs):
+            def remember_call(_, args, kwargs):
                 self.step = partial(bare_step, network, optimizer.optimizer, args, kwargs)
                 hook.remove()
 
-            hook = network.register_forward_pre_hook(keep, with_kwargs=True)
+            hook = network.register_forward_pre_hook(remember_call, with_kwargs=True)
             return prepared
 
         Accelerator.prepare = prepare
@@ -188,7 +188,7 @@ class Building:
         from training_utils.cache import captions, images
 
         for module, name in ((images, "cache_images"), (captions, "cache_captions")):
-            setattr(module, name, partial(self.keep, getattr(module, name), name))
+            setattr(module, name, partial(self.build_in_turns, getattr(module, name), name))
 
     def watch_encoders(self):
         import diffusers
@@ -226,7 +226,7 @@ class Building:
 
         return call
 
-    def keep(self, original, name, store, *rest, **options):
+    def build_in_turns(self, original, name, store, *rest, **options):
         import torch
 
         self.dialogue.answer(what=name)

@@ -132,16 +132,16 @@ def measure(folder, buffer, pipe):
     again, before = time.perf_counter() - began, sent()
     stream.LATE = 0
     first, seconds, count = read(BatchPlan(len(rows), 1, 16, stream=rows), rows, look)
-    whole = sum(chunk.bytes for chunk in rows.source.chunks)
+    total = sum(chunk.bytes for chunk in rows.source.chunks)
     plain = opening.load_dataset(folder=folder / "set", cache_dir=str(folder / "cache"))
     _, local, _ = read(BatchPlan(len(plain), 1, 16), plain)
     print(
-        f"images            {len(rows):,}, {whole / 1e6:.0f} MB, in {len(rows.source.chunks)} chunks\n"
+        f"images            {len(rows):,}, {total / 1e6:.0f} MB, in {len(rows.source.chunks)} chunks\n"
         f"first start         {opened:.2f} s, which downloads {walked / 1e6:.1f} MB\n"
         f"later starts        {again:.2f} s, {(before - walked) / 1e6:.1f} MB\n"
         f"first batch of 16   {first:.2f} s after it\n"
-        f"an epoch downloads  {(sent() - before) / whole:.2f} of the dataset\n"
-        f"on the disk         {most / 1e6:.0f} MB at most, {most / whole:.2f} of it; "
+        f"an epoch downloads  {(sent() - before) / total:.2f} of the dataset\n"
+        f"on the disk         {most / 1e6:.0f} MB at most, {most / total:.2f} of it; "
         f"{rows.source.most() / 1e6:.0f} MB were announced\n"
         f"images a second   {count / seconds:.0f}, and {count / local:.0f} from a local copy without --streaming"
     )

@@ -87,21 +87,21 @@ def to_params(module: Network, tensors: Mapping[str, np.ndarray]) -> dict[str, A
     Raises ModelError when a tensor is missing, has another shape, or is one that the module does not have.
     """
     part = module.part
-    named = {current_name(part, name): array for name, array in tensors.items()}
-    named.pop(None, None)
+    arrays = {current_name(part, name): array for name, array in tensors.items()}
+    arrays.pop(None, None)
     params = {}
     for path, (name, shape) in zip(flatten_dict(module.shapes()), tensor_shapes(module).items(), strict=True):
-        if name not in named:
+        if name not in arrays:
             raise ModelError(f"{part}: the weights lack {name}, which a network of this configuration has")
-        array = named.pop(name)
+        array = arrays.pop(name)
         if part == "vae" and array.shape == (*shape, 1, 1):
             # The first autoencoders stored the matrices of their attention as 1x1 convolutions.
             array = array[:, :, 0, 0]
         if array.shape != shape:
             raise ModelError(f"{part}: {name} has shape {array.shape}, where the configuration asks for {shape}")
         params[path] = np.ascontiguousarray(from_torch_layout(path[-1], array), dtype=np.float32)
-    if named:
-        extra = min(str(name) for name in named)
+    if arrays:
+        extra = min(str(name) for name in arrays)
         raise ModelError(f"{part}: the weights hold {extra}, which a network of this configuration does not have")
     return unflatten_dict(params)
 
