@@ -135,8 +135,8 @@ class Child:
     def tell(self, *words):
         try:
             print(*words, file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            raise self.failure() from None
+        except BrokenPipeError as error:
+            raise self.failure() from error
 
     def answer(self):
         line = self.process.stdout.readline()
@@ -152,10 +152,14 @@ class Child:
 class Bench:
     """The models and images of one family in a folder, and the runs over them."""
 
-    def __init__(self, folder, family, size, device, repeats, updates):
+    def __init__(self, folder, family, size, device, repeats, steps):
         import models
 
-        self.folder, self.family, self.device, self.repeats, self.updates = folder, family, device, repeats, updates
+        self.folder = folder
+        self.family = family
+        self.device = device
+        self.repeats = repeats
+        self.steps = steps
         self.shape = models.SHAPES[family][size]
         self.threads = cores()
         self.models = models.write(folder / "model", family, size)
@@ -182,16 +186,16 @@ class Bench:
     def take_turns(self, runs, repeats, environment=None):
         """Start these runs at once, and let each make its steps in turn."""
         with ExitStack() as stack:
-            pairs = [(run, stack.enter_context(self.child("updates", run, environment))) for run in runs]
+            pairs = [(run, stack.enter_context(self.child("steps", run, environment))) for run in runs]
             _each(pairs, lambda run, child: child.answer())  # warmed up
             for _ in range(repeats):
                 _each(pairs, self.turn)
             _each(pairs, lambda run, child: setattr(run, "peak", max(run.peak, child.ask("end")["peak"])))
 
     def turn(self, run, child):
-        run.step.append(child.ask("script", self.updates)["seconds"] / self.updates)
+        run.step.append(child.ask("script", self.steps)["seconds"] / self.steps)
         if self.family != "flax":
-            run.bare.append(child.ask("bare", self.updates)["seconds"] / self.updates)
+            run.bare.append(child.ask("bare", self.steps)["seconds"] / self.steps)
 
     def measure(self, runs, build=True):
         """Fill in what is measured of these runs, and return what building their cache took."""

@@ -95,24 +95,24 @@ def account(family, adapted, switches, batch_size, resolution, size="real", fake
     with ExitStack() as stack:
         for context in (cuda_autocast(), *(faking() if fake else ()), ledger):
             stack.enter_context(context)
-        update = make_step(family, adapted, switches, batch_size, resolution, size, "cpu")
+        step = make_step(family, adapted, switches, batch_size, resolution, size, "cpu")
         resident = ledger.now
         ledger.restart()
-        update(lambda phase: setattr(ledger, "phase", phase))
+        step(lambda phase: setattr(ledger, "phase", phase))
     return {"resident": resident, "peak": ledger.peak, "phase": ledger.peak_phase}
 
 
 def measure(*setting):
     """What torch.cuda.max_memory_allocated says after a real step; None where it does not fit."""
     try:
-        update = make_step(*setting, device="cuda")
+        step = make_step(*setting, device="cuda")
         torch.cuda.reset_peak_memory_stats()
-        update()
+        step()
         return torch.cuda.max_memory_allocated()
     except torch.cuda.OutOfMemoryError:
         return None
     finally:
-        update = None
+        step = None
         torch.cuda.empty_cache()
 
 
@@ -169,7 +169,7 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
             output = trained(*inputs, **options)
         return convert_to_fp32(output)
 
-    def update(begin=lambda phase: None):
+    def step(begin=lambda phase: None):
         begin("frozen networks")
         batch = dict(start)
         for encode in others:
@@ -180,7 +180,7 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
         if fused:
             fused.begin(loss)
         loss.backward()
-        begin("update")
+        begin("step")
         if not fused:
             torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
@@ -188,7 +188,7 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
         if ema is not None:
             ema.step(torch.zeros((), device=device))
 
-    return update
+    return step
 
 
 def _script_name(family, adapted):

@@ -6,7 +6,7 @@
     python benchmarks/throughput.py --family sd --only cached --batch 32 --repeats 1   one run, where time is short
 
 Every run is a process that calls a script's real `main` with a real command line, on models with random weights and
-images that are made here. Runs of a family take turns, a few updates each, so that whatever else the machine does
+images that are made here. Runs of a family take turns, a few steps each, so that whatever else the machine does
 meets all of them; what is reported are medians over the turns, and of ratios the median ratio within a turn. "outside"
 is the share of a step's time beyond forward, backward and step of the same network, in the same process and turn, on
 tensors that are ready. On a CPU, peak memory is that of the whole process once everything is loaded, the whole of each
@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench_goals import GOALS, Goal, faster, judge  # noqa: F401 (those beside GOALS and judge are for callers)
+from bench_goals import GOALS, judge
 from bench_runs import FAMILIES, TITLES, Bench, cores, runs_of, seconds_to_read
 from bench_tables import summary, table, verdict
 
@@ -46,13 +46,13 @@ def device_name(device):
     return torch.cuda.get_device_name()
 
 
-def measure_family(folder, family, size, device, repeats, updates, compiled, only=None, batch=None):
+def measure_family(folder, family, size, device, repeats, steps, compiled, only=None, batch=None):
     """All that is reported of a family, a dict: of all runs or those of the names in `only`, which builds no cache by
     itself; `batch` takes the place of each run's own."""
     import models
 
     cost, real = models.count(family, size), models.count(family, "real")
-    bench = Bench(folder, family, size, device, repeats, updates)
+    bench = Bench(folder, family, size, device, repeats, steps)
     runs = [run for run in runs_of(family, device, compiled) if only is None or run.name in only]
     for run in runs:
         run.batch = batch or run.batch
