@@ -7,8 +7,8 @@
 The step is the scripts' own (their losses, adapters, optimizers) on fake tensors, which have shapes and types but no
 contents: nothing is computed and nothing allocated. Every storage that comes and goes on the way, in the frozen
 networks, the forward pass, the backward pass and the step, is entered in a ledger, whose largest sum is the peak. It
-is what torch.cuda.max_memory_allocated counts, but for scratch space inside single kernels (cuDNN's, cuBLAS's), and
-supposes attention that never keeps its matrix, as torch's on CUDA. Validation images are not counted. `--measure`
+is what torch.cuda.max_memory_allocated counts, except scratch space inside single kernels (cuDNN's, cuBLAS's), and
+supposes attention that never stores its matrix, as torch's on CUDA. Validation images are not counted. `--measure`
 makes the same step for real too, on a CUDA GPU.
 """
 
@@ -17,24 +17,19 @@ import importlib
 import json
 import math
 import sys
-import weakref
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import models  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from accelerate.utils import convert_to_fp32  # noqa: E402
 from diffusers import DDPMScheduler  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+from ledger import Ledger, cuda_autocast, faking  # noqa: E402
 
 from training_utils.torch_backend import lora, optimizers, processes  # noqa: E402
 from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
@@ -90,59 +85,6 @@ PUBLISHED = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Ledger(TorchDispatchMode):
-    """The bytes of all storages that are alive, `now`, and the most that ever were since `restart`, `peak`.
-
-    A storage counts as CUDA's allocator counts it, in blocks of 512 bytes, and once for however many views it has.
-    `phase` is set from outside; `peak_phase` is what it was at the peak.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.now, self.phase = {}, 0, ""
-        self.restart()
-
-    def restart(self):
-        self.peak, self.peak_phase = self.now, self.phase
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1.0  # `item` of what has no contents
-        result = function(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in self.sizes:
-                self._enter(value.untyped_storage())
-        return result
-
-    def _enter(self, storage):
-        key = storage._cdata
-        self.sizes[key] = -(-storage.nbytes() // 512) * 512
-        self.now += self.sizes[key]
-        weakref.finalize(storage, self._strike, key).atexit = False
-        if self.now > self.peak:
-            self.restart()
-
-    def _strike(self, key):
-        self.now -= self.sizes.pop(key)
-
-
-def cuda_autocast():
-    """A context in which autocast on a CPU computes in float32 what it does on CUDA, and so keeps that in float32: of
-    what the trained networks call, these three (torch's ATen/autocast_mode.h)."""
-
-    def in_float32(function):
-        def called(*args, **options):
-            if torch.is_autocast_enabled("cpu"):
-                args, options = tree_map_only(torch.Tensor, torch.Tensor.float, (args, options))
-            return function(*args, **options)
-
-        return called
-
-    return patch.multiple(
-        F, **{name: in_float32(getattr(F, name)) for name in ("layer_norm", "group_norm", "interpolate")}
-    )
-
-
 def account(family, adapted, switches, batch_size, resolution, size="real", fake=True):
     """The memory of a step, in bytes: {"resident", between steps, "peak"}, and the "phase" of the peak.
 
@@ -150,35 +92,26 @@ def account(family, adapted, switches, batch_size, resolution, size="real", fake
     """
     ledger = Ledger()
     with ExitStack() as stack:
-        for context in (cuda_autocast(), *(_faking() if fake else ()), ledger):
+        for context in (cuda_autocast(), *(faking() if fake else ()), ledger):
             stack.enter_context(context)
-        update = make_step(family, adapted, switches, batch_size, resolution, size, "cpu")
+        step = make_step(family, adapted, switches, batch_size, resolution, size, "cpu")
         resident = ledger.now
         ledger.restart()
-        update(lambda phase: setattr(ledger, "phase", phase))
+        step(lambda phase: setattr(ledger, "phase", phase))
     return {"resident": resident, "peak": ledger.peak, "phase": ledger.peak_phase}
-
-
-def _faking():
-    def apply(network, function, recurse=True):  # as Module's own, which cannot replace a fake parameter
-        for parameter in network.parameters():
-            parameter.data = function(parameter.data)
-        return network
-
-    return FakeTensorMode(), patch.object(torch.nn.Module, "_apply", apply)
 
 
 def measure(*setting):
     """What torch.cuda.max_memory_allocated says after a real step; None where it does not fit."""
     try:
-        update = make_step(*setting, device="cuda")
+        step = make_step(*setting, device="cuda")
         torch.cuda.reset_peak_memory_stats()
-        update()
+        step()
         return torch.cuda.max_memory_allocated()
     except torch.cuda.OutOfMemoryError:
         return None
     finally:
-        update = None
+        step = None
         torch.cuda.empty_cache()
 
 
@@ -228,7 +161,7 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
         ema = EMAWeights([trained], args.ema_decay, offloaded)
     fused = None
     if getattr(args, "fused_backward_pass", False):
-        guard = SimpleNamespace(look_at=lambda norm, more=False: None)
+        guard = SimpleNamespace(check=lambda norm, part=False: None)
         fused = FusedBackward(SimpleNamespace(optimizer=optimizer), guard)
 
     def network(*inputs, **options):  # as accelerate wraps it
@@ -236,7 +169,7 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
             output = trained(*inputs, **options)
         return convert_to_fp32(output)
 
-    def update(begin=lambda phase: None):
+    def step(begin=lambda phase: None):
         begin("frozen networks")
         batch = dict(start)
         for encode in others:
@@ -247,7 +180,7 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
         if fused:
             fused.begin(loss)
         loss.backward()
-        begin("update")
+        begin("step")
         if not fused:
             torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
@@ -255,7 +188,7 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
         if ema is not None:
             ema.step(torch.zeros((), device=device))
 
-    return update
+    return step
 
 
 def _script_name(family, adapted):

@@ -40,12 +40,12 @@ def inputs(size, batch, device):
     return torch.randn(batch, 4, side, side, device=device), torch.randint(0, 1000, (batch,), device=device), text
 
 
-def measure(name, network, parameters, tensors, updates):
+def measure(name, network, parameters, tensors, steps):
     """Print the time of a step, its peak memory and images a second."""
     device, batch = tensors[0].device, len(tensors[0])
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 
-    def update():
+    def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             prediction = network(*tensors)[0]
         prediction.float().square().mean().backward()
@@ -53,16 +53,17 @@ def measure(name, network, parameters, tensors, updates):
         optimizer.zero_grad()
 
     for _ in range(3):
-        update()
+        step()
     _wait(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    for _ in range(updates):
-        update()
+    for _ in range(steps):
+        step()
     issued = time.perf_counter()
     _wait(device)
-    seconds, host = (time.perf_counter() - began) / updates, (issued - began) / updates
+    seconds = (time.perf_counter() - began) / steps
+    host = (issued - began) / steps
     peak = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
     print(f"{name}, batch {batch}: {1000 * seconds:.1f} ms (host {1000 * host:.1f}), {batch / seconds:.2f}/s{peak}")
 

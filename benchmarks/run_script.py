@@ -2,7 +2,7 @@
 
     python benchmarks/run_script.py steps|building SCRIPT FLAGS...
 
-With `updates` it trains until its optimizer has its state and then does what it is told, a line on stdin each: "script
+With `steps` it trains until its optimizer has its state and then does what it is told, a line on stdin each: "script
 N" makes N steps, "bare N" makes N bare steps of the trained network, "end" ends it. With `building` it lets the
 script build its cache for each "build" that it is told, and makes the bare encoders' calls too: on a CPU each right
 after the script's own, on a GPU all of them once the cache stands. Each line is answered by one of JSON on stdout.
@@ -95,8 +95,8 @@ class Dialogue:
         return words
 
 
-class BatchPlan:
-    """Stands behind `reporting.Progress.update`, which every script calls once a step."""
+class StepWatcher:
+    """Stands behind `Progress.update` of run/progress.py, which every script calls once a step."""
 
     def __init__(self, dialogue):
         self.dialogue, self.left, self.began, self.step = dialogue, WARM_UP, None, None
@@ -145,11 +145,11 @@ class BatchPlan:
             prepared = original(accelerator, *objects)
             network, optimizer = prepared
 
-            def keep(_, args, kwargs):
+            def remember_call(_, args, kwargs):
                 self.step = partial(bare_step, network, optimizer.optimizer, args, kwargs)
                 hook.remove()
 
-            hook = network.register_forward_pre_hook(keep, with_kwargs=True)
+            hook = network.register_forward_pre_hook(remember_call, with_kwargs=True)
             return prepared
 
         Accelerator.prepare = prepare
@@ -174,7 +174,7 @@ def bare_step(network, optimizer, args, kwargs):
     optimizer.zero_grad()
 
 
-class Building:
+class CacheWatcher:
     """Stands in for what builds a cache: builds it anew in each turn and runs the bare encoders as often.
 
     On a CPU, where nothing else is at work while they are, each of their calls is made a second time at once: the two
@@ -188,7 +188,7 @@ class Building:
         from training_utils.cache import captions, images
 
         for module, name in ((images, "cache_images"), (captions, "cache_captions")):
-            setattr(module, name, partial(self.keep, getattr(module, name), name))
+            setattr(module, name, partial(self.build_in_turns, getattr(module, name), name))
 
     def watch_encoders(self):
         import diffusers
@@ -226,7 +226,7 @@ class Building:
 
         return call
 
-    def keep(self, original, name, store, *rest, **options):
+    def build_in_turns(self, original, name, store, *rest, **options):
         import torch
 
         self.dialogue.answer(what=name)
@@ -252,7 +252,7 @@ class Building:
 
 def main(kind, script, *argv):
     dialogue, jax = Dialogue(), script.endswith("flax")
-    watchers = [BatchPlan(dialogue)] + ([Building(dialogue)] if kind == "building" else [])
+    watchers = [StepWatcher(dialogue)] + ([CacheWatcher(dialogue)] if kind == "building" else [])
     sys.argv[1:] = argv
     module = importlib.import_module(script)
     for watcher in watchers:

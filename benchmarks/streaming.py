@@ -69,13 +69,13 @@ def serve(root, folder, pipe):
             pipe.send(sum(size for path, size in hub.sent if path.startswith("/lfs/")))
 
 
-def read(updates, rows, look=None):
+def read(plan, rows, look=None):
     """Read and decode an epoch. Returns (seconds to the first batch, seconds for all, images)."""
     from training_utils.data.plan import Position
 
     began, first, count = time.perf_counter(), None, 0
-    for at, batch in enumerate(updates.batches(Position())):
-        if at == updates.steps_per_epoch:
+    for at, batch in enumerate(plan.batches(Position())):
+        if at == plan.steps_per_epoch:
             break
         for _, index, _ in batch:
             rows.captions(index), rows.image(index)
@@ -113,12 +113,11 @@ def measure(folder, buffer, pipe):
     from training_utils.data.plan import BatchPlan
     from training_utils.data.streaming import chunks, source
 
-    options = DataOptions(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
-
     def sent():
         pipe.send("sent")
         return pipe.recv()
 
+    options = DataOptions(dataset_name=NAME, shuffle_buffer=buffer, cache_dir=str(folder / "cache"))
     chunks.CHUNK_BYTES = 2**21
     most = 0
 

@@ -9,19 +9,26 @@ The interface is that of the class which diffusers had until 0.39:
 """
 
 import functools
-import json
-import os
-import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 from PIL import Image
 
-from . import schedulers, weights
-from .networks import ModelError
+from . import schedulers, trajectory, weights
+from .autoencoder import FlaxAutoencoderKL
+from .config import ModelError, for_each_block
+from .model_folder import fetch, load_tokenizer, save_tokenizer, write_json
+from .network import Network
+from .text_encoder import FlaxCLIPTextModel
+from .unet import FlaxUNet2DConditionModel
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 # What torch's pipeline changes in old scheduler configurations: latents have no bounds, and SD counts from timestep 1.
 LATENTS = {"clip_sample": False, "steps_offset": 1}
@@ -34,18 +41,27 @@ class Images(NamedTuple):
     images: jax.Array
 
 
-def _generate(networks, params, ids, negative_ids, latents, key, guidance, plan):
+def _generate(
+    networks: tuple[Network, Network, Network],
+    params: Mapping[str, Any],
+    ids: jax.Array,
+    negative_ids: jax.Array,
+    latents: jax.Array,
+    key: jax.Array,
+    guidance: jax.Array,
+    plan: trajectory.Plan,
+) -> jax.Array:
     """The images (B, H, W, 3) of token ids (B, T), from noise `latents` (B, C, h, w), all in one compilation.
 
-    networks: (text encoder, unet, vae); guidance: its scale, (B,), of which 1 or less means none (Ho & Salimans 2022,
-    arXiv 2207.12598); key: for samplers that add noise; plan: see schedulers.Plan.
+    networks: (text encoder, unet, vae). key: for samplers that add noise. guidance: its scale, (B,); 1 or less means
+    none (Ho & Salimans 2022, arXiv 2207.12598). plan: see trajectory.Plan.
     """
     text_encoder, unet, vae = networks
     states = text_encoder.apply({"params": params["text_encoder"]}, jnp.concatenate([negative_ids, ids]))
     guidance = jnp.maximum(guidance, 1)[:, None, None, None]
 
     def denoise(state, row):
-        sample = state[0]
+        sample = state.sample
         timesteps = jnp.full(2 * len(sample), row.timestep)
         output = unet.apply({"params": params["unet"]}, jnp.concatenate([sample, sample]), timesteps, states)
         unconditional, conditional = jnp.split(output.astype(jnp.float32), 2)
@@ -53,10 +69,10 @@ def _generate(networks, params, ids, negative_ids, latents, key, guidance, plan)
         noise = None
         if row.sigma is not None:
             noise = jax.random.normal(jax.random.fold_in(key, row.timestep), sample.shape)
-        return schedulers.step(row, state, output, noise), None
+        return trajectory.step(row, state, output, noise), None
 
-    (sample, *_), _ = jax.lax.scan(denoise, schedulers.begin(plan, latents), plan)
-    pixels = vae.apply({"params": params["vae"]}, sample / vae.config.scaling_factor, method="decode")
+    end, _ = jax.lax.scan(denoise, trajectory.begin(plan, latents), plan)
+    pixels = vae.apply({"params": params["vae"]}, end.sample / vae.config.scaling_factor, method="decode")
     return (pixels.astype(jnp.float32) / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
 
 
@@ -73,34 +89,49 @@ class FlaxStableDiffusionPipeline:
     Raises ModelError when the parts do not fit together.
     """
 
-    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler, *, source=None, variant=None):
-        channels, width = vae.config.latent_channels, text_encoder.config.hidden_size
+    def __init__(
+        self,
+        vae: FlaxAutoencoderKL,
+        text_encoder: FlaxCLIPTextModel,
+        tokenizer: "CLIPTokenizer",
+        unet: FlaxUNet2DConditionModel,
+        scheduler: schedulers.Sampler,
+        *,
+        source: str | Path | None = None,
+        variant: str | None = None,
+    ) -> None:
+        channels = vae.config.latent_channels
         if not unet.config.in_channels == unet.config.out_channels == channels:
             raise ModelError(
                 f"unet: it takes {unet.config.in_channels} channels and gives {unet.config.out_channels} where the "
                 f"autoencoder's latents have {channels}; only text-to-image models are supported"
             )
+        width = text_encoder.config.hidden_size
         wanted = unet.config.cross_attention_dim
-        if any(size != width for size in (wanted if isinstance(wanted, list | tuple) else [wanted])):
+        if any(size != width for size in for_each_block(wanted, 1)):
             raise ModelError(f"unet: it attends to text states of width {wanted}, the text encoder's have {width}")
-        self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.unet = unet
         self.scheduler = scheduler
-        self.source, self.variant = source and Path(source), variant
+        self.source = Path(source) if source else None
+        self.variant = variant
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     @classmethod
     def from_pretrained(
         cls,
-        name,
-        revision=None,
-        dtype=jnp.float32,
-        variant=None,
-        cache_dir=None,
-        from_pt=False,
-        scheduler=None,
-        tokenizer=None,
-        safety_checker=None,
-    ):
+        name: str | Path,
+        revision: str | None = None,
+        dtype: DTypeLike = jnp.float32,
+        variant: str | None = None,
+        cache_dir: str | Path | None = None,
+        from_pt: bool = False,
+        scheduler: schedulers.Sampler | None = None,
+        tokenizer: "CLIPTokenizer | None" = None,
+        safety_checker: Any = None,
+    ) -> tuple["FlaxStableDiffusionPipeline", dict[str, Any]]:
         """The pipeline of a folder or hub id and its parameters, float32 numpy arrays on the host.
 
         Put the parameters on the devices once, with jax.device_put or flax.jax_utils.replicate, if you call the
@@ -110,16 +141,17 @@ class FlaxStableDiffusionPipeline:
         Raises ModelError for a model that cannot be used, in one sentence.
         """
         folder = fetch(name, revision, variant, cache_dir)
-        modules, params = {}, {"scheduler": {}}
+        modules: dict[str, Any] = {}
+        params: dict[str, Any] = {"scheduler": {}}
         for part in PARTS:
             modules[part], params[part] = weights.load_part(folder, part, dtype, variant)
         if scheduler is None:
             scheduler = schedulers.for_sampling(schedulers.read_config(folder))
         if tokenizer is None:
-            tokenizer = _load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder)
         return cls(tokenizer=tokenizer, scheduler=scheduler, source=folder, variant=variant, **modules), params
 
-    def prepare_inputs(self, prompts):
+    def prepare_inputs(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Token ids of a prompt or a list of them, int32 of shape (prompts, tokens); longer prompts are cut."""
         if not isinstance(prompts, str) and not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"a prompt must be a string or a list of strings, not {type(prompts).__name__}")
@@ -130,22 +162,22 @@ class FlaxStableDiffusionPipeline:
 
     def __call__(
         self,
-        prompt_ids,
-        params,
-        prng_seed,
-        num_inference_steps=50,
-        height=None,
-        width=None,
-        guidance_scale=7.5,
-        latents=None,
-        neg_prompt_ids=None,
-        jit=False,
-    ):
+        prompt_ids: ArrayLike,
+        params: Mapping[str, Any],
+        prng_seed: jax.Array,
+        num_inference_steps: int = 50,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: ArrayLike = 7.5,
+        latents: jax.Array | None = None,
+        neg_prompt_ids: ArrayLike | None = None,
+        jit: bool = False,
+    ) -> Images:
         """Draw an image for each prompt.
 
         Args: prompt_ids, (B, T); params, the dict of parameters; prng_seed, a jax.random key; height and width in
-        pixels, by default those that the UNet was made for; guidance_scale, a number or one for each prompt, of which
-        1 or less means no guidance; latents, noise (B, C, h, w) to start from in place of the key's; neg_prompt_ids,
+        pixels, by default those that the UNet was made for; guidance_scale, a number or one for each prompt, where 1
+        or less means no guidance; latents, noise (B, C, h, w) to start from in place of the key's; neg_prompt_ids,
         (B, T), what guidance leads away from, by default the empty prompt.
 
         With jit, everything but the sizes and a single guidance scale has one more axis in front, one entry a device:
@@ -155,19 +187,22 @@ class FlaxStableDiffusionPipeline:
         Compiled once for each shape and number of steps; another guidance scale or prompt does not compile again.
         Returns Images. Raises ValueError for inputs that do not fit.
         """
-        ids = np.asarray(prompt_ids) if not isinstance(prompt_ids, jax.Array) else prompt_ids
+        ids = prompt_ids if isinstance(prompt_ids, jax.Array) else np.asarray(prompt_ids)
         self._check_axes(ids, params, jit)
         shape = self._latent_shape(height, width)
         lead = ids.shape[:-1]
         if latents is None:
-            draw = functools.partial(jax.random.normal, shape=(lead[-1], *shape))
-            latents = (jax.vmap(draw) if jit else draw)(prng_seed)
+            draw_noise = functools.partial(jax.random.normal, shape=(lead[-1], *shape))
+            if jit:
+                draw_noise = jax.vmap(draw_noise)
+            latents = draw_noise(prng_seed)
         elif latents.shape != (*lead, *shape):
             raise ValueError(f"latents have shape {latents.shape}, not {(*lead, *shape)}")
         if neg_prompt_ids is None:
             neg_prompt_ids = np.broadcast_to(self.prepare_inputs(""), ids.shape)
         guidance = np.asarray(guidance_scale, dtype=np.float32)
-        guidance = np.broadcast_to(guidance.reshape(guidance.shape + (1,) * (len(lead) - guidance.ndim)), lead)
+        guidance = guidance.reshape(guidance.shape + (1,) * (len(lead) - guidance.ndim))
+        guidance = np.broadcast_to(guidance, lead)
         params = {part: params[part] for part in PARTS}
         plan = jax.tree.map(jnp.asarray, self.scheduler.changed(**LATENTS).plan(num_inference_steps))
         networks = (self.text_encoder, self.unet, self.vae)
@@ -175,8 +210,12 @@ class FlaxStableDiffusionPipeline:
         latents = latents.astype(jnp.float32)
         return Images(run(networks, params, ids, neg_prompt_ids, latents, prng_seed, guidance, plan))
 
-    def _check_axes(self, ids, params, jit):
-        """Complain about the two usual slips with jit in a sentence, before XLA does it in a hundred lines."""
+    @staticmethod
+    def _check_axes(ids: ArrayLike, params: Mapping[str, Any], jit: bool) -> None:
+        """Refuse the two usual mistakes with jit in a sentence, before XLA does it in a hundred lines.
+
+        Raises ValueError.
+        """
         if ids.ndim != 2 + jit:
             wanted = "(devices, prompts a device, tokens), as shard makes it" if jit else "(prompts, tokens)"
             raise ValueError(f"with jit={jit} prompt_ids must have the axes {wanted}, not the shape {ids.shape}")
@@ -184,25 +223,29 @@ class FlaxStableDiffusionPipeline:
             wanted = "must be replicated with flax.jax_utils.replicate" if jit else "must not be replicated"
             raise ValueError(f"with jit={jit} the params {wanted}")
 
-    def _latent_shape(self, height, width):
-        """(C, h, w) of the latents of an image, whose sizes are by default what the UNet was made for."""
-        size, factor = self.unet.config.get("sample_size"), self.vae_scale_factor
-        sizes = size if isinstance(size, list | tuple) else (size, size)
-        pixels = [given or (own and own * factor) for given, own in zip((height, width), sizes)]
-        if None in pixels:
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image, whose sizes in pixels are by default what the UNet was made for.
+
+        Raises ValueError.
+        """
+        factor = self.vae_scale_factor
+        own_height, own_width = for_each_block(self.unet.config.get("sample_size"), 2)
+        height = height or (own_height and own_height * factor)
+        width = width or (own_width and own_width * factor)
+        if height is None or width is None:
             raise ValueError("the UNet's configuration has no sample_size, so height and width must be given")
-        if any(side % factor for side in pixels):
-            raise ValueError(f"height and width must be multiples of {factor}, not {pixels[0]} and {pixels[1]}")
-        return (self.vae.config.latent_channels, pixels[0] // factor, pixels[1] // factor)
+        if height % factor or width % factor:
+            raise ValueError(f"height and width must be multiples of {factor}, not {height} and {width}")
+        return (self.vae.config.latent_channels, height // factor, width // factor)
 
     @staticmethod
-    def numpy_to_pil(images):
+    def numpy_to_pil(images: ArrayLike) -> list[Image.Image]:
         """A list of PIL images from an array of numbers in [0, 1], shape (..., H, W, 3)."""
-        images = np.asarray(images)
-        pixels = (images.reshape(-1, *images.shape[-3:]) * 255).round().astype(np.uint8)
+        values = np.asarray(images)
+        pixels = (values.reshape(-1, *values.shape[-3:]) * 255).round().astype(np.uint8)
         return [Image.fromarray(image) for image in pixels]
 
-    def save_pretrained(self, folder, params):
+    def save_pretrained(self, folder: str | Path, params: Mapping[str, Any]) -> None:
         """Write a folder that torch's StableDiffusionPipeline loads, and this one: safetensors only.
 
         Args: params, not replicated. A part whose parameters are those of the folder it was read from is copied from
@@ -210,11 +253,12 @@ class FlaxStableDiffusionPipeline:
         """
         folder = Path(folder)
         for part, module in zip(PARTS, (self.text_encoder, self.unet, self.vae)):
-            if not (self.source and weights.copy_part(self.source, folder, part, params[part], self.variant)):
-                weights.save_part(folder, part, params[part], module.config)
-        _save_tokenizer(self.tokenizer, self.source, folder)
+            if self.source and weights.copy_part(self.source, folder, part, params[part], self.variant):
+                continue
+            weights.save_part(folder, part, params[part], module.config)
+        save_tokenizer(self.tokenizer, self.source, folder)
         scheduler = self.scheduler.torch_config(**LATENTS)
-        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         index = {
             "_class_name": "StableDiffusionPipeline",
             "feature_extractor": [None, None],
@@ -226,61 +270,4 @@ class FlaxStableDiffusionPipeline:
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         }
-        _write_json(folder / "model_index.json", index)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def fetch(name, revision=None, variant=None, cache_dir=None):
-    """The local folder of a model: `name` itself where it is one, else the hub's, with no more than what is read.
-
-    Raises ModelError.
-    """
-    if os.path.isdir(name):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    def download(patterns):
-        try:
-            return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-        except Exception as error:  # the hub client raises a dozen kinds, its transport more
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"model {name} is neither a folder nor found on the hub: {reason}") from None
-
-    folder = download(["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"])
-    for part in PARTS:
-        for patterns in weights.file_patterns(part, variant):
-            download([f"{part}/{pattern}" for pattern in ("config.json", *patterns)])
-            if weights.has_weights(folder / part, part, variant):
-                break
-    return folder
-
-
-def _load_tokenizer(folder):
-    from transformers import CLIPTokenizer
-
-    if not (folder / "tokenizer").is_dir():
-        raise ModelError(f"tokenizer: {folder} has no folder of that name")
-    try:
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"tokenizer: {folder / 'tokenizer'} cannot be loaded: {reason}") from None
-
-
-def _save_tokenizer(tokenizer, source, folder):
-    """Copy the files that the tokenizer was read from, which every release reads; without them, write it anew."""
-    if source and tokenizer.name_or_path == str(source / "tokenizer") and Path(tokenizer.name_or_path).is_dir():
-        if source.resolve() == folder.resolve():  # a pipeline may be saved where it came from
-            return
-        shutil.copytree(source / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
-    else:
-        tokenizer.save_pretrained(folder / "tokenizer")
+        write_json(folder / "model_index.json", index)

@@ -3,10 +3,10 @@
     python quickstart/compare.py --output_dir quickstart-output/compare --charts docs
 
 Every weight is trained with min-SNR weights off, at gamma 1 and at gamma 5, and with a moving average of the weights;
-then adapters of three ranks learn the word "mirrored" on the first of these models. A tenth of the images is held
-out. What is compared is the loss on them, in which nothing is weighted, and the share of a hundred drawings that a
-classifier of real digits reads as the word in their prompt. Several seeds tell a difference between settings from
-luck. Stopped half-way it continues when it is called again.
+then adapters of three ranks learn the word "mirrored" on the first of these models. A tenth of the images is for
+validation only. Compared are the validation loss, in which nothing is weighted, and the share of a hundred drawings
+that a classifier of real digits reads as the word in their prompt. Several seeds tell a difference between settings
+from luck. Stopped half-way it continues when it is called again.
 """
 
 import argparse
@@ -45,7 +45,7 @@ WEIGHTS = {
 RANKS = {f"rank {rank}": ["--rank", str(rank), "--train_text_encoder"] for rank in (2, 8, 32)}
 
 
-def looks(steps):
+def drawing_steps(steps):
     """The steps after which drawings are read: an eighth, a quarter and half of them, and all."""
     return [steps // 8, steps // 4, steps // 2, steps]
 
@@ -62,10 +62,10 @@ def train(script, base, images, out, flags, args, seed):
 
 
 def accuracies(reader, base, out, steps, mirrored):
-    """The share of drawings that are read rightly after some steps, {step: share}; kept in a file."""
+    """The share of drawings that are read rightly after some steps, {step: share}; stored in a file."""
     path = out / "accuracy.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    for step in looks(steps):
+    for step in drawing_steps(steps):
         if str(step) not in known:
             folder = out / f"checkpoint-{step}"
             if (folder / "unet").is_dir():
@@ -96,12 +96,12 @@ def spread(values, digits):
 
 def table(results, steps):
     """Lines of Markdown: a row for each setting of {name: [(validation losses, accuracies), one for each seed]}."""
-    titles = " | ".join(f"read rightly after {step}" for step in looks(steps))
+    titles = " | ".join(f"read rightly after {step}" for step in drawing_steps(steps))
     yield f"| setting | validation loss after {steps} steps | {titles} |"
-    yield "|---" * (2 + len(looks(steps))) + "|"
+    yield "|---" * (2 + len(drawing_steps(steps))) + "|"
     for name, runs in results.items():
         last = [losses[steps] for losses, _ in runs]
-        shares = (spread([read[step] for _, read in runs], 2) for step in looks(steps))
+        shares = (spread([read[step] for _, read in runs], 2) for step in drawing_steps(steps))
         yield f"| {name} | {spread(last, 4)} | {' | '.join(shares)} |"
 
 

@@ -10,7 +10,8 @@ from conftest import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 
 import throughput
-from throughput import Goal, conclude, faster, judge
+from bench_goals import Goal, faster, judge
+from throughput import conclude
 
 
 def results(**speeds):

@@ -27,9 +27,12 @@ from flax_diffusion import (
     FlaxUNet2DConditionModel,
     ModelError,
     schedulers,
+    trajectory,
 )
-from flax_diffusion.networks import PARTS, _convolve
-from flax_diffusion.weights import load_part, save_part, tensor_shapes, to_tensors
+from flax_diffusion.layers import convolve
+from flax_diffusion.networks import PARTS
+from flax_diffusion.tensor_names import tensor_shapes, to_tensors
+from flax_diffusion.weights import load_part, save_part
 
 TOLERANCE = 1e-4
 
@@ -549,7 +552,7 @@ def test_sampling_steps(count):
             plan = ours.plan(count)
             assert plan.timestep.tolist() == theirs.timesteps.tolist()
             expected = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 1, 2, 3)))
-            state = schedulers.begin(plan, jnp.asarray(expected.numpy()))
+            state = trajectory.begin(plan, jnp.asarray(expected.numpy()))
             noise, options = None, {}
             for at, timestep in enumerate(theirs.timesteps.tolist()):
                 if kind is DDPMScheduler:  # its noise, drawn twice
@@ -559,7 +562,7 @@ def test_sampling_steps(count):
                 output = torch.from_numpy(a_network(expected.numpy(), timestep))
                 expected = theirs.step(output, timestep, expected, **options).prev_sample
                 row = jax.tree.map(lambda column: column[at], plan)  # noqa: B023
-                state = schedulers.step(row, state, jnp.asarray(a_network(np.asarray(state[0]), timestep)), noise)
+                state = trajectory.step(row, state, jnp.asarray(a_network(np.asarray(state[0]), timestep)), noise)
             assert relative_error(state[0], expected) < 1e-8, (kind, config)
 
 
@@ -607,6 +610,6 @@ def test_a_convolution_over_fewer_pixels_than_its_kernel_has():
             lambda x, kernel, function=function: (function(x, kernel, (1, 1), [(1, 1), (1, 1)], **options) ** 2).sum(),
             argnums=(0, 1),
         )(x, kernel)
-        for function in (_convolve, jax.lax.conv_general_dilated)
+        for function in (convolve, jax.lax.conv_general_dilated)
     )
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), ours, theirs)

@@ -29,7 +29,8 @@ from flax_diffusion import (
     ModelError,
     pipeline,
 )
-from flax_diffusion.weights import MSGPACK, STEMS, load_part
+from flax_diffusion.weight_files import MSGPACK, STEMS
+from flax_diffusion.weights import load_part
 
 PROMPTS = ["a handwritten one", "a handwritten two, and then more of it"]
 STEPS = 5
@@ -148,9 +149,9 @@ def test_half_precision_draws_nearly_the_same(sd, loaded):
 def test_numpy_to_pil():
     images = np.zeros((4, 2, 8, 16, 3))
     images[..., 0], images[3, 1, ..., 1] = 1, 0.5
-    images = FlaxStableDiffusionPipeline.numpy_to_pil(images)
-    assert len(images) == 8 and images[0].size == (16, 8)
-    assert images[0].getpixel((0, 0)) == (255, 0, 0) and images[7].getpixel((5, 5)) == (255, 128, 0)
+    converted = FlaxStableDiffusionPipeline.numpy_to_pil(images)
+    assert len(converted) == 8 and converted[0].size == (16, 8)
+    assert converted[0].getpixel((0, 0)) == (255, 0, 0) and converted[7].getpixel((5, 5)) == (255, 128, 0)
     assert len(FlaxStableDiffusionPipeline.numpy_to_pil(images[0, 0])) == 1
 
 
@@ -214,13 +215,13 @@ events = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
 other = pipeline(prompt_ids, p_params, prng_seed, 5, guidance_scale=2.0, jit=True)[0]
 compiled = sum("backend_compile" in event for event in events)
-images = pipeline.numpy_to_pil(np.asarray(images.reshape((images.shape[0],) + images.shape[-3:])))
+pil_images = pipeline.numpy_to_pil(np.asarray(images.reshape((images.shape[0],) + images.shape[-3:])))
 
 one_by_one = [pipeline(prompt_ids[at], params, prng_seed[at], 5).images for at in range(jax.device_count())]
 print(json.dumps({
     "devices": len(images.sharding.device_set),
     "shape": images.shape,
-    "images": len(images),
+    "images": len(pil_images),
     "error": float(abs(np.asarray(images) - np.asarray(one_by_one)).max()),
     "spread": float(np.asarray(images).std(axis=0).max()),
     "guidance": float(abs(np.asarray(images) - np.asarray(other)).max()),

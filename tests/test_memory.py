@@ -31,10 +31,10 @@ def test_the_ledger_agrees_with_the_allocator():
     """torch's profiler sees every allocation, those inside kernels too."""
     setting = ("sd", False, "--cache_latents", 4, 64, "tiny")
     computed = memory.account(*setting)
-    update = memory.make_step(*setting)
-    update()
+    step = memory.make_step(*setting)
+    step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        update()
+        step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
