@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 
 from flax_diffusion import FlaxDDPMScheduler, FlaxStableDiffusionPipeline  # noqa: E402
 from training_utils.base import losses  # noqa: E402
+from training_utils.cli.options import PLAIN  # noqa: E402
 from training_utils.data import image_ops, inspection  # noqa: E402
 from training_utils.data.captions import choose_caption, shuffle_tags  # noqa: E402
 from training_utils.jax_backend import models, processes, validation  # noqa: E402
@@ -169,13 +170,13 @@ def latent_shape_of(vae):
     return vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def training_loss(unet, schedule, batch, scaling_factor, snr_gamma=None):
+def training_loss(unet, schedule, batch, scaling_factor, objective=PLAIN):
     """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,). The UNet is a function of its inputs.
 
     Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
-    float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `snr_gamma`
-    weights by min-SNR.
+    float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `objective`
+    weights it by min-SNR.
     """
     timesteps, noise, text_states = batch["timestep"], batch["noise"], batch["text_states"]
     latents = (
@@ -187,15 +188,15 @@ def training_loss(unet, schedule, batch, scaling_factor, snr_gamma=None):
     target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
     prediction = unet(noisy, timesteps, text_states)
     loss = jnp.square(prediction.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
-    if snr_gamma is not None:
+    if objective.snr_gamma is not None:
         snr = losses.signal_to_noise(jnp.asarray(schedule.alphas_cumprod)[timesteps])
-        loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
+        loss = loss * losses.min_snr_weight(snr, objective.snr_gamma, kind)
     return loss
 
 
-def sample_losses(params, batch, unet, schedule, scaling_factor, snr_gamma=None):
+def sample_losses(params, batch, unet, schedule, scaling_factor, objective=PLAIN):
     """`training_loss` with the UNet's parameters put in."""
-    return training_loss(partial(unet.apply, {"params": params}), schedule, batch, scaling_factor, snr_gamma)
+    return training_loss(partial(unet.apply, {"params": params}), schedule, batch, scaling_factor, objective)
 
 
 def train_step(
@@ -207,7 +208,7 @@ def train_step(
     schedule,
     scaling_factor,
     optimizer,
-    snr_gamma,
+    objective,
     max_grad_norm,
     ema_decay,
 ):
@@ -224,7 +225,7 @@ def train_step(
     scale = arrays["loss_scale"]["scale"] if "loss_scale" in arrays else 1.0
 
     def scaled_loss(params, micro_batch):
-        losses = sample_losses(params, micro_batch, unet, schedule, scaling_factor, snr_gamma)
+        losses = sample_losses(params, micro_batch, unet, schedule, scaling_factor, objective)
         return scale * (losses * micro_batch["weight"]).sum()
 
     loss, gradients = accumulate_gradient(jax.value_and_grad(scaled_loss), params, batch)
@@ -308,7 +309,7 @@ def main(argv=None):
         train_step,
         **objective,
         optimizer=optimizer,
-        snr_gamma=args.snr_gamma,
+        objective=args.objective,
         max_grad_norm=args.max_grad_norm,
         ema_decay=args.ema_decay,
     )

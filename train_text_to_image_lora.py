@@ -30,6 +30,7 @@ from diffusers.training_utils import compute_dream_and_update_latents  # noqa: E
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 from training_utils.base import losses  # noqa: E402
+from training_utils.cli.options import PLAIN  # noqa: E402
 from training_utils.data import image_ops, inspection  # noqa: E402
 from training_utils.data.captions import choose_caption, shuffle_tags  # noqa: E402
 from training_utils.run import exit  # noqa: E402
@@ -119,13 +120,13 @@ def encode_captions(text_encoder, batch):
     return {"text_states": text_encoder(batch["tokens"]).last_hidden_state}
 
 
-def training_loss(unet, noise_schedule, batch, scaling_factor, snr_gamma=None, dream_p=None):
+def training_loss(unet, noise_schedule, batch, scaling_factor, objective=PLAIN):
     """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,).
 
     Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
-    float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `snr_gamma`
-    weights by min-SNR; `dream_p` is DREAM's exponent, None for plain training.
+    float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `objective`
+    weights it by min-SNR and corrects it by DREAM.
     """
     timesteps, noise, text_states = batch["timestep"], batch["noise"], batch["text_states"]
     latents = batch["latent_mean"].float() + batch["latent_std"].float() * batch["latent_noise"]
@@ -133,15 +134,15 @@ def training_loss(unet, noise_schedule, batch, scaling_factor, snr_gamma=None, d
     noisy = noise_schedule.add_noise(latents, batch.get("input_noise", noise), timesteps)
     kind = noise_schedule.config.prediction_type
     target = noise if kind == "epsilon" else noise_schedule.get_velocity(latents, noise, timesteps)
-    if dream_p is not None:
+    if objective.dream_p is not None:
         noisy, target = compute_dream_and_update_latents(
-            unet, noise_schedule, timesteps, noise, noisy, target, text_states, dream_p
+            unet, noise_schedule, timesteps, noise, noisy, target, text_states, objective.dream_p
         )
     prediction = unet(noisy, timesteps, text_states).sample
     loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
+    if objective.snr_gamma is not None:
         snr = losses.signal_to_noise(noise_schedule.alphas_cumprod[timesteps])
-        loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
+        loss = loss * losses.min_snr_weight(snr, objective.snr_gamma, kind)
     return loss
 
 
@@ -286,7 +287,6 @@ def main(argv=None):
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     batches = run.batches()
-    dream_p = args.dream_detail_preservation if args.dream_training else None
     step_loss = 0.0
     with run:  # SIGTERM and Ctrl-C end it after a step
         if run.validates_first():
@@ -296,9 +296,7 @@ def main(argv=None):
             run.seed_dropout()
             with accelerator.accumulate(network, text_network):
                 batch = encode(batch, text_network)
-                sample_losses = training_loss(
-                    network, noise_schedule, batch, parts.scaling_factor, args.snr_gamma, dream_p
-                )
+                sample_losses = training_loss(network, noise_schedule, batch, parts.scaling_factor, args.objective)
                 loss = (sample_losses * batch["weight"]).sum()
                 run.gradient.begin(loss)
                 accelerator.backward(loss)

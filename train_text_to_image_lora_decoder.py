@@ -38,6 +38,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection  #
 
 from training_utils.base import losses  # noqa: E402
 from training_utils.base.errors import UserError  # noqa: E402
+from training_utils.cli.options import PLAIN  # noqa: E402
 from training_utils.data import image_ops, inspection  # noqa: E402
 from training_utils.run import exit  # noqa: E402
 from training_utils.run.hub import card  # noqa: E402
@@ -128,13 +129,13 @@ def encode_images(networks, batch):
     }
 
 
-def training_loss(unet, noise_schedule, batch, snr_gamma=None):
+def training_loss(unet, noise_schedule, batch, objective=PLAIN):
     """The diffusion loss of each sample of a batch, which holds what `encode_images` makes of it; shape (B,).
 
     Noise is mixed into MOVQ's latents in float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4); the UNet is told CLIP's
     embedding of the image. Of its output only the first C channels get a loss. The other C, the variance that the
     released decoders predict (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1), get none, as in the original
-    script, so that they follow what the layers before them learn. `snr_gamma` weights by min-SNR.
+    script, so that they follow what the layers before them learn. `objective` weights it by min-SNR.
     """
     timesteps, noise = batch["timestep"], batch["noise"]
     latents, image = batch["latents"].float(), batch["image"].float()
@@ -144,9 +145,9 @@ def training_loss(unet, noise_schedule, batch, snr_gamma=None):
     prediction = unet(noisy, timesteps, None, added_cond_kwargs={"image_embeds": image}).sample
     prediction = prediction[:, : latents.shape[1]]
     loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
+    if objective.snr_gamma is not None:
         snr = losses.signal_to_noise(noise_schedule.alphas_cumprod[timesteps])
-        loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
+        loss = loss * losses.min_snr_weight(snr, objective.snr_gamma, kind)
     return loss
 
 
@@ -315,7 +316,7 @@ def main(argv=None):
             run.seed_dropout()
             with accelerator.accumulate(network):
                 batch = encode(batch)
-                sample_losses = training_loss(network, noise_schedule, batch, args.snr_gamma)
+                sample_losses = training_loss(network, noise_schedule, batch, args.objective)
                 loss = (sample_losses * batch["weight"]).sum()
                 run.gradient.begin(loss)
                 accelerator.backward(loss)

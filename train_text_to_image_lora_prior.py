@@ -36,6 +36,7 @@ from transformers import (  # noqa: E402
 )
 
 from training_utils.base import losses  # noqa: E402
+from training_utils.cli.options import PLAIN  # noqa: E402
 from training_utils.data import inspection  # noqa: E402
 from training_utils.data.captions import choose_caption, shuffle_tags  # noqa: E402
 from training_utils.run import exit  # noqa: E402
@@ -118,14 +119,14 @@ def encode_captions(text_encoder, batch):
     return {"pooled": text.text_embeds, "text_states": text.last_hidden_state}
 
 
-def training_loss(prior, noise_schedule, batch, statistics, snr_gamma=None):
+def training_loss(prior, noise_schedule, batch, statistics, objective=PLAIN):
     """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,).
 
     x0 is CLIP's embedding of the image, shifted and scaled by `statistics`, the embeddings' mean and standard
     deviation (Ramesh et al. 2022, arXiv 2204.06125, section 2.2, and the released priors). Noise is mixed into it in
     float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), and the prior predicts x0 itself (arXiv 2204.06125, eq. 2), told
-    the caption; padding tokens are masked out. `snr_gamma` weights by min-SNR.
+    the caption; padding tokens are masked out. `objective` weights it by min-SNR.
     """
     timesteps, (mean, std) = batch["timestep"], statistics
     x0 = (batch["image"].float() - mean) / std
@@ -133,9 +134,9 @@ def training_loss(prior, noise_schedule, batch, statistics, snr_gamma=None):
     noisy = noise_schedule.add_noise(x0, batch["noise"], timesteps)
     prediction = prior(noisy, timesteps, pooled, states, batch["token_mask"]).predicted_image_embedding
     loss = F.mse_loss(prediction.float(), x0, reduction="none").mean(dim=1)
-    if snr_gamma is not None:
+    if objective.snr_gamma is not None:
         snr = losses.signal_to_noise(noise_schedule.alphas_cumprod[timesteps])
-        loss = loss * losses.min_snr_weight(snr, snr_gamma, "sample")
+        loss = loss * losses.min_snr_weight(snr, objective.snr_gamma, "sample")
     return loss
 
 
@@ -298,7 +299,7 @@ def main(argv=None):
             run.seed_dropout()
             with accelerator.accumulate(network):
                 batch = encode(batch)
-                sample_losses = training_loss(network, noise_schedule, batch, statistics, args.snr_gamma)
+                sample_losses = training_loss(network, noise_schedule, batch, statistics, args.objective)
                 loss = (sample_losses * batch["weight"]).sum()
                 run.gradient.begin(loss)
                 accelerator.backward(loss)

@@ -32,6 +32,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from training_utils.base import draws, losses  # noqa: E402
 from training_utils.base.errors import UserError  # noqa: E402
+from training_utils.cli.options import PLAIN  # noqa: E402
 from training_utils.data import image_ops, inspection  # noqa: E402
 from training_utils.data.captions import choose_caption, shuffle_tags  # noqa: E402
 from training_utils.run import exit  # noqa: E402
@@ -145,7 +146,7 @@ def text_of(batch, zero_dropped):
     return states, pooled
 
 
-def training_loss(unet, noise_schedule, batch, scaling_factor, zero_dropped=True, snr_gamma=None):
+def training_loss(unet, noise_schedule, batch, scaling_factor, zero_dropped=True, objective=PLAIN):
     """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,).
 
@@ -162,9 +163,9 @@ def training_loss(unet, noise_schedule, batch, scaling_factor, zero_dropped=True
     conditions = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
     prediction = unet(noisy, timesteps, text_states, added_cond_kwargs=conditions).sample
     loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
+    if objective.snr_gamma is not None:
         snr = losses.signal_to_noise(noise_schedule.alphas_cumprod[timesteps])
-        loss = loss * losses.min_snr_weight(snr, snr_gamma, kind)
+        loss = loss * losses.min_snr_weight(snr, objective.snr_gamma, kind)
     return loss
 
 
@@ -355,7 +356,7 @@ def main(argv=None):
             with accelerator.accumulate(network, *text_networks):
                 batch = encode(batch, text_networks)
                 sample_losses = training_loss(
-                    network, noise_schedule, batch, parts.scaling_factor, parts.zero_dropped, args.snr_gamma
+                    network, noise_schedule, batch, parts.scaling_factor, parts.zero_dropped, args.objective
                 )
                 loss = (sample_losses * batch["weight"]).sum()
                 run.gradient.begin(loss)

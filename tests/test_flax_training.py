@@ -35,6 +35,7 @@ from tools.report.folder import read_run_folder
 from tools.report.page import render_page
 from training_utils.base import draws, formats
 from training_utils.base.errors import UserError
+from training_utils.cli.options import ObjectiveOptions
 from training_utils.jax_backend import frozen, gradient, models, optimizers, processes, validation
 from training_utils.jax_backend.frozen import Encoder
 from training_utils.jax_backend.state import TrainingState, new_arrays
@@ -159,7 +160,7 @@ def test_noise_is_mixed_in_float32_and_weights_stay_float32_under_bf16(run_flax,
     ones = jnp.ones((2, 4, 8, 8), jnp.bfloat16)
     batch = {"timestep": jnp.array([0, 999]), "latent_mean": ones, "latent_std": ones, "text_states": ones}
     batch |= {name: ones.astype(jnp.float32) for name in ("noise", "latent_noise")}
-    loss = script.training_loss(Network(), script.FlaxDDPMScheduler(), batch, 0.2, 5.0)
+    loss = script.training_loss(Network(), script.FlaxDDPMScheduler(), batch, 0.2, ObjectiveOptions(snr_gamma=5.0))
     assert seen["noisy"] == jnp.float32 and loss.dtype == jnp.float32 and loss.shape == (2,)
 
     run_flax(tmp_path, *BF16, *TRACKED)

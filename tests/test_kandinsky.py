@@ -30,7 +30,7 @@ import train_text_to_image_lora_prior
 import train_text_to_image_prior
 from training_utils.base.draws import SampleDraws
 from training_utils.base.errors import UserError
-from training_utils.cli.options import DataOptions
+from training_utils.cli.options import DataOptions, ObjectiveOptions
 from training_utils.data import buckets, checking, image_ops, opening
 from training_utils.run.facts import RunFacts
 from training_utils.run.hub.card import write_card
@@ -120,7 +120,9 @@ def test_loss_of_the_prior(stages, gamma):
     prior, batch = stages[0], a_batch(16)
     schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     statistics = prior.prior.clip_mean.detach(), prior.prior.clip_std.detach()
-    got = train_text_to_image_prior.training_loss(prior.prior, schedule, encoded(prior, batch), statistics, gamma)
+    got = train_text_to_image_prior.training_loss(
+        prior.prior, schedule, encoded(prior, batch), statistics, ObjectiveOptions(gamma)
+    )
 
     exact, text, vision = (copy.deepcopy(m).double() for m in (prior.prior, prior.text_encoder, prior.image_encoder))
     a = torch.from_numpy(squared_cosine())[batch["timestep"]][:, None]
@@ -143,7 +145,7 @@ def test_loss_of_the_decoder(kandinsky, stages, gamma):
     decoder, vision, batch = stages[1], stages[0].image_encoder, a_batch(4, 8, 8)
     schedule = DDPMScheduler.from_pretrained(kandinsky[1], subfolder="scheduler")
     made = train_text_to_image_decoder.encode_images((decoder.movq, vision), batch)
-    got = train_text_to_image_decoder.training_loss(decoder.unet, schedule, batch | made, gamma)
+    got = train_text_to_image_decoder.training_loss(decoder.unet, schedule, batch | made, ObjectiveOptions(gamma))
 
     unet, movq, vision = (copy.deepcopy(m).double() for m in (decoder.unet, decoder.movq, vision))
     a = torch.from_numpy(linear())[batch["timestep"]].view(-1, 1, 1, 1)

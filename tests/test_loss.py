@@ -10,6 +10,7 @@ from transformers import CLIPTextModel
 
 import train_text_to_image
 from training_utils.base import losses
+from training_utils.cli.options import ObjectiveOptions
 
 GAMMA = 5.0
 
@@ -120,7 +121,7 @@ def test_training_loss(sd, parts, kind, options):
     batch = a_batch()
     expected = reference(parts, batch, kind, **options)
     options.pop("zero_terminal_snr", None)
-    got = train_text_to_image.training_loss(parts[0], schedule, *encoded(parts, batch), **options)
+    got = train_text_to_image.training_loss(parts[0], schedule, *encoded(parts, batch), ObjectiveOptions(**options))
     torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=1e-7)
 
 

@@ -16,7 +16,7 @@ import train_text_to_image_lora_sdxl
 import train_text_to_image_sdxl
 from training_utils.base import draws, losses
 from training_utils.base.draws import SampleDraws
-from training_utils.cli.options import DataOptions
+from training_utils.cli.options import DataOptions, ObjectiveOptions
 from training_utils.data import buckets, image_ops, opening
 
 SCRIPTS = [train_text_to_image_sdxl, train_text_to_image_lora_sdxl]
@@ -140,7 +140,9 @@ def test_training_loss(script, sdxl, parts, kind, snr_gamma, zero_dropped):
     unet, vae, encoders = parts
     batch = a_batch()
     batch |= script.encode_images(vae, batch) | script.encode_captions(encoders, batch)
-    got = script.training_loss(unet, schedule, batch, vae.config.scaling_factor, zero_dropped, snr_gamma)
+    got = script.training_loss(
+        unet, schedule, batch, vae.config.scaling_factor, zero_dropped, ObjectiveOptions(snr_gamma)
+    )
     expected = reference(parts, a_batch(), kind, snr_gamma, zero_dropped)
     torch.testing.assert_close(got.detach().double(), expected, rtol=5e-5, atol=1e-7)
 

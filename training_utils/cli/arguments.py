@@ -11,6 +11,7 @@ from training_utils.cli.options import (
     HubOptions,
     LearningRateOptions,
     MachineOptions,
+    ObjectiveOptions,
     OptimizerOptions,
     ValidationOptions,
 )
@@ -129,6 +130,12 @@ class Arguments(argparse.Namespace):
             cycles=self.lr_num_cycles,
             power=self.lr_power,
         )
+
+    @property
+    def objective(self) -> ObjectiveOptions:
+        """How the loss is computed."""
+        dream_p = self.dream_detail_preservation if self.get("dream_training") else None
+        return ObjectiveOptions(snr_gamma=self.snr_gamma, dream_p=dream_p)
 
     @property
     def validation(self) -> ValidationOptions:

@@ -82,6 +82,17 @@ class LearningRateOptions:
 
 
 @dataclass(frozen=True)
+class ObjectiveOptions:
+    """How the loss of a sample is computed, beyond the mean squared error."""
+
+    snr_gamma: float | None = None  # min-SNR weighting; None: every timestep counts alike
+    dream_p: float | None = None  # DREAM's exponent; None: plain training
+
+
+PLAIN = ObjectiveOptions()  # as the validation loss is, whatever is trained
+
+
+@dataclass(frozen=True)
 class ValidationOptions:
     """How validation images are drawn, in the words of the pipelines of Stable Diffusion and SDXL."""
 
