@@ -127,7 +127,7 @@ def training_loss(unet, noise_schedule, batch, scaling_factor, objective=PLAIN):
 
     Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
     float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `objective`
-    weights it by min-SNR and corrects it by DREAM.
+    says whether min-SNR weights the loss and whether DREAM corrects input and target.
     """
     timesteps, noise, text_states = batch["timestep"], batch["noise"], batch["text_states"]
     latents = batch["latent_mean"].float() + batch["latent_std"].float() * batch["latent_noise"]

@@ -176,7 +176,7 @@ def training_loss(unet, schedule, batch, scaling_factor, objective=PLAIN):
 
     Latents are a sample of VAE(x) times the scaling factor (Rombach et al. 2022, arXiv 2112.10752); noise is mixed in
     float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), since half precision has too few levels of it. `objective`
-    weights it by min-SNR.
+    may weight the loss by min-SNR.
     """
     timesteps, noise, text_states = batch["timestep"], batch["noise"], batch["text_states"]
     latents = (

@@ -135,7 +135,7 @@ def training_loss(unet, noise_schedule, batch, objective=PLAIN):
     Noise is mixed into MOVQ's latents in float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4); the UNet is told CLIP's
     embedding of the image. Of its output only the first C channels get a loss. The other C, the variance that the
     released decoders predict (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1), get none, as in the original
-    script, so that they follow what the layers before them learn. `objective` weights it by min-SNR.
+    script, so that they follow what the layers before them learn. `objective` may weight the loss by min-SNR.
     """
     timesteps, noise = batch["timestep"], batch["noise"]
     latents, image = batch["latents"].float(), batch["image"].float()

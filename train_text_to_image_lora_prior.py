@@ -126,7 +126,7 @@ def training_loss(prior, noise_schedule, batch, statistics, objective=PLAIN):
     x0 is CLIP's embedding of the image, shifted and scaled by `statistics`, the embeddings' mean and standard
     deviation (Ramesh et al. 2022, arXiv 2204.06125, section 2.2, and the released priors). Noise is mixed into it in
     float32 (Ho et al. 2020, arXiv 2006.11239, eq. 4), and the prior predicts x0 itself (arXiv 2204.06125, eq. 2), told
-    the caption; padding tokens are masked out. `objective` weights it by min-SNR.
+    the caption; padding tokens are masked out. `objective` may weight the loss by min-SNR.
     """
     timesteps, (mean, std) = batch["timestep"], statistics
     x0 = (batch["image"].float() - mean) / std
