@@ -31,7 +31,7 @@ class CachedImages:
     maps indices to sentences. The `size` of a view is the one at which it is trained, None where there is no choice.
     """
 
-    def __init__(self, store: Store, digests: Sequence[str], sizes: Sequence[Size], crops: int):
+    def __init__(self, store: Store, digests: Sequence[str], sizes: Sequence[Size], crops: int) -> None:
         self.store = store
         self.digests = digests
         self.sizes = sizes
@@ -89,7 +89,7 @@ class EncodedImages:
     """What the networks make of a dataset's images, computed whenever one is asked for. `blank` is the sample that
     stands for no image."""
 
-    def __init__(self, samples: Samples, encode: Callable[[Sample], Encoded], blank: Sample | None):
+    def __init__(self, samples: Samples, encode: Callable[[Sample], Encoded], blank: Sample | None) -> None:
         self.samples = samples
         self.encode = encode
         self.blank = blank

@@ -68,7 +68,7 @@ class ImageDataset:
         sizes: np.ndarray | None = None,
         sources: Sequence[Source] | None = None,
         origins: np.ndarray | None = None,
-    ):
+    ) -> None:
         self.table = table
         self.image_column = image_column
         self.caption_column = caption_column

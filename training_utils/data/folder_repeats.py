@@ -15,7 +15,7 @@ REPEATED_FOLDER = re.compile(r"([1-9]\d{0,2})_(.+)")  # 2024_photos is no such n
 class FolderRepeats:
     """The repeated folders inside a folder; `files` are the files in it. Their paths, resolved, are asked for."""
 
-    def __init__(self, folder: Path, files: Sequence[Path]):
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self.folders = {}
         for path in files:
             names = repeated_folders(path, folder)

@@ -46,7 +46,7 @@ StoredImage = Mapping[str, Any] | None
 class UnusableImage(Exception):
     """An image that cannot be read, or that training cannot use: a kind of problems.KINDS, and what was found."""
 
-    def __init__(self, kind: str, found: str):
+    def __init__(self, kind: str, found: str) -> None:
         super().__init__(kind, found)
         self.kind = kind
         self.found = found

@@ -58,7 +58,7 @@ class BatchPlan:
         shapes: np.ndarray | None = None,
         partial_sources: Sequence[PartialSource] = (),
         stream: Any = None,
-    ):
+    ) -> None:
         self.dataset_size = size
         self.size = size - sum(len(part.indices) - part.count for part in partial_sources)  # samples of an epoch
         self.seed = seed

@@ -29,7 +29,7 @@ class Samples:
         prepare: Callable[[ImageDataset, int, SampleDraws], Sample],
         seed: int,
         on_bad_sample: str = "error",
-    ):
+    ) -> None:
         self.dataset = dataset
         self.prepare = prepare
         self.seed = seed

@@ -46,7 +46,7 @@ def open_member(path: str) -> io.BufferedReader:
 
 
 class _Member(io.RawIOBase):
-    def __init__(self, path):
+    def __init__(self, path) -> None:
         shard, _, offset, length = path.split("\0")
         self.start = int(offset)
         self.length = int(length)

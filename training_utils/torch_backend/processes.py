@@ -128,7 +128,7 @@ def largest_of_processes(accelerator, timeout):
 class TorchProcesses:
     """The processes of an Accelerator, as run.session.Processes has them. `timeout` in seconds."""
 
-    def __init__(self, accelerator: Accelerator, timeout: float):
+    def __init__(self, accelerator: Accelerator, timeout: float) -> None:
         self.accelerator = accelerator
         self.timeout = timeout
         self.is_main = accelerator.is_main_process

@@ -28,7 +28,7 @@ class StreamedDataset(ImageDataset):
         findings: Findings,
         row_numbers: np.ndarray | None = None,
         sizes: np.ndarray | None = None,
-    ):
+    ) -> None:
         self.source = source
         self.caption_column = caption_column
         self.findings = findings
@@ -151,7 +151,7 @@ def _image_cell(content: bytes | None) -> dict | None:
 class _UnreadableCaption:
     """Stands in the place of a caption that could not be read, and is shown as the reason."""
 
-    def __init__(self, reason: str):
+    def __init__(self, reason: str) -> None:
         self.reason = reason
 
     def __repr__(self) -> str:

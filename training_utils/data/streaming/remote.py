@@ -104,7 +104,7 @@ class RemoteFile(io.RawIOBase):
     at least MIN_READ_BYTES are fetched at once, and more while little is skipped.
     """
 
-    def __init__(self, file: File, parts: Sequence[tuple[int, bytes]] = (), walked: bool = False):
+    def __init__(self, file: File, parts: Sequence[tuple[int, bytes]] = (), walked: bool = False) -> None:
         self.file = file
         self.parts = parts
         self.read_ahead = MIN_READ_BYTES if walked else 0

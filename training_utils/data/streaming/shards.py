@@ -104,7 +104,7 @@ def fetch_from_shard(file: File, chunk: Chunk, *, caption_column: str | None) ->
 class _Captions:
     """The captions of a chunk's samples: `texts` by the sample's name, or in `faults` a sentence why there is none."""
 
-    def __init__(self, column: str | None):
+    def __init__(self, column: str | None) -> None:
         self.column = column
         self.texts: dict[str, object] = {}
         self.faults: dict[str, str] = {}

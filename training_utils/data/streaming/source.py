@@ -39,7 +39,7 @@ class Source:
         fetch: Callable[[File, Chunk], ChunkContent],
         root: Path,
         buffer: int,
-    ):
+    ) -> None:
         self.files = files
         self.chunks = chunks
         self.fetch = fetch
