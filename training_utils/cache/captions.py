@@ -43,7 +43,7 @@ def cache_captions(
     store: Store | None,
     sets: Sequence[Samples],
     encode: Callable[[Sample], Encoded],
-    processes: Processes | None = None,
+    processes: Processes,
     batch_size: int = 1,
     empty: bool = False,
 ) -> None:

@@ -1,6 +1,7 @@
 """Opening one dataset that is not streamed: tables of the hub or of a folder, or a folder of images or shards."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError
@@ -12,19 +13,23 @@ from training_utils.data.folder import make_table, read_folder, read_shards, usa
 from training_utils.data.folder_repeats import FolderRepeats
 from training_utils.data.problems import Findings
 
+if TYPE_CHECKING:
+    import datasets
+
 
 def load_source(options: DataOptions) -> ImageDataset:
     """Open one dataset, as opening.load_dataset says. Raises UserError."""
     image_column = options.image_column
     caption_column = options.caption_column
+    files: list[Path] = []
     if options.dataset_name is not None:
         title = f"--dataset_name {options.dataset_name}"
-        files, kind = [], "tables"
     else:
+        assert options.folder is not None
         title = f"--train_data_dir {options.folder}"
         files, kind = files_of(Path(options.folder))
-    if kind != "tables":
-        return _load_folder(title, Path(options.folder), files, kind, options)
+        if kind != "tables":
+            return _load_folder(title, Path(options.folder), files, kind, options)
     if options.repeats_from_folders:
         raise UserError(f"{title} holds tables; --repeats_from_folders is for folders of images or shards")
     config_name = options.config_name
@@ -65,7 +70,7 @@ def _load_folder(title: str, folder: Path, files: list[Path], kind: str, options
     )
 
 
-def _with_undecoded_images(table, image_column):
+def _with_undecoded_images(table: "datasets.Dataset", image_column: str) -> "datasets.Dataset":
     """A datasets.Dataset whose image column gives what is stored. Raises UserError where it holds no images."""
     import datasets
     import pyarrow
