@@ -19,14 +19,8 @@ HIDDEN_PREFIXES = (".", "__")  # how names begin that nobody sees: thumbnails, c
 
 def files_of(folder: Path) -> tuple[list[Path], str]:
     """What a folder holds: (sorted paths, "images", "shards" or "tables"). Raises UserError for none of them."""
-    kinds: dict[str, list[Path]] = {
-        "images": [],
-        "shards": [],
-        "tables": [],
-        "compressed": [],
-        "others": [],
-        "broken": [],
-    }
+    names = ("images", "shards", "tables", "compressed", "others", "broken")
+    kinds: dict[str, list[Path]] = {name: [] for name in names}
     kind_of_ending = {
         **dict.fromkeys(IMAGE_ENDINGS, "images"),
         **dict.fromkeys(OTHER_ENDINGS, "others"),

@@ -1,7 +1,6 @@
 """Opening one dataset that is not streamed: tables of the hub or of a folder, or a folder of images or shards."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError
@@ -12,9 +11,6 @@ from training_utils.data.files import files_of
 from training_utils.data.folder import make_table, read_folder, read_shards, usable_images
 from training_utils.data.folder_repeats import FolderRepeats
 from training_utils.data.problems import Findings
-
-if TYPE_CHECKING:
-    import datasets
 
 
 def load_source(options: DataOptions) -> ImageDataset:
@@ -70,7 +66,7 @@ def _load_folder(title: str, folder: Path, files: list[Path], kind: str, options
     )
 
 
-def _with_undecoded_images(table: "datasets.Dataset", image_column: str) -> "datasets.Dataset":
+def _with_undecoded_images(table, image_column):
     """A datasets.Dataset whose image column gives what is stored. Raises UserError where it holds no images."""
     import datasets
     import pyarrow
