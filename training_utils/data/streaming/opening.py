@@ -109,7 +109,7 @@ def _find_urls(title: str, options: DataOptions) -> tuple[list[str], str]:
             raise UserError(f"{title} holds single images, which are read in place as it is; leave --streaming out")
         if kind == "shards":
             return [os.path.realpath(path) for path in found], kind
-        splits = _find_splits(title, options.folder, config_name, None, options.cache_dir)
+        splits = _find_splits(title, str(options.folder), config_name, None, options.cache_dir)
     else:
         splits = _find_splits(title, options.dataset_name, config_name, options.folder, options.cache_dir)
     urls = [str(url) for url in tables.train_split(title, splits)]
