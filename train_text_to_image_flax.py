@@ -142,7 +142,7 @@ class Models:
     noise_schedule: FlaxDDPMScheduler
 
 
-def load_models(args) -> Models:
+def load_models(args: cli.Arguments) -> Models:
     """Load the base model. Raises UserError for one that this script cannot train."""
     base = models.model_folder(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, args.single_file_config

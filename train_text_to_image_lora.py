@@ -25,6 +25,7 @@ from functools import partial  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from diffusers.training_utils import compute_dream_and_update_latents  # noqa: E402
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
@@ -164,7 +165,7 @@ class Parts:
     changed_sampler: SchedulerMixin | None
 
 
-def load_models(args, accelerator, seed) -> Parts:
+def load_models(args: cli.Arguments, accelerator: Accelerator, seed: int) -> Parts:
     """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     name, variant = args.pretrained_model_name_or_path, args.variant
     base = models.model_folder(

@@ -25,6 +25,7 @@ from functools import partial  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from diffusers import (  # noqa: E402
     DDPMScheduler,
     KandinskyV22Pipeline,
@@ -170,7 +171,7 @@ class Parts:
     embeddings: list[kandinsky.PromptEmbedding]
 
 
-def load_models(args, accelerator, prompts, seed) -> Parts:
+def load_models(args: cli.Arguments, accelerator: Accelerator, prompts: list[str], seed: int) -> Parts:
     """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     variant, options = args.variant, (args.variant, args.cache_dir)
     prior_base = models.model_folder(

@@ -27,6 +27,7 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer, UnCLIPScheduler  # noqa: E402
 from PIL import ImageOps  # noqa: E402
 from transformers import (  # noqa: E402
@@ -162,7 +163,7 @@ class Parts:
     decoder: KandinskyV22Pipeline | None
 
 
-def load_models(args, accelerator, draws_images) -> Parts:
+def load_models(args: cli.Arguments, accelerator: Accelerator, draws_images: bool) -> Parts:
     """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     name, variant = args.pretrained_prior_model_name_or_path, args.variant
     base = models.model_folder(name, KandinskyV22PriorPipeline, args.prior_revision, variant, args.cache_dir)

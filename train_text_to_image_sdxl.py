@@ -27,6 +27,7 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
 from PIL import ImageOps  # noqa: E402
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel  # noqa: E402
@@ -187,7 +188,7 @@ class Parts:
     zero_dropped: bool
 
 
-def load_models(args, accelerator) -> Parts:
+def load_models(args: cli.Arguments, accelerator: Accelerator) -> Parts:
     """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     name, variant = args.pretrained_model_name_or_path, args.variant
     base = models.model_folder(

@@ -104,7 +104,7 @@ def _figure(plot: Plot, runs: list[RunFolder], *, element_id: str, step_range: t
                 lines += _lines(curve, points, run.name, run_index, raw_too=False)
             else:
                 lines += _lines(curve, points, curve.label, curve_index, raw_too=True)
-                mark = run.log.lowest(curve.name) if curve.mark_lowest else None
+                mark = run.log.lowest(curve.name) if run.log and curve.mark_lowest else None
     if not lines:
         return None
     return Figure(
@@ -135,7 +135,7 @@ def _lines(curve: Curve, points: list[Point], label: str, colour: int, *, raw_to
     return [Line(label, smooth, colour)]
 
 
-def _steps(steps: list[int]) -> str:
+def _steps(steps: list[float]) -> str:
     shown = ", ".join(f"{step:,}" for step in steps[:5])
     return f"{shown} …" if len(steps) > 5 else shown
 

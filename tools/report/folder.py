@@ -14,7 +14,7 @@ from training_utils.base import formats
 from training_utils.base.errors import UserError
 from training_utils.run import metrics, output_folder
 from training_utils.run.checkpoints import damage_of, list_checkpoints, read_manifest, step_of
-from training_utils.run.facts import RunFacts
+from training_utils.run.facts import RecordedFacts
 from training_utils.run.metrics import Log
 
 
@@ -38,7 +38,7 @@ class RunFolder:
     path: Path
     name: str
     log: Log | None
-    facts: RunFacts | None
+    facts: RecordedFacts | None
     settings: dict[str, Any]
     run_file: str
     model_card: str
@@ -102,7 +102,7 @@ def read_run_folder(folder: str | Path) -> RunFolder:
         path=folder,
         name=folder.resolve().name,
         log=log,
-        facts=RunFacts.from_record(log.runs[-1]) if log and log.runs else None,
+        facts=log.facts if log else None,
         settings=read_yaml(run_file),
         run_file=run_file,
         model_card=_text_of(folder / "README.md"),

@@ -11,6 +11,7 @@ from tools.report.table import Cell, Row
 from tools.report.words import ago, date, rough_duration
 from training_utils.base import formats
 from training_utils.run import metrics
+from training_utils.run.metrics import Log
 
 # The first of these that a run has is shown.
 MEMORY_CURVES = {
@@ -33,11 +34,12 @@ def state_of(run: RunFolder, now: float) -> str:
     if run.log is None:
         return f"there is no {metrics.NAME} in its folder, so its curves are not known"
     steps = f"{run.log.step:,}"
+    written = run.log.time or now
     if run.total_steps is not None:
         steps += f" of {run.total_steps:,}"
     if run.finished:
-        return f"finished: {steps} steps, the last one on {date(run.log.time)}"
-    return f"step {steps}; the last line of {metrics.NAME} was written {ago(now - (run.log.time or now))}"
+        return f"finished: {steps} steps, the last one on {date(written)}"
+    return f"step {steps}; the last line of {metrics.NAME} was written {ago(now - written)}"
 
 
 def numbers_of(run: RunFolder) -> list[Fact]:
@@ -46,16 +48,16 @@ def numbers_of(run: RunFolder) -> list[Fact]:
         return []
     total = f"of {run.total_steps:,}" if run.total_steps is not None else ""
     found = [Fact("steps", f"{run.log.step:,}", total)]
-    found += _loss(run)
-    found += _validation_loss(run)
-    found += _speed(run)
-    found += _memory(run)
+    found += _loss(run.log)
+    found += _validation_loss(run.log)
+    found += _speed(run, run.log)
+    found += _memory(run, run.log)
     found.append(Fact("time", formats.duration(run.log.seconds), "with validation and checkpoints"))
     return found
 
 
-def _loss(run: RunFolder) -> list[Fact]:
-    losses = list(run.log.finite("train_loss").items())
+def _loss(log: Log) -> list[Fact]:
+    losses = list(log.finite("train_loss").items())
     if not losses:
         return []
     window = smoothing_window(losses)
@@ -63,11 +65,11 @@ def _loss(run: RunFolder) -> list[Fact]:
     return [Fact("loss", formats.number(mean), f"mean of about {window} steps")]
 
 
-def _validation_loss(run: RunFolder) -> list[Fact]:
-    lowest = run.log.lowest("val_loss")
+def _validation_loss(log: Log) -> list[Fact]:
+    lowest = log.lowest("val_loss")
     if not lowest:
         return []
-    losses = run.log.finite("val_loss")
+    losses = log.finite("val_loss")
     step, loss = lowest
     last = max(losses)
     others = "the last one" if last == step else f"the last one {formats.number(losses[last])}"
@@ -75,23 +77,23 @@ def _validation_loss(run: RunFolder) -> list[Fact]:
     return [Fact("lowest validation loss", formats.number(loss), f"step {step:,}{separator}{others}")]
 
 
-def _speed(run: RunFolder) -> list[Fact]:
-    speeds = [speed for speed in run.log.finite("samples_per_second").values() if speed > 0]
+def _speed(run: RunFolder, log: Log) -> list[Fact]:
+    speeds = [speed for speed in log.finite("samples_per_second").values() if speed > 0]
     if not speeds:
         return []
     speed = statistics.harmonic_mean(speeds)
     images_per_step = run.facts.images_per_step if run.facts else 0
     seconds_per_step = images_per_step / speed
     remark = f"{formats.number(seconds_per_step, 3)} s per step" if seconds_per_step else ""
-    steps_left = (run.total_steps or 0) - run.log.step
+    steps_left = (run.total_steps or 0) - log.step
     if steps_left > 0 and seconds_per_step:
         remark += f"; about {rough_duration(seconds_per_step * steps_left)} left"
     return [Fact("images per second", formats.number(speed, 3), remark)]
 
 
-def _memory(run: RunFolder) -> list[Fact]:
+def _memory(run: RunFolder, log: Log) -> list[Fact]:
     for name, label in MEMORY_CURVES.items():
-        values = run.log.finite(name).values()
+        values = log.finite(name).values()
         if values:
             remark = "of rank 0" if run.facts and run.facts.world_size > 1 else ""
             return [Fact(label, f"{formats.number(max(values), 3)} GiB", remark)]
@@ -101,7 +103,7 @@ def _memory(run: RunFolder) -> list[Fact]:
 def description_of(run: RunFolder) -> list[Fact]:
     """What is trained, from what, and how long."""
     facts = run.facts
-    if not facts:
+    if not facts or not run.log:
         return []
     device = f"{facts.device}, {facts.world_size} of them" if facts.world_size > 1 else facts.device
     val_images = f", and {facts.validation_images:,} held out" if facts.validation_images else ""

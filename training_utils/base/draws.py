@@ -29,7 +29,7 @@ def generator(seed: int, purpose: str, epoch: int = 0, index: int = 0) -> np.ran
 class SampleDraws:
     """The draws of one sample: `draw("noise")` is its generator for that purpose."""
 
-    def __init__(self, seed: int, epoch: int, index: int):
+    def __init__(self, seed: int, epoch: int, index: int) -> None:
         self.seed = seed
         self.epoch = epoch
         self.index = index

@@ -25,7 +25,7 @@ def peak_memory() -> int:
     import psutil
 
     memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
+    if sys.platform == "win32":
         return memory.peak_wset
     try:
         import resource

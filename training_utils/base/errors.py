@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -19,7 +20,7 @@ class UserError(Exception):
         self.exit_code = exit_code
         self.everywhere = everywhere
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with its cause, so that it keeps it from a data worker or another process; exceptions do not by
         themselves. A cause that cannot be pickled is dropped."""
         state = dict(self.__dict__)
@@ -28,7 +29,7 @@ class UserError(Exception):
         return type(self), self.args, state
 
 
-def _can_be_pickled(error):
+def _can_be_pickled(error: BaseException) -> bool:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # a library's exception may raise anything here, and no other code of ours runs

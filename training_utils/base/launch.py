@@ -89,8 +89,9 @@ def deepspeed_settings() -> dict[str, Any]:
 def deepspeed_words() -> list[str]:
     """The launcher's words, behind --use_deepspeed, that configure DeepSpeed in the same way."""
     words = []
-    if deepspeed_file() is not None:
-        words += ["--deepspeed_config_file", deepspeed_file()]
+    path = deepspeed_file()
+    if path is not None:
+        words += ["--deepspeed_config_file", path]
     if ZERO_STAGE in os.environ:
         words += ["--zero_stage", os.environ[ZERO_STAGE]]
     return words
@@ -98,7 +99,7 @@ def deepspeed_words() -> list[str]:
 
 def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     """A nested dict as {"outer.inner": value}, without what is left to accelerate."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             found |= _flat(value, f"{path}{name}.")

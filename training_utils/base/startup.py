@@ -29,7 +29,7 @@ def prepare() -> None:
     """
     if not launch.uses_deepspeed():
         # accelerate imports it wherever it is installed: two seconds, and warnings.
-        sys.modules.setdefault("deepspeed", None)
+        sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]  # so that importing it fails
     _import_without_bitsandbytes()
     _leave_out_scipy()
     _quieten()
@@ -41,7 +41,7 @@ def _import_without_bitsandbytes() -> None:
     They import it for quantized networks, and it torch's compiler: one to two seconds. An optimizer of it is imported
     when it is asked for.
     """
-    is_hidden = sys.modules.setdefault("bitsandbytes", None) is None  # so that importing it fails
+    is_hidden = sys.modules.setdefault("bitsandbytes", None) is None  # type: ignore[arg-type]  # importing it fails
     import diffusers.utils.import_utils  # noqa: F401 (which remembers what it has found)
 
     with suppress(ImportError):  # JAX does without PEFT

@@ -15,7 +15,7 @@ from training_utils.data.samples import Samples
 class CachedCaptions:
     """What the text encoders made of captions, read from a store."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store) -> None:
         self.store = store
 
     @staticmethod
@@ -31,7 +31,7 @@ class CachedCaptions:
 class EncodedCaptions:
     """What the text encoders make of captions, computed whenever one is asked for."""
 
-    def __init__(self, encode: Callable[[Sample], Encoded]):
+    def __init__(self, encode: Callable[[Sample], Encoded]) -> None:
         self.encode = encode
 
     def read(self, tokens: Sample) -> dict[str, np.ndarray]:
@@ -43,7 +43,7 @@ def cache_captions(
     store: Store | None,
     sets: Sequence[Samples],
     encode: Callable[[Sample], Encoded],
-    processes: Processes | None = None,
+    processes: Processes,
     batch_size: int = 1,
     empty: bool = False,
 ) -> None:

@@ -172,7 +172,7 @@ class ShardWriter:
     """Collects encoded batches and writes them to a store as shards. `expected` is how many entries all processes
     are to write; the first batch shows whether the disk has room for them."""
 
-    def __init__(self, store: Store, expected: int):
+    def __init__(self, store: Store, expected: int) -> None:
         self.store = store
         self.expected = expected
         self.batches: list[tuple[list[str], Encoded]] = []

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class CachedImages:
     maps indices to sentences. The `size` of a view is the one at which it is trained, None where there is no choice.
     """
 
-    def __init__(self, store: Store, digests: Sequence[str], sizes: Sequence[Size], crops: int):
+    def __init__(self, store: Store, digests: Sequence[str], sizes: Sequence[Size], crops: int) -> None:
         self.store = store
         self.digests = digests
         self.sizes = sizes
@@ -89,17 +90,18 @@ class EncodedImages:
     """What the networks make of a dataset's images, computed whenever one is asked for. `blank` is the sample that
     stands for no image."""
 
-    def __init__(self, samples: Samples, encode: Callable[[Sample], Encoded], blank: Sample | None):
+    def __init__(self, samples: Samples, encode: Callable[[Sample], Encoded], blank: Sample | None) -> None:
         self.samples = samples
         self.encode = encode
         self.blank = blank
 
-    def read(self, *view) -> dict[str, np.ndarray]:
+    def read(self, *view: Any) -> dict[str, np.ndarray]:
         """The entry of an image; the arguments are those of `CachedImages.read`."""
         return encode_one(self.encode, self.samples.prepare.show(self.samples.dataset, *view))
 
     def read_blank(self) -> dict[str, np.ndarray]:
         """The entry of what stands in the place of no image."""
+        assert self.blank is not None
         return encode_one(self.encode, self.blank)
 
 
@@ -153,7 +155,7 @@ def cache_images(
     store: Store | None,
     sets: Sequence[Samples],
     encode: Callable[[Sample], Encoded],
-    processes: Processes | None = None,
+    processes: Processes,
     batch_size: int = 1,
     crops: int = 1,
     blank: Sample | None = None,
@@ -170,16 +172,16 @@ def cache_images(
         return
     for samples in sets:
         _hash_images(store, samples, processes, crops)
-    wanted: dict[str, ImageView | Sample] = {}
+    views: dict[str, ImageView] = {}
     for samples in sets:
         for index in range(len(samples)):
-            wanted |= _views_of(samples, index, samples.dataset.size(index))
+            views |= _views_of(samples, index, samples.dataset.size(index))
     if crops == 1 and processes.rank == 0:
         _warn_of_single_crops(sets)
     # Views of one size lie together, so that they can be encoded together.
-    wanted = dict(sorted(wanted.items(), key=lambda pair: pair[1].size or ()))
-    if blank:
-        wanted = {KEY_OF_NO_IMAGE: blank} | wanted
+    in_order = sorted(views.items(), key=lambda pair: pair[1].size or ())
+    wanted: dict[str, ImageView | Sample] = {KEY_OF_NO_IMAGE: blank} if blank else {}
+    wanted |= in_order
     encode_missing = partial(
         fill,
         store,

@@ -48,7 +48,7 @@ class Store:
     `identity` is whatever JSON can hold that tells the networks and settings apart; it chooses the folder in `root`.
     """
 
-    def __init__(self, root: str | Path, kind: str, identity: Any):
+    def __init__(self, root: str | Path, kind: str, identity: Any) -> None:
         words = json.dumps([FORMAT, identity], sort_keys=True)
         self.folder = Path(root) / f"{kind}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
         self.forget()

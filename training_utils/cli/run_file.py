@@ -7,15 +7,12 @@ and `no` a word, whatever YAML makes of them, and nothing that a file holds can 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from training_utils.cli import table
 from training_utils.cli.arguments import Arguments
 from training_utils.cli.flag import Flag, Group
 from training_utils.cli.suggestion import suggestion
-
-if TYPE_CHECKING:
-    import yaml
 
 WIDTH = 44  # of a flag and its value, before the comment
 
@@ -86,17 +83,19 @@ def _advice(name: str, known: Mapping[str, Flag], text: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return str(error).splitlines()[0]
-    return f"line {mark.line + 1}: {error.problem}"
+    import yaml
+
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error).splitlines()[0]
 
 
-def _words(node: "yaml.Node") -> str:
+def _words(node: Any) -> str:
+    """The text of a YAML node."""
     return node.value if node.id == "scalar" else f"of {node.id} kind"
 
 
-def _value(node: "yaml.Node", flag: Flag, convert: Callable[[str, str], Any]) -> Any:
+def _value(node: Any, flag: Flag, convert: Callable[[str, str], Any]) -> Any:
     """What a YAML node gives a flag, or None."""
     if node.id == "scalar" and node.style is None and node.value.lower() in ("", "~", "null"):
         return None

@@ -2,11 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
-
-ValueType = Callable[[str], object]  # `bool` stands for a flag that is on or off and takes no text
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,14 @@ class Pixels:
     type: ClassVar = int
 
     def __call__(self, text: str) -> int:
-        value = Number(int, self.unit)(text)
+        value = int(Number(int, self.unit)(text))
         if value % self.unit:
             nearest = round(value / self.unit) * self.unit
             raise argparse.ArgumentTypeError(f"{value} is not a multiple of {self.unit}; the nearest is {nearest}")
         return value
+
+
+ValueType = type | Number | Pixels  # `bool` stands for a flag that is on or off and takes no text
 
 
 def integer(low: int = 0, high: float = math.inf) -> Number:
@@ -69,4 +69,4 @@ multiple_of_8 = Pixels(8)  # as the autoencoders need it
 
 def plain_type(kind: ValueType) -> type:
     """The type of the values that a parser makes: bool, int, float or str."""
-    return getattr(kind, "type", kind)
+    return kind if isinstance(kind, type) else kind.type

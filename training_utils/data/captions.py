@@ -1,6 +1,5 @@
 """Captions: which one a sample takes, what is wrong with them, and which are too long."""
 
-from collections.abc import Callable
 from typing import Any
 
 from training_utils.base.console import warn
@@ -12,7 +11,8 @@ from training_utils.data.problems import Problem, caption_fault, texts_of
 def caption_problems(dataset: ImageDataset) -> tuple[dict[int, Problem], list[int]]:
     """The captions of a dataset that cannot be used, {index: Problem}, and the indices of rows with an empty one.
     Both are empty where captions are not read."""
-    problems, empty = {}, []
+    problems = {}
+    empty = []
     for index, value in enumerate(dataset.raw_captions()):
         fault = caption_fault(value)
         if fault:
@@ -22,7 +22,7 @@ def caption_problems(dataset: ImageDataset) -> tuple[dict[int, Problem], list[in
     return problems, empty
 
 
-def warn_of_long_captions(dataset: ImageDataset, tokenizer: Callable[..., Any], most: int = 100_000) -> None:
+def warn_of_long_captions(dataset: ImageDataset, tokenizer: Any, most: int = 100_000) -> None:
     """Warn of captions beyond the tokenizer's limit, whose rest the text encoder never sees.
 
     Reads the first `most` rows; none of a stream, which it would have to read completely.

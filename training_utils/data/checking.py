@@ -44,8 +44,8 @@ def image_sizes(dataset: ImageDataset) -> np.ndarray:
 
     Headers are read, in threads, and no pixels. An image that cannot be opened gets zeros.
     """
-    sizes = parallel.read_ahead(_size_of, dataset.stored_images(), parallel.num_threads())
-    sizes = list(bar(sizes, "sizes of images", len(dataset)))
+    read = parallel.read_ahead(_size_of, dataset.stored_images(), parallel.num_threads())
+    sizes = list(bar(read, "sizes of images", len(dataset)))
     return np.array(sizes, dtype=np.int64).reshape(-1, 2)
 
 

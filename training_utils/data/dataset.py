@@ -50,11 +50,8 @@ class ImageDataset:
     datasets that are selected from this one. `row_numbers` are the numbers of these rows in the complete dataset,
     whose images are `arrow_images`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels
     at which each row is trained; None where the data do not decide it. `sources` are None where there is one alone,
-    and `origins` the index of each row's. `partial_sources` are a list of PartialSource. `stream` is the dataset
-    itself where it is streamed, else None.
+    and `origins` the index of each row's. `partial_sources` are a list of PartialSource.
     """
-
-    stream = None
 
     def __init__(
         self,
@@ -68,7 +65,7 @@ class ImageDataset:
         sizes: np.ndarray | None = None,
         sources: Sequence[Source] | None = None,
         origins: np.ndarray | None = None,
-    ):
+    ) -> None:
         self.table = table
         self.image_column = image_column
         self.caption_column = caption_column
@@ -79,13 +76,18 @@ class ImageDataset:
         self.sizes = sizes
         self.sources = sources
         self.origins = origins
-        self.partial_sources = ()
+        self.partial_sources: Sequence[PartialSource] = ()
         # Both are read when they are indexed.
         self._images = table[image_column]
-        self._captions = None if caption_column is None else table[caption_column]
+        self._captions: Any = None if caption_column is None else table[caption_column]
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def stream(self) -> Any:
+        """This dataset where it is streamed, a StreamedDataset, else None."""
+        return None
 
     # --- choosing rows -----------------------------------------------------------------------------------------------
 
@@ -123,13 +125,13 @@ class ImageDataset:
         # Its "bytes" are not made a Python object.
         return self._name_of(index, {"path": scalar["path"].as_py()} if scalar.is_valid else None)
 
-    def _name_of(self, index, stored):
+    def _name_of(self, index: int, stored: StoredImage) -> str:
         """What to call a row whose stored image is at hand."""
         path = stored.get("path") if isinstance(stored, dict) else None
         if path:
             return str(tar.display_name(path))
         number = int(self.row_numbers[index])
-        if self.sources is None:
+        if self.sources is None or self.origins is None:
             return f"row {number}"
         source = self.sources[self.origins[index]]
         return f"row {number - source.first_row} of {source.title}"

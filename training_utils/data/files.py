@@ -19,7 +19,8 @@ HIDDEN_PREFIXES = (".", "__")  # how names begin that nobody sees: thumbnails, c
 
 def files_of(folder: Path) -> tuple[list[Path], str]:
     """What a folder holds: (sorted paths, "images", "shards" or "tables"). Raises UserError for none of them."""
-    kinds = {"images": [], "shards": [], "tables": [], "compressed": [], "others": [], "broken": []}
+    names = ("images", "shards", "tables", "compressed", "others", "broken")
+    kinds: dict[str, list[Path]] = {name: [] for name in names}
     kind_of_ending = {
         **dict.fromkeys(IMAGE_ENDINGS, "images"),
         **dict.fromkeys(OTHER_ENDINGS, "others"),
@@ -70,7 +71,9 @@ def files_of(folder: Path) -> tuple[list[Path], str]:
 def files_in(folder: Path) -> tuple[list[Path], list[OSError]]:
     """The files in a folder and in those inside it, sorted, without hidden ones. Links to folders are followed, into
     each folder once. Returns (paths, errors of folders that cannot be read)."""
-    seen, found, failed = set(), [], []
+    seen: set[str] = set()
+    found: list[Path] = []
+    failed: list[OSError] = []
     for parent, folders, names in os.walk(folder, onerror=failed.append, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:

@@ -3,12 +3,13 @@
 import io
 import os
 import struct
+import traceback
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
@@ -46,7 +47,7 @@ StoredImage = Mapping[str, Any] | None
 class UnusableImage(Exception):
     """An image that cannot be read, or that training cannot use: a kind of problems.KINDS, and what was found."""
 
-    def __init__(self, kind: str, found: str):
+    def __init__(self, kind: str, found: str) -> None:
         super().__init__(kind, found)
         self.kind = kind
         self.found = found
@@ -80,10 +81,8 @@ def _is_our_bug(error: Exception) -> bool:
     """Whether an error was raised by this package itself, also where Pillow called it, as it does a shard's reader."""
     if isinstance(error, OSError | MemoryError):
         return False
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").startswith("training_utils.")
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("training_utils.")
 
 
 def _unusable(error: Exception) -> UnusableImage:
@@ -92,10 +91,10 @@ def _unusable(error: Exception) -> UnusableImage:
     if isinstance(error, UnidentifiedImageError):
         return UnusableImage("not an image", "not an image")
     if isinstance(error, FileNotFoundError):
-        return UnusableImage("absent", error.strerror)
+        return UnusableImage("absent", error.strerror or str(error))
     # The system's errors have a number, those of decoders have none.
     if isinstance(error, OSError) and error.errno is not None:
-        return UnusableImage("not readable", error.strerror)
+        return UnusableImage("not readable", error.strerror or str(error))
     if isinstance(error, MemoryError):
         return UnusableImage("not readable", "out of memory")
     return UnusableImage("damaged", (str(error).strip() or type(error).__name__).splitlines()[0])
@@ -106,18 +105,18 @@ def open_image(stored: StoredImage) -> Image.Image:
     if stored is None or (stored.get("bytes") is None and stored.get("path") is None):
         raise UnusableImage("no image", "")
     content = stored.get("bytes")
-    path = stored.get("path")
+    file: IO[bytes] | str
     if content is not None:
         size = len(content)
         file = io.BytesIO(content)
-    elif tar.is_member_path(path):
-        size = tar.size(path)
+    elif tar.is_member_path(stored["path"]):
+        size = tar.size(stored["path"])
         with unusable_if(OSError):
-            file = tar.open_member(path)
+            file = tar.open_member(stored["path"])
     else:
-        file = path
+        file = stored["path"]
         with unusable_if(OSError, ValueError):
-            size = os.path.getsize(path)
+            size = os.path.getsize(stored["path"])
     if not size:
         raise UnusableImage("zero bytes", "zero bytes")
     with decoding():

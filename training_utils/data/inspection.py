@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,9 +93,9 @@ def decode_images(dataset: ImageDataset) -> tuple[list[DecodedImage], list[Probl
 
     Each file of a folder is decoded once, however many rows show it, and those too whose caption cannot be used.
     """
-    images = dataset.stored_images()
+    images: Iterable[tuple[str, StoredImage]] = dataset.stored_images()
     total = len(dataset)
-    rows_of = {}  # by name, for files
+    rows_of: dict[str, list[int]] = {}  # by name, for files
     if dataset.root is not None:
         files = {}
         for index, (name, stored) in enumerate(images):
@@ -109,7 +110,9 @@ def decode_images(dataset: ImageDataset) -> tuple[list[DecodedImage], list[Probl
         total = len(files) or total
     threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a complete image
     results = parallel.read_ahead(_decode, images, threads)
-    decoded, problems, bad = [], [], set()
+    decoded: list[DecodedImage] = []
+    problems: list[Problem] = []
+    bad: set[int] = set()
     for at, result in enumerate(bar(results, "images", total, delay=0)):
         if isinstance(result, DecodedImage):
             decoded.append(result)

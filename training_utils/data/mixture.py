@@ -45,6 +45,7 @@ def load_mixture(options: DataOptions) -> ImageDataset:
     """The samples of all sources that the file `options.config` names, one after the other; the columns of the options
     are those of sources that name none. Raises UserError that names file and source."""
     config = options.config
+    assert config is not None
     parts = []
     for number, entry in enumerate(_entries(config), start=1):
         caption_column = None

@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -20,7 +20,7 @@ def read_ahead(
 ) -> Iterator[Result]:
     """`function(item)` of each item, in order, `ahead` items ahead, a few where it is None: all of them at once might
     not fit into memory."""
-    waiting = deque()
+    waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
         for item in items:

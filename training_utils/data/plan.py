@@ -58,7 +58,7 @@ class BatchPlan:
         shapes: np.ndarray | None = None,
         partial_sources: Sequence[PartialSource] = (),
         stream: Any = None,
-    ):
+    ) -> None:
         self.dataset_size = size
         self.size = size - sum(len(part.indices) - part.count for part in partial_sources)  # samples of an epoch
         self.seed = seed
@@ -69,15 +69,17 @@ class BatchPlan:
         self.stream = stream
         self.samples_per_step = batch_size * accumulation * world_size
         self.steps_per_epoch = -(-self.size // self.samples_per_step)
-        self.mean_samples_per_step = self.samples_per_step
-        self.shape = None  # the number of each sample's shape, where there are several
+        self.mean_samples_per_step: float = self.samples_per_step
+        self.shape: np.ndarray | None = None  # the number of each sample's shape, where there are several
+        # Batches are read ahead of the loop's position.
+        self._order = functools.lru_cache(maxsize=3)(self._make_order)
         if shapes is not None and (shapes != shapes[0]).any():
             _, shape, counts = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
             self.shape = shape.reshape(-1)
-            batches = len(self._order(0)[1]) if partial_sources else int((-(-counts // batch_size)).sum())
+            ends = self._order(0)[1] if partial_sources else None
+            batches = int((-(-counts // batch_size)).sum()) if ends is None else len(ends)
             self.steps_per_epoch = -(-batches // (accumulation * world_size))
             self.mean_samples_per_step = self.size / self.steps_per_epoch
-        self._order = functools.lru_cache(maxsize=3)(self._order)  # batches are read ahead of the loop's position
 
     @classmethod
     def for_dataset(
@@ -95,7 +97,7 @@ class BatchPlan:
             stream=dataset.stream,
         )
 
-    def _order(self, epoch):
+    def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The samples in the order in which an epoch visits them, and where in it each micro-batch ends; None without
         shapes."""
         if self.stream is not None:
@@ -127,7 +129,7 @@ class BatchPlan:
         shares = np.split(order[: ends[-1]], ends[:-1])
         return shares + [order[:0]] * (parts - len(shares))
 
-    def _coming(self, position):
+    def _coming(self, position: Position) -> list[np.ndarray]:
         """The samples that a stream is told of: the next in the order of this epoch, and of the one after it."""
         many = max(self.stream.ahead, 4 * self.samples_per_step)
         coming = [self._order(position.epoch)[0][position.sample :][:many]]

@@ -99,7 +99,7 @@ def texts_of(value: str | list[str]) -> list[str]:
 
 def listing(problems: Iterable[Problem]) -> str:
     """Problems as one clause: how many of each sort, and up to ten of each by name."""
-    groups = {}
+    groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(KINDS[problem.kind], []).append(problem)
     return "; ".join(f"{len(group)} {what}: {shortened(group)}" for what, group in groups.items())

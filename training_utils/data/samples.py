@@ -1,7 +1,7 @@
 """Samples and batches as the data workers make them."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,24 @@ from training_utils.data.dataset import ImageDataset
 from training_utils.data.problems import BadSample
 
 Sample = dict[str, Any]  # arrays by name, and "skipped", a list of sentences, where rows were skipped
+
+
+class SampleTransform(Protocol):
+    """What makes a script's samples, in the data workers.
+
+    `show` makes one view of an image, mirrored or not, and cropped at random where the sample is `cropped`; `images`
+    and `captions` have what frozen networks made of these, None where there is no cache. A script whose network reads
+    no captions has neither `captions` nor `tokenize`.
+    """
+
+    mirrors: bool
+    cropped: bool
+    images: Any
+    captions: Any
+    show: Callable[..., Sample]
+    tokenize: Callable[[str], Sample]
+
+    def __call__(self, dataset: ImageDataset, index: int, draw: SampleDraws) -> Sample: ...
 
 
 class Samples:
@@ -26,10 +44,10 @@ class Samples:
     def __init__(
         self,
         dataset: ImageDataset,
-        prepare: Callable[[ImageDataset, int, SampleDraws], Sample],
+        prepare: SampleTransform,
         seed: int,
         on_bad_sample: str = "error",
-    ):
+    ) -> None:
         self.dataset = dataset
         self.prepare = prepare
         self.seed = seed
@@ -70,11 +88,13 @@ def collate(samples: Sequence[Sample | UserError]) -> Sample | UserError:
 
     Where rows were skipped, "skipped" holds the sentences about them, a list for `note_skipped`.
     """
+    usable: list[Sample] = []
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
-    skipped = [sentence for sample in samples for sentence in sample.pop("skipped", [])]
-    batch = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+        usable.append(sample)
+    skipped = [sentence for sample in usable for sentence in sample.pop("skipped", [])]
+    batch: Sample = {key: np.stack([sample[key] for sample in usable]) for key in usable[0]}
     return batch | {"skipped": skipped} if skipped else batch
 
 

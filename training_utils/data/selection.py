@@ -38,6 +38,7 @@ def samples_per_epoch(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     With weights an epoch has as many samples as there are rows; each source has its share of them, rounded, and at
     least one.
     """
+    assert dataset.sources is not None and dataset.origins is not None
     counts = np.bincount(dataset.origins, minlength=len(dataset.sources))
     if dataset.sources[0].weight is None:
         return counts, counts * [source.repeats for source in dataset.sources]

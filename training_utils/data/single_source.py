@@ -17,14 +17,15 @@ def load_source(options: DataOptions) -> ImageDataset:
     """Open one dataset, as opening.load_dataset says. Raises UserError."""
     image_column = options.image_column
     caption_column = options.caption_column
+    files: list[Path] = []
     if options.dataset_name is not None:
         title = f"--dataset_name {options.dataset_name}"
-        files, kind = [], "tables"
     else:
+        assert options.folder is not None
         title = f"--train_data_dir {options.folder}"
         files, kind = files_of(Path(options.folder))
-    if kind != "tables":
-        return _load_folder(title, Path(options.folder), files, kind, options)
+        if kind != "tables":
+            return _load_folder(title, Path(options.folder), files, kind, options)
     if options.repeats_from_folders:
         raise UserError(f"{title} holds tables; --repeats_from_folders is for folders of images or shards")
     config_name = options.config_name

@@ -9,7 +9,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from training_utils.base.errors import reason_of
 from training_utils.data.files import HIDDEN_PREFIXES, IMAGE_ENDINGS
@@ -46,31 +46,31 @@ def open_member(path: str) -> io.BufferedReader:
 
 
 class _Member(io.RawIOBase):
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         shard, _, offset, length = path.split("\0")
         self.start = int(offset)
         self.length = int(length)
         self.at = 0
         self.file = open(shard, "rb", buffering=0)  # noqa: SIM115 (`close` comes when this is let go)
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def seekable(self):
+    def seekable(self) -> bool:
         return True
 
-    def seek(self, offset, whence=os.SEEK_SET):
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         begin = (0, self.at, self.length)[whence]
         self.at = max(0, begin + offset)
         return self.at
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: Any) -> int:
         self.file.seek(self.start + self.at)
         count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)])
         self.at += count
         return count
 
-    def close(self):
+    def close(self) -> None:
         if hasattr(self, "file"):  # there is none where the shard could not be opened
             self.file.close()
         super().close()
@@ -83,12 +83,14 @@ def index_shard(shard: str, caption_column: str | None, malformed: list[str]) ->
     An image and its caption have the same name up to the last dot. The caption is what a `.json` has in that column,
     or else the content of a `.txt` or `.caption`.
     """
-    images, texts, missing = [], {}, {}
+    images: list[tuple[str, str]] = []
+    texts: dict[str, Any] = {}
+    missing: dict[str, str] = {}
     for member, content in members(shard, malformed, with_texts=caption_column is not None):
         stem, ending = os.path.splitext(member.name)
         if ending.lower() in IMAGE_ENDINGS:
             images.append((stem, f"{shard}\0{member.name}\0{member.offset_data}\0{member.size}"))
-        elif content is not None:
+        elif content is not None and caption_column is not None:
             fault = read_caption(f"{shard}/{member.name}", stem, ending, content, caption_column, texts, missing)
             malformed += [] if fault is None else [fault]
     if caption_column is None:
@@ -98,7 +100,7 @@ def index_shard(shard: str, caption_column: str | None, malformed: list[str]) ->
 
 
 def members(
-    shard: str, malformed: list[str], with_texts: bool = True, file: BinaryIO | None = None
+    shard: str, malformed: list[str], with_texts: bool = True, file: IO[bytes] | io.RawIOBase | None = None
 ) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """(tarfile.TarInfo, content) of each file in a shard that is not hidden, in its order; the content of texts
     alone, else None.
@@ -113,7 +115,8 @@ def members(
                 last = f"member {member.name}"
                 if not _is_hidden(member.name) and member.isfile() and member.sparse is None:
                     is_text = with_texts and os.path.splitext(member.name)[1] in CAPTION_ENDINGS
-                    yield member, tar.extractfile(member).read() if is_text else None
+                    text = tar.extractfile(member) if is_text else None
+                    yield member, None if text is None else text.read()
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(BLOCK)
             if end != bytes(BLOCK):  # tarfile itself takes whatever it finds there for the end
@@ -123,7 +126,7 @@ def members(
         malformed.append(f"{shard} cannot be read as a tar file after {last}: {reason_of(error)}")
 
 
-def _is_hidden(name):
+def _is_hidden(name: str) -> bool:
     """As for files in a folder; macOS puts a ._000.jpg beside every 000.jpg."""
     return any(part.startswith(HIDDEN_PREFIXES) and part != "." for part in name.split("/"))
 

@@ -57,14 +57,16 @@ def _stack(batches: list[Batch | UserError], lead: tuple[int, int], dataset: Ima
 
     Raises the UserError of an image that failed, and says which images of the dataset were skipped.
     """
+    usable: list[Batch] = []
     for batch in batches:
         if isinstance(batch, UserError):
             batch.everywhere = False  # the other processes have other images
             raise batch
         note_skipped(dataset, batch.pop("skipped"))
+        usable.append(batch)
     stacked = {}
-    for name, value in batches[0].items():
-        stacked[name] = np.stack([batch[name] for batch in batches]).reshape(*lead, *value.shape)
+    for name, value in usable[0].items():
+        stacked[name] = np.stack([batch[name] for batch in usable]).reshape(*lead, *value.shape)
     return stacked
 
 

@@ -43,7 +43,7 @@ def model_folder(
         else:
             folder = fetch(name, revision, variant, cache_dir)
     except ModelError as error:
-        reason = hub_errors.not_found(name, error.__context__)
+        reason = hub_errors.not_found(name, error.__context__ or error)
         raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from error
     base_model.refuse_another_family(name, folder, "StableDiffusionPipeline")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
@@ -148,6 +148,7 @@ def save_pipeline(folder: str | Path, pipeline: FlaxStableDiffusionPipeline, par
     """
     folder = Path(folder)
     base = pipeline.source
+    assert base is not None
     pipeline.save_pretrained(folder, params)
     index = json.loads((folder / INDEX).read_text())
     for name, entry in json.loads((base / INDEX).read_text()).items():

@@ -95,7 +95,7 @@ class WandB:
         self.run.finish()
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
+TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 

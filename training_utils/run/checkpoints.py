@@ -212,16 +212,20 @@ def remove_unfinished(root: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def step_of(folder: str | Path) -> int | None:
-    """The step in a checkpoint's name, or None for a folder that is not named like one."""
-    match = NAME.fullmatch(Path(folder).name)
-    return int(match[1]) if match else None
+def has_checkpoint_name(folder: Path) -> bool:
+    """Whether a folder is named like a checkpoint."""
+    return NAME.fullmatch(folder.name) is not None
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
     """The checkpoint folders under `root`, the one written last first: it is of the run that went on last, also where
     an earlier run over the same folder got further. Others, such as checkpoint_backup, are not among them."""
-    folders = [path for path in Path(root).glob("checkpoint-*") if path.is_dir() and step_of(path) is not None]
+    folders = [path for path in Path(root).glob("checkpoint-*") if path.is_dir() and has_checkpoint_name(path)]
     return sorted(folders, key=lambda path: (_time_written(path), step_of(path)), reverse=True)
 
 

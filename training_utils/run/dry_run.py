@@ -73,7 +73,7 @@ def print_report(
 def _data_lines(facts: RunFacts, dataset: ImageDataset) -> list[str]:
     lines = [f"images      {facts.dataset_images:,} to train on, {facts.validation_images:,} held out"]
     if dataset.stream is not None:
-        lines.append(f"chunks      {dataset.source.describe_chunks()}")
+        lines.append(f"chunks      {dataset.stream.source.describe_chunks()}")
     if dataset.sizes is not None:
         sizes, counts = np.unique(dataset.sizes, axis=0, return_counts=True)
         for (width, height), count in zip(sizes, counts):

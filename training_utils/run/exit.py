@@ -49,7 +49,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
         # torch_backend.processes and jax_backend.trackers.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(code or 0)
     sys.exit(code)
 
 

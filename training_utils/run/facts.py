@@ -46,15 +46,11 @@ class StepSize:
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """What a run trains, on what and for how long. The start summary, the dry run's report, metrics.jsonl, the report
-    page and the model card all take it from here.
+class RecordedFacts:
+    """What a run trains, on what and for how long, as metrics.jsonl holds it and the report page shows it.
 
     `images` are those that an epoch takes, `parameters` the number of those that are trained, `images_per_step` an
     average, `settings` the flags that shape the result, `launcher` the words that start the script as it was started.
-
-    metrics.jsonl does not hold the last three, which have their defaults where it was read: `dataset_images`, all that
-    an epoch chooses from; `step_size`; and `first_step`, the steps that the run resumes from were made before it.
     """
 
     script: str
@@ -72,20 +68,30 @@ class RunFacts:
     launcher: list[str]
     settings: dict[str, Any]
     libraries: dict[str, str]
-    dataset_images: int | None = None
-    step_size: StepSize | None = None
-    first_step: int = 0
 
     def to_record(self) -> dict[str, Any]:
         """The facts as metrics.jsonl holds them, a dict that JSON can hold."""
         return {key: getattr(self, field) for field, key in RECORDED.items()}
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> RunFacts | None:
+    def from_record(cls, record: dict[str, Any]) -> RecordedFacts | None:
         """The facts of what `to_record` made; None where some are missing, as in the file of another version."""
         if not record.keys() >= set(RECORDED.values()):
             return None
         return cls(**{field: record[key] for field, key in RECORDED.items()})
+
+
+@dataclass(frozen=True)
+class RunFacts(RecordedFacts):
+    """The facts of the run at hand, from which its start summary, the dry run's report, metrics.jsonl and the model
+    card take them.
+
+    `dataset_images` are all that an epoch chooses from; `first_step` steps were made before the run was resumed.
+    """
+
+    dataset_images: int
+    step_size: StepSize
+    first_step: int
 
 
 def collect_facts(

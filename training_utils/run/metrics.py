@@ -12,7 +12,7 @@ from typing import Any
 
 from training_utils.base.console import warn
 from training_utils.base.errors import reason_of
-from training_utils.run.facts import RunFacts
+from training_utils.run.facts import RecordedFacts
 
 NAME = "metrics.jsonl"
 
@@ -109,9 +109,9 @@ class Log:
         self.time = when
 
     @property
-    def facts(self) -> RunFacts | None:
+    def facts(self) -> RecordedFacts | None:
         """What is known about the run when it was last started; None where another version wrote the file."""
-        return RunFacts.from_record(self.runs[-1]) if self.runs else None
+        return RecordedFacts.from_record(self.runs[-1]) if self.runs else None
 
     def finite(self, name: str) -> dict[int, float]:
         """A curve without what is not finite, {step: value}; empty where there is none."""

@@ -58,7 +58,7 @@ def _find_named(root: Path, wanted: str) -> Path:
     expected = Path(wanted) if is_path else root / wanted
     otherwise = root / Path(wanted).name if is_path else Path(wanted)
     for folder in (expected, otherwise):
-        if folder.is_dir() and checkpoints.step_of(folder.resolve()) is not None:
+        if folder.is_dir() and checkpoints.has_checkpoint_name(folder.resolve()):
             problem = checkpoints.damage_of(folder)
             if problem:
                 raise UserError(f"--resume_from_checkpoint {wanted} is damaged: {problem}")

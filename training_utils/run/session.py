@@ -67,7 +67,7 @@ class Session:
         pipeline: str | None = None,
         adapted: Sequence[str] = (),
         default_seed: int | None = None,
-    ):
+    ) -> None:
         """Claim the output folder and find where the run begins. A collective call.
 
         `base_model` is the name to show; the result is a `pipeline` of this class, or adapters for the networks named

@@ -18,7 +18,7 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def convert_single_file(
-    path: str, pipeline_class: type, config: str | None = None, cache_dir: str | None = None
+    path: str, pipeline_class: type[Any], config: str | None = None, cache_dir: str | None = None
 ) -> Path:
     """The folder, in diffusers' layout, of a model in one file. Converted once and kept beside the downloads, under a
     name that comes from the file's content; complete or not at all.
@@ -59,8 +59,9 @@ def _digest(path: str, config: str | None) -> str:
     except OSError as error:
         raise UserError(f"base model {path} cannot be read: {error.strerror}") from error
     digest.update(str(FORMAT).encode())
-    for setting in _settings(config) if config else []:
-        digest.update(str(setting.relative_to(config)).encode() + b"\0" + setting.read_bytes())
+    if config:
+        for setting in _settings(config):
+            digest.update(str(setting.relative_to(config)).encode() + b"\0" + setting.read_bytes())
     return digest.hexdigest()[:32]
 
 
@@ -69,7 +70,7 @@ def _settings(config: str) -> list[Path]:
     return sorted(file for ending in ("json", "txt") for file in Path(config).rglob(f"*.{ending}"))
 
 
-def _convert(path: str, pipeline_class: type, config: str | None, cache_dir: str | None, folder: Path) -> None:
+def _convert(path: str, pipeline_class: type[Any], config: str | None, cache_dir: str | None, folder: Path) -> None:
     """Write the model in a file as a folder, by way of one beside it. Raises UserError or OSError."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"unfinished-{folder.name}-") as place:
         settings = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ def tracker_config(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value if isinstance(value, simple) else str(value) for name, value in settings.items()}
 
 
-def log_values(trackers: list[Tracker], values: dict[str, float], step: int) -> None:
+def log_values(trackers: list[Tracker], values: Mapping[str, float], step: int) -> None:
     """Hand the numbers of a step, {name: value}, to every tracker."""
     for tracker in list(trackers):
         _call_tracker(trackers, tracker, partial(tracker.log, values, step=step))

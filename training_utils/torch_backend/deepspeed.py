@@ -77,7 +77,7 @@ class EngineModule(torch.nn.Module):
         super().__init__()
         self.engine = engine
 
-    def forward(self, *inputs, **options):
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         return self.engine(*inputs, **options)
 
     @contextmanager

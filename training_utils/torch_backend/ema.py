@@ -30,7 +30,7 @@ class EMAWeights(EMAModel):
                     self.names.append(name)
                     self.parameters.append(parameter)
         super().__init__(self.slices(), decay=decay, foreach=True)
-        self.shadow_params = [shadow.float() for shadow in self.shadow_params]
+        self.shadow_params: list[torch.Tensor] = [shadow.float() for shadow in self.shadow_params]
         self.all_float32 = all(parameter.dtype == torch.float32 for parameter in self.parameters)
         self.offload = offload
         if offload:

@@ -128,7 +128,7 @@ class FrozenEncoders:
         cache_images: bool,
         cache_captions: bool,
         crops: int | None,
-    ):
+    ) -> None:
         self.accelerator = accelerator
         self.sets = sets
         self.batch_size = batch_size

@@ -39,7 +39,7 @@ class Gradient:
         max_norm: float,
         stop_on_nan: bool,
         during_backward: bool = False,
-    ):
+    ) -> None:
         self.accelerator = accelerator
         self.parameters = parameters
         self.max_norm = max_norm
@@ -78,7 +78,7 @@ class FiniteGuard:
     until it is noticed, when the losses are fetched. Else the run goes on with the next step.
     """
 
-    def __init__(self, accelerator: Accelerator, optimizer: Any, stop: bool):
+    def __init__(self, accelerator: Accelerator, optimizer: Any, stop: bool) -> None:
         self.stop = stop
         self.optimizer = optimizer.optimizer  # the one inside accelerate's wrapper
         self.on_device = all(group.get("fused") for group in self.optimizer.param_groups)
@@ -115,7 +115,7 @@ class FusedBackward:
     taken back. A loss that is not finite moves none.
     """
 
-    def __init__(self, optimizer: Any, guard: FiniteGuard):
+    def __init__(self, optimizer: Any, guard: FiniteGuard) -> None:
         self.optimizer = optimizer.optimizer  # the one inside accelerate's wrapper
         self.guard = guard
         self.norms: list[torch.Tensor] = []

@@ -73,7 +73,7 @@ class FewerPasses(LoraVariant):
     """
 
     @staticmethod
-    def forward(module, active_adapter, x, result, **_):
+    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
         down = module.lora_A[active_adapter]
         up = module.lora_B[active_adapter]
         scaling = module.scaling[active_adapter]
@@ -225,7 +225,7 @@ class AdapterWeights:
 
 def save_kohya(folder: Path, adapted: dict[str, torch.nn.Module]) -> None:
     """Write the adapters once more with the names that WebUI and ComfyUI read, and the facts that they show."""
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name, model in adapted.items():
         state |= {f"{name}.{key}": value for key, value in _adapter_state(model).items()}
     converted = convert_state_dict_to_kohya(state)

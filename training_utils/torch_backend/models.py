@@ -56,7 +56,9 @@ def model_folder(
     return folder
 
 
-def load_part(part_class: type, folder: str | Path, subfolder: str = "", variant: str | None = None, **options) -> Any:
+def load_part(
+    part_class: type[Any], folder: str | Path, subfolder: str = "", variant: str | None = None, **options: Any
+) -> Any:
     """Load one part of a base model by `part_class.from_pretrained`. Raises UserError, which names the part.
 
     A part that is not stored in this variant (`non_ema` exists for UNets alone) is read without it, as pipelines do.
@@ -100,7 +102,7 @@ def _damage_of(path: Path) -> str | None:
 
 
 def load_replacement(
-    part_class: type,
+    part_class: type[Any],
     name: str,
     base: Path,
     subfolder: str,
@@ -246,7 +248,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
 
 
 def save_trained(
-    pipeline_class: type, base: str | Path, output_dir: str | Path, variant: str | None, **trained: Any
+    pipeline_class: type[Any], base: str | Path, output_dir: str | Path, variant: str | None, **trained: Any
 ) -> None:
     """Write the base model's pipeline with its `trained` parts into a folder. Frozen parts are read again, to be saved
     in the precision they have. Raises UserError where they cannot be."""

@@ -1,8 +1,9 @@
 """Optimizers, bfloat16 weights with stochastic rounding, and the learning rate after a resume."""
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -43,7 +44,7 @@ def round_stochastically(values: torch.Tensor, into: torch.Tensor, generator: to
     into.copy_(values)
 
 
-class StochasticRounding:
+class StochasticRounding(torch.optim.Optimizer):
     """Mixed into an optimizer class: bfloat16 weights, each updated in float32 and rounded stochastically.
 
     So are the moments that it keeps: rounded to nearest, a mean of squares with beta2 = 0.999 could never fall, since
@@ -51,15 +52,17 @@ class StochasticRounding:
     the rounding of the weight of this index in the coming step; it must not depend on the process.
     """
 
-    rounding_seed = None
-    bfloat16_state = frozenset()  # what of an optimizer's state is kept in bfloat16 too, by its names there
+    rounding_seed: Callable[[int], int]
+    bfloat16_state: Set[str]  # what of an optimizer's state is kept in bfloat16 too, by its names there
 
-    def add_param_group(self, group):  # called once, by the constructor
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        """Take in the one group of parameters; called by the constructor."""
         super().add_param_group(group)
         self.index = {parameter: at for at, parameter in enumerate(group["params"])}
         self.generator = torch.Generator(group["params"][0].device)
 
-    def step(self, closure=None):
+    def step(self, closure: None = None) -> None:
+        """Update each weight that has a gradient."""
         assert closure is None
         (group,) = self.param_groups
         for parameter in group["params"]:
@@ -67,7 +70,7 @@ class StochasticRounding:
                 self._step_in_float32(parameter)
 
     @torch.no_grad()
-    def _step_in_float32(self, parameter):
+    def _step_in_float32(self, parameter: torch.nn.Parameter) -> None:
         # A stand-in: a weight that changed its type for a moment would lose the hooks of DistributedDataParallel.
         exact = torch.nn.Parameter(parameter.float())
         exact.grad = parameter.grad.float()

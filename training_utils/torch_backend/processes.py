@@ -2,9 +2,9 @@
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -14,11 +14,15 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_obje
 from training_utils.base import environment
 from training_utils.base.errors import UserError, reason_of
 from training_utils.cli.options import MachineOptions
+from training_utils.data.plan import BatchPlan
 from training_utils.run import output_folder, trackers
 from training_utils.run.progress import Progress
+from training_utils.run.state import RunState
 from training_utils.torch_backend import deepspeed, sharding
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+Result = TypeVar("Result")
 
 
 def make_accelerator(options: MachineOptions, **ddp: Any) -> Accelerator:
@@ -69,30 +73,35 @@ def make_accelerator(options: MachineOptions, **ddp: Any) -> Accelerator:
     return accelerator
 
 
-def device_name(accelerator):
-    """What a person calls the device of this process."""
+def device_name(accelerator: Accelerator) -> str:
+    """What a person calls the device of this process: the name of a GPU, else its kind, such as CPU."""
     device = accelerator.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def memory_metrics(accelerator):
-    """The memory that this process has in use, as values to log: of a GPU the peak of what tensors took since the
-    start, and what is reserved for them now; else the host's. In GiB. Does not wait for the device."""
+def memory_metrics(accelerator: Accelerator) -> dict[str, float]:
+    """The memory that this process has in use, in GiB, as values to log: of a GPU the peak of what tensors took since
+    the start, and what is reserved for them now; else the host's. Does not wait for the device."""
     if accelerator.device.type != "cuda":
         return environment.memory_metrics()
     stats = torch.cuda.memory_stats(accelerator.device)
-    peak, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.current"]
-    return {"memory_peak_gib": peak / 2**30, "memory_reserved_gib": reserved / 2**30}
+    return {
+        "memory_peak_gib": stats["allocated_bytes.all.peak"] / 2**30,
+        "memory_reserved_gib": stats["reserved_bytes.all.current"] / 2**30,
+    }
 
 
-def frozen_dtype(accelerator):
-    """The torch.dtype of the networks that are not trained."""
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The type of the networks that are not trained: that of --mixed_precision, float32 without one."""
     return PRECISIONS.get(accelerator.mixed_precision, torch.float32)
 
 
-def from_main(accelerator, make):
-    """`make()` as the main process evaluates it, on every process. A UserError in it is raised on all of them."""
-    result = None
+def from_main(accelerator: Accelerator, make: Callable[[], Result]) -> Result:
+    """What `make()` returns in the main process, on every process: a collective call, of a value that can be pickled.
+
+    A UserError that it raises is raised on all of them.
+    """
+    result: Any = None
     if accelerator.is_main_process:
         try:
             result = make()
@@ -106,10 +115,11 @@ def from_main(accelerator, make):
     return result
 
 
-def largest_of_processes(accelerator, timeout):
-    """A function from an int to the largest that any process passed; a collective call among the hosts alone.
+def largest_of_processes(accelerator: Accelerator, timeout: float) -> Callable[[int], int]:
+    """A function from a number to the largest that any process gave it. Both are collective calls.
 
-    It has a process group of its own, on the CPU, so that asking never waits for a GPU.
+    It has a process group of its own, on the CPU, so that asking never waits for a GPU. A call that not all processes
+    have joined after `timeout` seconds raises torch's RuntimeError.
     """
     if accelerator.num_processes == 1:
         return lambda number: number
@@ -117,7 +127,7 @@ def largest_of_processes(accelerator, timeout):
 
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
 
-    def largest(number):
+    def largest(number: int) -> int:
         value = torch.tensor([number])
         dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
         return int(value)
@@ -128,7 +138,7 @@ def largest_of_processes(accelerator, timeout):
 class TorchProcesses:
     """The processes of an Accelerator, as run.session.Processes has them. `timeout` in seconds."""
 
-    def __init__(self, accelerator: Accelerator, timeout: float):
+    def __init__(self, accelerator: Accelerator, timeout: float) -> None:
         self.accelerator = accelerator
         self.timeout = timeout
         self.is_main = accelerator.is_main_process
@@ -151,19 +161,27 @@ class TorchProcesses:
         end_training(self.accelerator)
 
 
-def start_trackers(accelerator, project, settings):
-    """Open the trackers of the run. Raises UserError that names them when one cannot be opened."""
+def start_trackers(accelerator: Accelerator, project: str, settings: dict[str, Any]) -> None:
+    """Open the trackers of the run, which show the settings. Raises UserError that names them when one cannot be
+    opened."""
     try:
         accelerator.init_trackers(project, settings)
     except Exception as error:  # each tracker's own: no account, no network, another version
         names = ", ".join(str(name) for name in accelerator.log_with)
         raise UserError(
             f"the tracker cannot be opened ({names}: {reason_of(error)}); or give --report_to none"
-        ) from None
+        ) from error
 
 
-def start_progress(accelerator, report_not_finite, plan, state, total, logging_steps):
-    """The Progress of a run of `total` steps, from a RunState on; `plan` is its BatchPlan."""
+def start_progress(
+    accelerator: Accelerator,
+    report_not_finite: Callable[[int, float, RunState], None],
+    plan: BatchPlan,
+    state: RunState,
+    total: int,
+    logging_steps: int,
+) -> Progress:
+    """The Progress of a run of `total` steps, from a RunState on. `report_not_finite` is as Progress takes it."""
     return Progress(
         state,
         total,
@@ -176,12 +194,12 @@ def start_progress(accelerator, report_not_finite, plan, state, total, logging_s
     )
 
 
-def log_metrics(accelerator, values, step):
-    """Hand a dict of numbers to the trackers, for a step."""
+def log_metrics(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:
+    """Hand {name: number} of a step to the trackers."""
     trackers.log_values(accelerator.trackers, values, step)
 
 
-def end_training(accelerator):
+def end_training(accelerator: Accelerator) -> None:
     """Close the trackers, let go of the output folder, and leave the process group as it is.
 
     Destroyed while DDP's reducer still refers to it, gloo's thread and the interpreter's lock can wait for each other
@@ -191,12 +209,14 @@ def end_training(accelerator):
     output_folder.release()
 
 
-def fetch_mean(accelerator, scalars):
-    """A list of scalar tensors as floats, averaged over the processes: one wait for the device for all of them."""
+def fetch_mean(accelerator: Accelerator, scalars: Sequence[torch.Tensor]) -> list[float]:
+    """Scalar tensors, shape (), as numbers averaged over the processes: one wait for the device for all of them. A
+    collective call."""
     return accelerator.reduce(torch.stack([scalar.detach().float() for scalar in scalars]), "mean").tolist()
 
 
-def gather_in_order(accelerator, mine):
-    """Lists that each process made of its share [rank::world_size], put together again in order on every process."""
+def gather_in_order(accelerator: Accelerator, mine: Sequence[Any]) -> list[Any]:
+    """What the processes made of their shares [rank::world_size] of some items, put together in the order of the
+    items, on every process. A collective call."""
     pairs = [(at * accelerator.num_processes + accelerator.process_index, item) for at, item in enumerate(mine)]
     return [item for _, item in sorted(gather_object(pairs), key=lambda pair: pair[0])]

@@ -41,7 +41,7 @@ class Run(Session):
         pipeline: str | None = None,
         adapted: Sequence[str] = (),
         find_unused_parameters: bool = False,
-    ):
+    ) -> None:
         """Start the processes; beside that as Session. `find_unused_parameters` is DistributedDataParallel's."""
         self.accelerator = processes.make_accelerator(args.machine, find_unused_parameters=find_unused_parameters)
         args.mixed_precision = self.accelerator.mixed_precision

@@ -84,7 +84,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def model_class(model: torch.nn.Module) -> type:
+def model_class(model: torch.nn.Module) -> type[Any]:
     """A model's class without the one that FSDP2 has put in front of it."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 

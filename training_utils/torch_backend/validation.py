@@ -33,7 +33,7 @@ def draw_images(
     return processes.gather_in_order(accelerator, drawn)[:count]
 
 
-def stable_diffusion_image(pipeline: Any, prompt: str, noise: torch.Generator, **options) -> Image:
+def stable_diffusion_image(pipeline: Any, prompt: str, noise: torch.Generator, **options: Any) -> Image:
     """What a Stable Diffusion or SDXL pipeline draws for a prompt, a PIL image. `options` go to the pipeline's call.
 
     Each network runs in the precision that it trains in: the VAE is therefore called here, since a VAE that is kept in

@@ -64,7 +64,8 @@ class ChunkContent:
         return pyarrow.record_batch([self.images, captions, names], names=["image", "caption", "name"])
 
     def _strings(self, values: list[str] | None) -> pyarrow.Array:
-        return pyarrow.array(values or [None] * len(self.images), pyarrow.string())
+        kind = pyarrow.string()
+        return pyarrow.array(values, kind) if values else pyarrow.nulls(len(self.images), kind)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import numpy as np
 
 from training_utils.data import problems
 from training_utils.data.dataset import ImageDataset
+from training_utils.data.image_files import StoredImage
 from training_utils.data.problems import BadSample, Findings, Problem, texts_of
 from training_utils.data.streaming.order import epoch_order
 from training_utils.data.streaming.source import Source
@@ -28,11 +29,11 @@ class StreamedDataset(ImageDataset):
         findings: Findings,
         row_numbers: np.ndarray | None = None,
         sizes: np.ndarray | None = None,
-    ):
+    ) -> None:
         self.source = source
         self.caption_column = caption_column
         self.findings = findings
-        self.row_numbers = np.arange(source.starts[-1]) if row_numbers is None else row_numbers
+        self.row_numbers: np.ndarray = np.arange(source.starts[-1]) if row_numbers is None else row_numbers
         self.sizes = sizes
         self.root = None
         self.sources = None
@@ -43,7 +44,7 @@ class StreamedDataset(ImageDataset):
     def __len__(self) -> int:
         return len(self.row_numbers)
 
-    def select(self, indices: Sequence[int]) -> "StreamedDataset":
+    def select(self, indices: Sequence[int] | np.ndarray) -> "StreamedDataset":
         """The samples with these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         sizes = None if self.sizes is None else self.sizes[indices]
@@ -56,10 +57,10 @@ class StreamedDataset(ImageDataset):
         file."""
         return self.source.name(self.row_numbers[index])
 
-    def _name_of(self, index: int, stored: dict | None) -> str:
+    def _name_of(self, index: int, stored: StoredImage) -> str:
         return self.name(index)
 
-    def stored_image(self, index: int) -> dict | None:
+    def stored_image(self, index: int) -> StoredImage:
         return _image_cell(self.source.read(self.row_numbers[index], "image"))
 
     def captions(self, index: int) -> list[str]:
@@ -70,7 +71,7 @@ class StreamedDataset(ImageDataset):
             raise BadSample(Problem("no usable caption", self.name(index), fault).sentence())
         return texts_of(value)
 
-    def stored_images(self) -> Iterator[tuple[str, dict | None]]:
+    def stored_images(self) -> Iterator[tuple[str, StoredImage]]:
         """(name, stored image) of every sample. Their chunks are fetched one after the other; `raw_captions` has the
         captions then."""
         self.caption_values = []
@@ -143,7 +144,7 @@ class StreamedDataset(ImageDataset):
         self.source.expect([self.row_numbers[indices] for indices in coming], rank, world_size)
 
 
-def _image_cell(content: bytes | None) -> dict | None:
+def _image_cell(content: bytes | None) -> StoredImage:
     """What a chunk holds for an image, as problems.open_image takes it."""
     return None if content is None else {"bytes": content, "path": None}
 
@@ -151,7 +152,7 @@ def _image_cell(content: bytes | None) -> dict | None:
 class _UnreadableCaption:
     """Stands in the place of a caption that could not be read, and is shown as the reason."""
 
-    def __init__(self, reason: str):
+    def __init__(self, reason: str) -> None:
         self.reason = reason
 
     def __repr__(self) -> str:

@@ -34,6 +34,7 @@ def open_stream(options: DataOptions) -> StreamedDataset:
 
     What is found out about its files is remembered in the folder of downloads. Raises UserError.
     """
+    assert options.shuffle_buffer is not None
     image_column = options.image_column
     caption_column = options.caption_column
     title = f"--train_data_dir {options.folder}"
@@ -102,6 +103,7 @@ def _find_urls(title: str, options: DataOptions) -> tuple[list[str], str]:
     """The addresses of the files of a dataset, paths or URLs, and "shards" or "tables". Raises UserError."""
     config_name = options.config_name
     if options.dataset_name is None:
+        assert options.folder is not None
         found, kind = files_of(Path(options.folder))
         if kind == "images":
             raise UserError(f"{title} holds single images, which are read in place as it is; leave --streaming out")

@@ -23,7 +23,7 @@ def epoch_order(*, seed: int, epoch: int, sizes: np.ndarray, buffer: int) -> np.
     lane_count = min(LANES, len(sizes))
     block = max(1, buffer // lane_count)
     lanes = _deal(seed, epoch, sizes, lane_count)
-    turns = []
+    turns: list[np.ndarray] = []
     for lane, samples in enumerate(lanes):
         generator = draws.generator(seed, "blocks", epoch, lane)
         for begin in range(0, len(samples), block):
@@ -35,7 +35,7 @@ def epoch_order(*, seed: int, epoch: int, sizes: np.ndarray, buffer: int) -> np.
 def _deal(seed: int, epoch: int, sizes: np.ndarray, lane_count: int) -> list[np.ndarray]:
     """The samples of each lane: chunks in a drawn order, each put onto the lane that is shortest so far."""
     starts = np.cumsum(sizes) - sizes
-    lanes = [[] for _ in range(lane_count)]
+    lanes: list[list[np.ndarray]] = [[] for _ in range(lane_count)]
     lengths = [(0, lane) for lane in range(lane_count)]
     for chunk in draws.generator(seed, "chunks", epoch).permutation(len(sizes)):
         length, lane = lengths[0]

@@ -47,7 +47,7 @@ def list_table(file: File, *, columns: list[str]) -> Listing:
     missing = set(columns) - set(metadata.schema.to_arrow_schema().names)
     if missing:
         raise UserError(f"{file.shown} has no column '{min(missing)}', as other tables of this dataset have")
-    found = []
+    found: list[list[int]] = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         size = sum(end - begin for begin, end in _column_ranges(group, columns))
@@ -102,7 +102,7 @@ def _column_ranges(group: RowGroupMetaData, columns: list[str]) -> Iterator[tupl
 def _merged_ranges(metadata: FileMetaData, groups: list[int], columns: list[str]) -> list[tuple[int, int]]:
     """The bytes of columns in row groups, as ranges; those that lie near each other are merged into one."""
     wanted = sorted(pair for number in groups for pair in _column_ranges(metadata.row_group(number), columns))
-    merged = []
+    merged: list[tuple[int, int]] = []
     for begin, end in wanted:
         if merged and begin - merged[-1][1] <= remote.MIN_READ_BYTES:
             begin = merged.pop()[0]

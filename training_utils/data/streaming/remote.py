@@ -4,7 +4,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
@@ -104,7 +104,7 @@ class RemoteFile(io.RawIOBase):
     at least MIN_READ_BYTES are fetched at once, and more while little is skipped.
     """
 
-    def __init__(self, file: File, parts: Sequence[tuple[int, bytes]] = (), walked: bool = False):
+    def __init__(self, file: File, parts: Sequence[tuple[int, bytes]] = (), walked: bool = False) -> None:
         self.file = file
         self.parts = parts
         self.read_ahead = MIN_READ_BYTES if walked else 0
@@ -120,7 +120,7 @@ class RemoteFile(io.RawIOBase):
         self.at = max(0, offset + (0, self.at, self.file.size)[whence])
         return self.at
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         end = min(self.at + len(buffer), self.file.size)
         if end <= self.at:
             return 0

@@ -17,7 +17,7 @@ from training_utils.data.streaming.chunks import Chunk, ChunkContent, File, List
 def list_shard(file: File, *, captioned: bool) -> Listing:
     """Walk along the headers of a shard. With `captioned`, images without a caption are left out. Raises UserError."""
     walk = _Walk(file, captioned)
-    malformed = []
+    malformed: list[str] = []
     for member, _ in tar.members(file.shown, malformed, False, remote.RemoteFile(file, walked=True)):
         walk.add(member.name, begin=member.offset, end=member.offset_data + _padded(member.size))
     walk.end_chunk()
@@ -80,23 +80,23 @@ def fetch_from_shard(file: File, chunk: Chunk, *, caption_column: str | None) ->
     end_of_shard = bytes(2 * tar.BLOCK)
     shard = io.BytesIO(content + end_of_shard)
     images = []
-    captions = _Captions(caption_column)
-    malformed = []
-    for member, text in tar.members(file.shown, malformed, caption_column is not None, shard):
+    captions = None if caption_column is None else _Captions(caption_column)
+    malformed: list[str] = []
+    for member, text in tar.members(file.shown, malformed, captions is not None, shard):
         stem, ending = os.path.splitext(member.name)
         if ending.lower() in IMAGE_ENDINGS:
             image = content[member.offset_data : member.offset_data + member.size]
             images.append((member.name, stem, image))
-        elif text is not None:
+        elif text is not None and captions is not None:
             captions.add(os.path.basename(member.name), stem, ending, text)
     if malformed:
         raise UserError(malformed[0], exit_code=1)
-    if caption_column is not None:
+    if captions is not None:
         images = [image for image in images if image[1] in captions]
     names = [name.encode(errors="backslashreplace").decode() for name, _, _ in images]
     return ChunkContent(
         images=pyarrow.array([image for _, _, image in images], pyarrow.large_binary()),
-        captions=None if caption_column is None else [captions.as_json(stem) for _, stem, _ in images],
+        captions=None if captions is None else [captions.as_json(stem) for _, stem, _ in images],
         names=names,
     )
 
@@ -104,7 +104,7 @@ def fetch_from_shard(file: File, chunk: Chunk, *, caption_column: str | None) ->
 class _Captions:
     """The captions of a chunk's samples: `texts` by the sample's name, or in `faults` a sentence why there is none."""
 
-    def __init__(self, column: str | None):
+    def __init__(self, column: str) -> None:
         self.column = column
         self.texts: dict[str, object] = {}
         self.faults: dict[str, str] = {}

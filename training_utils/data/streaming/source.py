@@ -39,7 +39,7 @@ class Source:
         fetch: Callable[[File, Chunk], ChunkContent],
         root: Path,
         buffer: int,
-    ):
+    ) -> None:
         self.files = files
         self.chunks = chunks
         self.fetch = fetch
@@ -91,14 +91,18 @@ class Source:
         """The chunks in which samples lie: int64."""
         return np.searchsorted(self.starts, numbers, side="right") - 1
 
+    def _locate(self, number: int) -> tuple[int, int]:
+        """The chunk in which a sample lies, and its row there."""
+        at = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return at, int(number - self.starts[at])
+
     # --- reading a sample --------------------------------------------------------------------------------------------
 
     def name(self, number: int) -> str:
         """What to call a sample: its member of a shard where its chunk is in the spool, else its number in the
         file."""
-        at = int(self.chunk_of(number))
+        at, row = self._locate(number)
         chunk = self.chunks[at]
-        row = int(number - self.starts[at])
         name = None
         with contextlib.suppress(FileNotFoundError):
             name = self.spool.read(at, row, "name")
@@ -107,8 +111,7 @@ class Source:
 
     def read(self, number: int, column: str) -> Any:
         """What a sample has in a column; waits for its chunk. Raises UserError where that cannot be had."""
-        at = int(self.chunk_of(number))
-        row = int(number - self.starts[at])
+        at, row = self._locate(number)
         while True:
             try:
                 return self.spool.read(at, row, column)

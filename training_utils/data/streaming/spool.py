@@ -38,7 +38,7 @@ class Spool:
     of them were killed, the next run does.
     """
 
-    def __init__(self, root: Path, identity: str):
+    def __init__(self, root: Path, identity: str) -> None:
         """`root` is the folder for all spools, `identity` tells the dataset. Raises UserError."""
         machine = platform.node()
         launched = os.environ.get("WORLD_SIZE", "1") != "1"

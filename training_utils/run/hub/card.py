@@ -32,9 +32,9 @@ def plain_markdown(text: object, most: int = 300) -> str:
     return "".join(escaped)
 
 
-def public_name(name: str | None) -> str | None:
+def public_name(name: str) -> str:
     """What to call a model or dataset in public: its hub id, or the name of its folder without the path."""
-    return os.path.basename(os.path.abspath(name)) if name and os.path.exists(name) else name
+    return os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name
 
 
 def loading_call(
@@ -50,7 +50,7 @@ def loading_call(
     method = "from_pretrained"
     if os.path.isfile(name):
         method = "from_single_file"
-        options = {"config": public_name(config) if public else config}
+        options = {"config": public_name(config) if public and config else config}
     elif os.path.isdir(name):
         has_variant = variant and any(Path(name).glob(f"*/*.{variant}*"))
         options = {"variant": variant if has_variant else None}
@@ -111,7 +111,7 @@ def write_card(
         return
     # A grid is missing where the disk was full.
     images = [image for image in images if (Path(folder) / image.path).exists()]
-    optional = base_licence(base_model, token) if repository else {}
+    optional: dict[str, Any] = base_licence(base_model, token) if repository else {}
     if prior and not os.path.exists(prior):
         optional["prior"] = [prior]
     # Without a slash it is the name of a loader, such as imagefolder.

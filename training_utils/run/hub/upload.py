@@ -135,7 +135,7 @@ class Uploads:
     """
 
     def __init__(self, repository: str | None, token: str | None, root: str | Path) -> None:
-        self._repository = repository
+        self._repository = repository or ""
         self._token = token
         # Hard links to the files of the checkpoint that is being uploaded.
         self._links = Path(root) / ".uploads"
