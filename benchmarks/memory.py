@@ -31,7 +31,7 @@ from accelerate.utils import convert_to_fp32  # noqa: E402
 from diffusers import DDPMScheduler  # noqa: E402
 from ledger import Ledger, cuda_autocast, faking  # noqa: E402
 
-from training_utils.torch_backend import lora, optimizers, processes  # noqa: E402
+from training_utils.torch_backend import kandinsky, lora, optimizers, processes  # noqa: E402
 from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
 from training_utils.torch_backend.gradient import FusedBackward  # noqa: E402
 from training_utils.torch_backend.models import checkpoint_blocks  # noqa: E402
@@ -132,7 +132,7 @@ def make_step(family, adapted, switches, batch_size, resolution, size="real", de
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
     settings = {"sd": [0.18215], "sdxl": [0.13025]}.get(family, [])  # scaling factors
     if family == "prior":
-        settings = [script.embedding_statistics(trained)]
+        settings = [kandinsky.embedding_statistics(trained)]
     cached, others = _encoders(family, script, args, frozen)
     start = _batch(family, batch_size, resolution, trained, frozen, device)
     for encode in cached:

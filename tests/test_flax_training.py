@@ -35,6 +35,7 @@ from tools.report.folder import read_run_folder
 from tools.report.page import render_page
 from training_utils.base import draws, formats
 from training_utils.base.errors import UserError
+from training_utils.cli import packages
 from training_utils.cli.options import ObjectiveOptions
 from training_utils.jax_backend import frozen, gradient, models, optimizers, processes, validation
 from training_utils.jax_backend.frozen import Encoder
@@ -703,7 +704,7 @@ def test_weights_and_biases(run_flax, tmp_path, monkeypatch):
         init=lambda project, config, dir: told.append(config) or Run(), Image=lambda image, caption: caption
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(script.flags, "_missing", lambda package: False)
+    monkeypatch.setattr(packages, "is_missing", lambda package: False)
     run_flax(tmp_path, "--report_to", "wandb", "--hub_token", SECRET, *PROMPTS, "--validation_steps", "6")
     assert told[0]["learning_rate"] == 1e-3 and SECRET not in str(told)
     assert [step for step, values in told[1:-1] if "train_loss" in values] == [1, 2, 3, 4, 5, 6]

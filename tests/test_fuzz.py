@@ -6,9 +6,10 @@ import pytest
 from conftest import KANDINSKY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_command_line import table
+from test_command_line import flags_of
 
 from training_utils.base.errors import UserError
+from training_utils.cli.values import plain_type
 from training_utils.run import checkpoints
 
 # --- command lines ---------------------------------------------------------------------------------------------------
@@ -45,10 +46,10 @@ WORDS = {
 
 def command_lines(script, monkeypatch):
     """A strategy for words on a script's command line: up to eight flags, most of their values sensible."""
-    flags = {name: fact for name, fact in table(script, monkeypatch).items() if name not in NOT_TRIED}
+    flags = {name: flag for name, flag in flags_of(script).items() if name not in NOT_TRIED}
 
     def words(name):
-        kind, _, choices, _, _ = flags[name]
+        kind, choices = plain_type(flags[name].type), flags[name].choices
         if kind is bool:
             return st.just([f"--{name}"])
         values = WORDS.get(name) or ([*choices, "nonsense"] if choices else WORDS[kind])

@@ -46,13 +46,13 @@ def test_updates_during_the_backward_pass_change_nothing(full, tmp_path):
 
 def test_no_two_gradients_are_alive_at_once(run, tmp_path, monkeypatch):
     alive = []
-    update = FusedBackward._update
+    step_weight = FusedBackward._step_weight
 
     def watched(self, parameter):
         alive.append(sum(p.grad is not None for p in self.optimizer.param_groups[0]["params"]))
-        update(self, parameter)
+        step_weight(self, parameter)
 
-    monkeypatch.setattr(FusedBackward, "_update", watched)
+    monkeypatch.setattr(FusedBackward, "_step_weight", watched)
     run(tmp_path, *FUSED, "--max_train_steps", "1")
     assert set(alive) == {1} and len(alive) == len(result_weights(tmp_path))
 

@@ -28,6 +28,7 @@ from processes import (
 
 from training_utils.base.errors import UserError
 from training_utils.run import checkpoints, commands, resume
+from training_utils.run.resume import FoundCheckpoint
 
 FSDP = ["--use_fsdp", "--fsdp_version", "2"]
 
@@ -230,7 +231,9 @@ def test_machines_without_the_checkpoint_are_named(alone, tmp_path):
     }
 
     with pytest.raises(UserError, match="is missing, or another one, on four, three;") as caught:
-        resume.require_everywhere(alone / "checkpoint-3", lambda _: [(host, *what) for host, what in found.items()])
+        resume.require_everywhere(
+            alone / "checkpoint-3", lambda _: [(host, FoundCheckpoint(*what)) for host, what in found.items()]
+        )
     assert caught.value.everywhere and caught.value.exit_code == 2
     resume.require_everywhere(alone / "checkpoint-3", lambda mine: 2 * mine)
 
