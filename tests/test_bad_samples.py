@@ -110,11 +110,11 @@ def test_malformed_metadata_stay_an_error(tmp_path):
 
 
 def samples_of(folder, on_bad_sample="skip"):
-    def prepare(rows, index, draw):
+    def transform(rows, index, draw):
         return {"pixels": image_ops.to_array(rows.image(index)), "noise": draw("noise").standard_normal(3)}
 
     rows = opening.load_dataset(DataOptions(folder=folder))
-    return Samples(rows.drop(checking.check_dataset(rows, "skip")), prepare, 7, on_bad_sample)
+    return Samples(rows.drop(checking.check_dataset(rows, "skip")), transform, 7, on_bad_sample)
 
 
 def test_the_next_image_stands_in_with_the_draws_of_the_place(tmp_path):

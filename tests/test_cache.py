@@ -333,13 +333,13 @@ class FewSamples:
     def __init__(self):
         self.dataset = FewRows()
         self.on_bad_sample = "error"
-        self.prepare = SimpleNamespace(show=self.show, tokenize=self.tokenize, mirrors=True, cropped=True)
+        self.transform = SimpleNamespace(view=self.view, tokenize=self.tokenize, random_flip=True, random_crop=True)
 
     def __len__(self):
         return len(self.dataset)
 
     @staticmethod
-    def show(rows, index, mirrored, generator, size):
+    def view(rows, index, mirrored, generator, size):
         pixels = rows.pixels(index)
         at = int(generator.integers(3))
         if len(pixels) == 4:
@@ -381,15 +381,17 @@ def test_a_cache_of_an_earlier_release_is_taken_up(tmp_path):
     samples = cached(tmp_path / "old", refuse)
     for index in range(4):
         for mirrored in (False, True):
-            made = [samples.prepare.images.read(index, mirrored, np.random.default_rng(3), (4, 4)) for _ in "ab"]
-            crops = [samples.prepare.images.crop_generator(index, crop) for crop in (0, 1)]
-            possible = [encode_few(samples.show(samples.dataset, index, mirrored, crop, None)) for crop in crops]
+            made = [
+                samples.transform.image_cache.read(index, mirrored, np.random.default_rng(3), (4, 4)) for _ in "ab"
+            ]
+            crops = [samples.transform.image_cache.crop_generator(index, crop) for crop in (0, 1)]
+            possible = [encode_few(samples.view(samples.dataset, index, mirrored, crop, None)) for crop in crops]
             assert any(all(np.array_equal(made[0][name], one[name][1]) for name in one) for one in possible)
-    blank = samples.prepare.images.read_blank()
+    blank = samples.transform.image_cache.read_blank()
     assert all(blank[name].tolist() == np.zeros((4, 4)).tolist() for name in ("mean", "half", "brain"))
     for text in ("", "shared", "caption 0", "caption 1", "caption 2"):
         tokens = FewSamples.tokenize(text)
-        assert np.array_equal(samples.prepare.captions.read(tokens)["brain"], tokens["ids"].astype(np.float32))
+        assert np.array_equal(samples.transform.caption_cache.read(tokens)["brain"], tokens["ids"].astype(np.float32))
 
     cached(tmp_path / "new", encode_few)
     old, new = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*.safetensors")}
@@ -520,12 +522,12 @@ def test_a_bug_in_reading_is_no_damaged_shard(tmp_path, monkeypatch, place, caps
 
 
 @pytest.mark.parametrize("skip", ["skip", "error"])
-@pytest.mark.parametrize("place", ["encode", "show"])
+@pytest.mark.parametrize("place", ["encode", "view"])
 def test_a_bug_in_an_encoder_or_a_transform_is_no_bad_image(tmp_path, skip, place):
     samples = FewSamples()
     samples.on_bad_sample = skip
-    if place == "show":
-        samples.prepare.show = planted
+    if place == "view":
+        samples.transform.view = planted
     encode = planted if place == "encode" else encode_few
     with pytest.raises(TypeError, match="a planted bug"):
         cache_images(Store(tmp_path, "pictures", ["bug"]), [samples], encode, alone(), 2, 2)

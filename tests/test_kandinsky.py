@@ -195,10 +195,10 @@ def prepared(script, run, images, *flags, index=3):
     prior = KandinskyV22PriorPipeline.from_pretrained(run.base[0])
     if "decoder" in script.__name__:
         rows.sizes = buckets.training_sizes(rows, args.resolution, args.buckets)
-        prepare = script.SampleTransform(args, prior.image_processor, (4, 2), 1000)
+        transform = script.SampleTransform(args, prior.image_processor, (4, 2), 1000)
     else:
-        prepare = script.SampleTransform(args, prior.tokenizer, prior.image_processor, 16, 1000)
-    return prepare(rows, index, SampleDraws(7, 0, index)), rows.image(index), prior
+        transform = script.SampleTransform(args, prior.tokenizer, prior.image_processor, 16, 1000)
+    return transform(rows, index, SampleDraws(7, 0, index)), rows.image(index), prior
 
 
 def test_a_dropped_caption_is_what_the_prior_pipeline_calls_unconditional(run_prior, images):

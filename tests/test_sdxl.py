@@ -30,8 +30,8 @@ def prepared(script, run, tmp_path, *flags, rows=None, probabilities=None):
     tokenizers = [CLIPTokenizer.from_pretrained(run.base, subfolder=name) for name in ("tokenizer", "tokenizer_2")]
     rows = opening.load_dataset(DataOptions(folder=args.train_data_dir)) if rows is None else rows
     rows.sizes = buckets.training_sizes(rows, args.resolution, args.buckets)
-    prepare = script.SampleTransform(args, tokenizers, (4, 2), probabilities, 1000)
-    return rows, lambda epoch, index: prepare(rows, index, SampleDraws(args.seed, epoch, index))
+    transform = script.SampleTransform(args, tokenizers, (4, 2), probabilities, 1000)
+    return rows, lambda epoch, index: transform(rows, index, SampleDraws(args.seed, epoch, index))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -15,23 +15,23 @@ Sample = dict[str, Any]  # arrays by name, and "skipped", a list of sentences, w
 
 
 class Samples:
-    """A dataset's rows as samples: item (epoch, index, weight) is the dict of arrays that `prepare(dataset, index,
-    draw)` makes, or the UserError that it raised.
+    """A dataset's rows as samples: item (epoch, index, weight) is the dict of arrays that `transform(dataset,
+    index, draw)` makes, or the UserError that it raised.
 
     With `on_bad_sample` "skip", the next usable row stands in for a BadSample, with the draws of the row it stands in
     for: so what is trained is still a function of the data, seed, epoch and index alone. The sample then also holds
-    "skipped", sentences about the rows that were skipped. Whatever else `prepare` raises is a bug and is raised.
+    "skipped", sentences about the rows that were skipped. Whatever else `transform` raises is a bug and is raised.
     """
 
     def __init__(
         self,
         dataset: ImageDataset,
-        prepare: Callable[[ImageDataset, int, SampleDraws], Sample],
+        transform: Callable[[ImageDataset, int, SampleDraws], Sample],
         seed: int,
         on_bad_sample: str = "error",
     ):
         self.dataset = dataset
-        self.prepare = prepare
+        self.transform = transform
         self.seed = seed
         self.on_bad_sample = on_bad_sample
 
@@ -44,7 +44,7 @@ class Samples:
         skipped = []
         for at in range(index, index + len(self)):
             try:
-                sample = self.prepare(self.dataset, at % len(self), draw)
+                sample = self.transform(self.dataset, at % len(self), draw)
             except BadSample as error:
                 if self.on_bad_sample == "error":
                     return self.refusal(error)
