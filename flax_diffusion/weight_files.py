@@ -87,7 +87,7 @@ def _indexed_files(folder: Path, part: str, index: str) -> list[Path]:
     try:
         names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{part}: {folder / index} is no index of weights") from error
+        raise ModelError(f"{part}: {folder / index} is not an index of weights") from error
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ModelError(f"{part}: {index} names {name}, which is not in {folder}")

@@ -305,7 +305,7 @@ def test_a_report_lists_all_problems_by_kind_and_name(spoiled, capsys):
         add_line(spoiled, file_name=f"absent{at}.png", text="x")
     code, report = report_on(spoiled, capsys=capsys)
     assert code == 2
-    assert "samples    26, 22 of which cannot be used" in report
+    assert "samples    26, 22 cannot be used" in report
     assert "absent: 13\n" in report
     for at in range(12):
         assert f"\n      absent{at}.png\n" in report
@@ -375,7 +375,7 @@ def test_a_report_on_a_table(tmp_path, capsys):
     table.to_parquet(tmp_path / "table" / "train.parquet")
     source = {"dataset_name": str(tmp_path / "table"), "cache_dir": tmp_path / "cache"}
     code, report = report_on(None, None, capsys, **source)
-    assert code == 2 and "samples    6, 4 of which cannot be used" in report
+    assert code == 2 and "samples    6, 4 cannot be used" in report
     for part in (
         "no usable caption: 1\n      row 3  (nothing)",
         "no image: 1\n      row 1\n",

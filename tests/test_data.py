@@ -126,7 +126,7 @@ def test_what_is_passed_over_or_read_twice_is_said(tmp_path, capsys):
     shutil.copy(tmp_path / "metadata.jsonl", tmp_path / ".Trash")
     assert len(rows_of(tmp_path)) == 3
     said = capsys.readouterr().err
-    assert f"images of a kind that is not read (.heic) are skipped: {tmp_path}/photo.HEIC" in said
+    assert f"images of an unsupported kind (.heic) are skipped: {tmp_path}/photo.HEIC" in said
     assert f"{tmp_path} holds metadata.jsonl and metadata.csv, and both are read" in said
 
 
@@ -148,7 +148,7 @@ def test_links_are_followed_and_what_cannot_be_reached_is_said(tmp_path, capsys,
     rows = rows_of(tmp_path / "set", caption_column=None)
     assert sorted(rows.name(at) for at in range(3)) == [f"{tmp_path}/elsewhere/{at}.png" for at in range(3)]
     said = capsys.readouterr().err
-    assert f"links that lead nowhere are skipped: {tmp_path}/set/gone.png" in said
+    assert f"broken links are skipped: {tmp_path}/set/gone.png" in said
     assert f"{tmp_path}/set/closed cannot be read (Permission denied) and is skipped" in said
 
 

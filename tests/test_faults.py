@@ -235,7 +235,7 @@ def test_a_result_that_does_not_fit_and_has_no_checkpoint_finds_a_place(
             sentence, code = script.fails(small_disk / "out")
         (small_disk / "filler").unlink()
         assert code == 1
-        refuge = Path(re.search(r"its weights, alone, are in (\S+)", sentence)[1])
+        refuge = Path(re.search(r"only its weights are in (\S+)", sentence)[1])
         script(tmp_path / script.script)
         expected = result_weights(tmp_path / script.script)
         assert all(torch.equal(value, expected[key]) for key, value in load_file(refuge / file).items())
@@ -251,7 +251,7 @@ def test_a_disk_that_becomes_read_only(run, small_disk, monkeypatch, capsys):
     sentence, code = run.fails(small_disk / "out", "--checkpointing_steps", "2", *look, "--validation_steps", "5")
     said = capsys.readouterr().err
     assert "checkpoint-4 could not be written" in said and "step-000005.png could not be written" in said
-    assert code == 1 and "its weights, alone, are in" in sentence
+    assert code == 1 and "only its weights are in" in sentence
     assert resume.find_checkpoint(small_disk / "out", "latest").name == "checkpoint-2"
 
 
@@ -279,7 +279,7 @@ def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_runs(run, tmp_path
         real = module.save_result
         patch.setattr(module, "save_result", lambda *args: (fill(small_disk), real(*args)))
         sentence, _ = run.fails(out)
-        assert "its weights, alone, are in" in sentence
+        assert "only its weights are in" in sentence
     (small_disk / "filler").unlink()
     run(tmp_path / "whole", "--checkpointing_steps", "3")
     poison(monkeypatch, run, 4)
@@ -329,7 +329,7 @@ def test_a_tracker_that_fails_is_left_behind(run, tmp_path, monkeypatch, capsys)
             patch.setattr(TensorBoardTracker, method, refuse)
             run(tmp_path / method, "--report_to", "tensorboard")
         said = capsys.readouterr().err
-        assert said.count("tensorboard failed (503 Service Unavailable); the run goes on without it") == 1
+        assert said.count("tensorboard failed (503 Service Unavailable); the run continues without it") == 1
     run(tmp_path / "whole")
     assert result_bytes(tmp_path / "log") == result_bytes(tmp_path / "whole")
     monkeypatch.setattr(TensorBoardTracker, "__init__", refuse)

@@ -438,7 +438,7 @@ def without(name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (without("conv_in.weight"), "unet: the weights lack conv_in.weight"),
+        (without("conv_in.weight"), "unet: the weights hold no conv_in.weight"),
         (lambda tensors: tensors | {"conv_in.bias": np.ones(9, np.float32)}, r"conv_in.bias has shape \(9,\)"),
         (lambda tensors: tensors | {"add_embedding.bias": np.ones(9, np.float32)}, "hold add_embedding.bias"),
     ],

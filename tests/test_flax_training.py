@@ -743,7 +743,7 @@ def test_hosts_that_are_named_wrongly(monkeypatch, value, words):
     monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
     if value is not None:
         monkeypatch.setenv("JAX_NUM_PROCESSES", value)
-    with pytest.raises(UserError, match=f"do not find each other: JAX_NUM_PROCESSES {words}"):
+    with pytest.raises(UserError, match=f"cannot find each other: JAX_NUM_PROCESSES {words}"):
         processes.connect_hosts()
 
 

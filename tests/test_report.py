@@ -184,7 +184,7 @@ def test_the_summaries(finished, sd):
     begin, end = said.split("trained to step 24 in ")
     for words in (
         f"base model    {sd}",
-        "images        8, and 2 held out",
+        "images        8, and 2 for validation",
         "24 in 12.0 epochs",
         f"output        {out}",
     ):
@@ -293,7 +293,7 @@ def test_a_step_that_is_not_finite(tmp_path):
 def test_what_is_no_run(tmp_path, capsys):
     assert refusal(capsys, tmp_path / "nowhere") == (f"{tmp_path / 'nowhere'} is not a folder", 2)
     sentence, code = refusal(capsys, tmp_path)
-    assert code == 2 and "is no output folder of a run" in sentence
+    assert code == 2 and "is not the output folder of a run" in sentence
     said, code = refusal(capsys)
     assert code == 2 and len(said.strip().splitlines()) == 1
     Metrics(tmp_path, 0, {})

@@ -372,7 +372,7 @@ def test_bad_samples_are_met_when_their_turn_comes(run, cache, tmp_path, capsys)
     assert "8 images could not be used in training" in said and "0005.txt is not UTF-8 text" in said
     assert run(tmp_path / "check", "--check_data", "--streaming", *cache, "--train_data_dir", folder) == 2
     report = capsys.readouterr().out
-    assert "samples    30, 8 of which cannot be used" in report and "no usable caption: 4" in report
+    assert "samples    30, 8 cannot be used" in report and "no usable caption: 4" in report
     assert "000.tar/0003.png" in report
 
 
@@ -394,7 +394,7 @@ def test_a_report_reads_a_stream_once(parquet, tmp_path, capsys, monkeypatch):
 def test_a_dry_run_tells_of_chunks(run, parquet, tmp_path, capsys):
     run(tmp_path / "out", "--dry_run", *FEW, "--cache_dir", tmp_path / "cache", "--train_data_dir", parquet)
     out = capsys.readouterr().out
-    assert out.startswith("images      30 to train on, 0 held out\nchunks      6 of 0.00")
+    assert out.startswith("images      30 to train on, 0 for validation\nchunks      6 of 0.00")
     assert not (tmp_path / "out").exists() and spools(tmp_path / "cache") == []
 
 

@@ -47,7 +47,7 @@ def cache_captions(
     batch_size: int = 1,
     empty: bool = False,
 ) -> None:
-    """Let the text encoders read every caption of some Samples once; `transform.caption_cache` of each has what they made.
+    """Let the text encoders read every caption of some Samples once and set `transform.caption_cache` of each.
 
     With `empty` they read the empty caption too. For the other arguments see `fill`. Where the store is None nothing
     is cached, and the networks run whenever a caption is asked for. A collective call. Raises UserError.

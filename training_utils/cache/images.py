@@ -160,11 +160,11 @@ def cache_images(
     crops: int = 1,
     blank: Sample | None = None,
 ) -> None:
-    """Let the networks see every image of some Samples once; `transform.image_cache` of each has what they made.
+    """Let the networks see every image of some Samples once and set `transform.image_cache` of each.
 
-    The images are prepared as `transform.view` does it. `blank` is a sample that stands for no image, to be encoded too;
-    `crops` are as in CachedImages, for the other arguments see `fill`. Where the store is None nothing is cached, and
-    the networks run whenever an image is asked for. A collective call. Raises UserError.
+    `transform.view` makes what they see. `blank` is a sample that stands for no image, to be encoded too; `crops` are
+    as in CachedImages, for the other arguments see `fill`. Where the store is None nothing is cached, and the networks
+    run whenever an image is asked for. A collective call. Raises UserError.
     """
     if store is None:
         for samples in sets:

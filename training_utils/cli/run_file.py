@@ -62,7 +62,7 @@ def read_text(
         line = key.start_mark.line + 1
         place = f"{file}, line {line}"
         if name in lines:
-            raise ValueError(f"{place}: {name} stands in line {lines[name]} already")
+            raise ValueError(f"{place}: {name} is already in line {lines[name]}")
         lines[name] = line
         if name not in known:
             raise ValueError(f"{place}: there is no flag {name}{_advice(name, known, text)}")

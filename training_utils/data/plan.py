@@ -41,7 +41,7 @@ class BatchPlan:
     `samples_per_step`, and the order depends on the batch size: a run that is resumed with another one inside an
     epoch visits some of its samples twice and others not.
 
-    Of each of the `partial_sources` an epoch visits only so many samples, drawn anew each time. With shapes too,
+    Of each of the `partial_sources` an epoch visits only so many samples, drawn again each time. With shapes too,
     epochs differ a little in the number of their steps, and `steps_per_epoch` is that of the first.
 
     `stream` is the StreamedDataset that the samples are of, or None. An epoch then has that stream's order, a process

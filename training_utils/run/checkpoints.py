@@ -91,7 +91,7 @@ def save_checkpoint(
         if any_process(failure is not None) and failure is None:
             failure = "another process could not write its part"
     if failure is not None:
-        warn(f"{paths.final} could not be written ({failure}{_space_left(root)}); earlier checkpoints stand")
+        warn(f"{paths.final} could not be written ({failure}{_space_left(root)}); earlier checkpoints remain")
         if is_main:
             shutil.rmtree(paths.partial, ignore_errors=True)
         return None
@@ -187,7 +187,7 @@ def _remove_oldest(root: Path, limit: int | None) -> None:
         try:
             os.rename(folder, doomed)
         except OSError as error:  # it is in use, or somebody else has removed it meanwhile
-            warn(f"{folder} is one checkpoint too many, but could not be removed ({reason_of(error)})")
+            warn(f"{folder} is beyond --checkpoints_total_limit, but could not be removed ({reason_of(error)})")
         shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -58,7 +58,7 @@ def _where_weights_are(
         save_weights(refuge)
     except write_errors() as error:
         return f", nor its weights into {tempfile.gettempdir()} ({reason_of(error)})"
-    return f"; its weights, alone, are in {refuge}"
+    return f"; only its weights are in {refuge}"
 
 
 def write_run_file(root: str | Path, content: str) -> None:

@@ -169,7 +169,7 @@ def report_not_finite(
     images = shortened(names, 8)
     what = f"the loss or the gradient of step {step} is not finite (loss {loss:.6g}; its images: {images})"
     if not stop:
-        warn(f"{what}; this step was left out")
+        warn(f"{what}; this step was skipped")
         return
     raise UserError(
         f"{what}; {_where_saved(save(), 'the state before it')}. Look at these images; continue with a lower "

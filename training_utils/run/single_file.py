@@ -30,8 +30,8 @@ def convert_single_file(
 
     if Path(path).suffix != ".safetensors":
         raise UserError(
-            f"base model {path} is a file, but no .safetensors; others are pickles, which could run code: where you "
-            "trust it, load it with diffusers' from_single_file and save it as a folder"
+            f"base model {path} is a file, but not a .safetensors file; others are pickles, which could run code: "
+            "where you trust it, load it with diffusers' from_single_file and save it as a folder"
         )
     root = Path(folders.downloads(cache_dir)) / "text-to-image-models"
     folder = root / f"{pipeline_class.__name__}-{_digest(path, config)}"
