@@ -198,7 +198,8 @@ def load_models(args, accelerator, draws_images) -> Parts:
     prior.train()
     statistics = kandinsky.embedding_statistics(prior)
     if args.full_bf16:
-        optimizers.to_bfloat16(prior)  # but for the statistics, which are not trained
+        # Except the statistics, which are not trained.
+        optimizers.to_bfloat16(prior)
     if args.gradient_checkpointing:
         models.checkpoint_blocks(prior.transformer_blocks)
     if args.enable_xformers_memory_efficient_attention:

@@ -109,7 +109,7 @@ def read_safetensors(files: Sequence[Path], part: str) -> dict[str, np.ndarray]:
     for path in files:
         try:
             with safe_open(path, framework="np") as file:
-                # It is no dict: it cannot be iterated over.
+                # It is not a dict: it cannot be iterated over.
                 for name in file.keys():  # noqa: SIM118
                     tensors[name] = file.get_tensor(name)
         except (SafetensorError, OSError) as error:

@@ -345,8 +345,8 @@ def test_yaml(block, images, tmp_path):
     """A list is a --train_data_config, which is opened; what else there is, a command of the page names, and runs."""
     name, content = block.text.splitlines()[0].removeprefix("# "), yaml.safe_load(block.text)
     if not isinstance(content, list):
-        named = [command for command in commands() if command.page == block.page and name in command.words]
-        assert named and name in run_files()
+        users = [command for command in commands() if command.page == block.page and name in command.words]
+        assert users and name in run_files()
         return
     for source in content:
         if "path" in source:

@@ -201,7 +201,7 @@ def operand_types(jaxpr, types=None):
 
 @pytest.mark.parametrize("unet", ["1.x"], indirect=True)
 def test_half_precision(unet):
-    """bf16 but for softmax, the statistics of norms and the timestep, whose parameters stay float32."""
+    """bf16 except for softmax, the statistics of norms and the timestep, whose parameters stay float32."""
     _, module, params, inputs, (prediction, _) = unet
     half = FlaxUNet2DConditionModel(module.config, dtype=jnp.bfloat16)
 

@@ -383,7 +383,7 @@ def test_without_hard_links_a_checkpoint_is_uploaded_from_its_place(tmp_path, li
 
 @pytest.mark.slow
 def test_a_command_that_is_interrupted_leaves_its_checkpoint_on_the_hub(run, hub, machine, tmp_path):
-    """The whole way of a user on a machine that is taken away, from an empty home; the token is a flag."""
+    """The whole way of a user on a machine that is removed, from an empty home; the token is a flag."""
     out = tmp_path / "out"
     flags = ["--push_to_hub", "--push_checkpoints", "--hub_model_id", "me/spot", "--hub_token", MINE]
     flags += ["--checkpointing_steps", "20", "--checkpoints_total_limit", "1", "--max_train_steps", "9000"]

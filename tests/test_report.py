@@ -309,10 +309,10 @@ def test_a_grid_that_is_damaged_and_many_grids(finished, tmp_path):
     grid = finished[0] / "validation" / "step-000008.png"
     for step in range(100, 4100, 100):
         shutil.copy(grid, tmp_path / "validation" / f"step-{step:06d}.png")
-    newest = tmp_path / "validation" / "step-004000.png"
-    newest.write_bytes(newest.read_bytes()[:300])
+    latest = tmp_path / "validation" / "step-004000.png"
+    latest.write_bytes(latest.read_bytes()[:300])
     page = Page(render_page([read_run_folder(tmp_path)]))
-    assert f"{newest} cannot be read" in page.text
+    assert f"{latest} cannot be read" in page.text
     assert len(page.all("img")) == MOST_GRIDS - 1 and "Of 40 steps with images 24 are shown" in page.text
     assert "images after 100 steps" in page.all("img")[-1]["alt"]
 

@@ -135,7 +135,7 @@ def as_file(args: Arguments, seed: int) -> str:
 
 
 def _without_effect(args: Arguments) -> set[str]:
-    """The flags that follow from others or have no effect beside them, and of which reading them would tell."""
+    """The flags that follow from others or have no effect beside them, which reading them would tell."""
     found = {"max_train_steps"}
     if args.lr_scheduler == "constant":
         found.add("lr_warmup_steps")

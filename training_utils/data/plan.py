@@ -124,8 +124,8 @@ class BatchPlan:
         if ends is None:
             return np.array_split(order[: self.samples_per_step], parts)
         ends = ends[ends > position.sample][:parts] - position.sample
-        shares = np.split(order[: ends[-1]], ends[:-1])
-        return shares + [order[:0]] * (parts - len(shares))
+        micro_batches = np.split(order[: ends[-1]], ends[:-1])
+        return micro_batches + [order[:0]] * (parts - len(micro_batches))
 
     def _coming(self, position):
         """The samples that a stream is told of: the next in the order of this epoch, and of the one after it."""
@@ -155,10 +155,11 @@ class BatchPlan:
             if self.stream is not None:
                 self.stream.expect(self._coming(position), rank, self.world_size)
             epoch = position.epoch
-            shares = self.step_samples(position)
-            weight = len(shares) / sum(map(len, shares))
-            for share in shares[rank :: self.world_size]:
-                yield [(epoch, int(i), weight) for i in share] or [(epoch, int(shares[0][0]), 0.0)]
+            micro_batches = self.step_samples(position)
+            weight = len(micro_batches) / sum(map(len, micro_batches))
+            for micro_batch in micro_batches[rank :: self.world_size]:
+                batch = [(epoch, int(index), weight) for index in micro_batch]
+                yield batch or [(epoch, int(micro_batches[0][0]), 0.0)]
             position = self.position_after(position)
 
 

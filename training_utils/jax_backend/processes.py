@@ -144,7 +144,7 @@ def largest_of_processes(mesh: Mesh, lag: int = 2) -> Callable[[int], int]:
 class JaxProcesses:
     """The processes of a run, joined, as run.session.Processes has them.
 
-    Attributes: mesh, the devices of this host; world_size, the number of devices of all hosts, each of which is a
+    Attributes: mesh, the devices of this host; world_size, the number of devices of all hosts, each a
     process of the batch plan; trackers, which the main process opens later.
     """
 

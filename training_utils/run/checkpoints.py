@@ -144,8 +144,8 @@ def _write_manifest(folder: Path, state: RunState, provenance: Provenance) -> No
 
 def _time_after_newest(root: Path) -> float:
     """The time, or one just after that of the newest checkpoint: a clock may have gone back since."""
-    newest = list_checkpoints(root)[:1]
-    return max([time.time(), *(_time_written(folder) + 0.001 for folder in newest)])
+    latest = list_checkpoints(root)[:1]
+    return max([time.time(), *(_time_written(folder) + 0.001 for folder in latest)])
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ class MemoryUse:
 
 
 def make_ahead(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
-    """The same batches, the first `count` of which are made now: what makes them is then not part of a step."""
+    """The same batches, the first `count` made now: what makes them is then not part of a step."""
     return itertools.chain([next(batches) for _ in range(count)], batches)
 
 

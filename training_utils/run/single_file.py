@@ -91,7 +91,7 @@ def _convert(path: str, pipeline_class: type, config: str | None, cache_dir: str
 
 
 def _copy_settings(config: str, target: str) -> None:
-    """Copy a model's folder without its weights: where the file lacks a part, diffusers would take it from there."""
+    """Copy a model's folder without its weights: a part that is missing in the file would be taken from there."""
     for file in _settings(config):
         copy = Path(target) / file.relative_to(config)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def _widest_type(path: str) -> Any:
 
     try:
         with safe_open(path, framework="pt") as file:
-            types = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            types = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
     except SafetensorError as error:
         raise UserError(f"base model {path} cannot be read: {reason_of(error)}") from error
     floating = [dtype for dtype in types if dtype.is_floating_point]
