@@ -145,7 +145,7 @@ def test_a_resumed_run_continues_the_curves(run, tmp_path):
     assert [run["step"] for run in log.runs] == [0, 2]
     assert log.curves["train_loss"] == {step: uninterrupted["train_loss"][step] for step in range(1, 5)}
     assert 3 not in log.curves["val_loss"]  # this step was made again, without validation
-    run(tmp_path, "--max_train_steps", "1")  # anew
+    run(tmp_path, "--max_train_steps", "1")  # a new run
     assert list(Log(tmp_path).curves["train_loss"]) == [1]
 
 

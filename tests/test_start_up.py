@@ -27,14 +27,6 @@ for script in sys.argv[2:]:
 """
 
 
-# The lock on a stream's cache, until it is filelock's: remove the mark when data/streaming does not import fcntl.
-STREAMING = pytest.mark.xfail(
-    "import fcntl" in (ROOT / "training_utils/data/streaming/stream.py").read_text(),
-    reason="data/streaming",
-    strict=True,
-)
-
-
 def import_without(scripts):
     """Import scripts in a process where this suite's files cannot have these modules."""
     command = [sys.executable, "-c", HIDDEN, str(ROOT), *scripts]
@@ -42,13 +34,11 @@ def import_without(scripts):
     assert done.returncode == 0, done.stderr.splitlines()[-1]
 
 
-@STREAMING
 def test_no_script_imports_what_only_posix_has():
     assert len(SCRIPTS) == 9
     import_without([name for name in SCRIPTS if not name.endswith("flax")])
 
 
-@STREAMING
 def test_nor_does_the_one_for_jax():
     pytest.importorskip("jax")
     import_without(["train_text_to_image_flax"])

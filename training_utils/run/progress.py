@@ -173,7 +173,7 @@ def report_not_finite(
         return
     raise UserError(
         f"{what}; {_where_saved(save(), 'the state before it')}. Look at these images; continue with a lower "
-        "--learning_rate or --mixed_precision no, or with --on_nan skip, which leaves such steps out",
+        "--learning_rate or --mixed_precision no, or with --on_nan skip, which skips such steps",
         exit_code=1,
         everywhere=True,
     )
