@@ -61,8 +61,8 @@ def resident_peak():
 
 
 def forget_peak():
-    """Start counting the largest memory again, where the system can: what a network takes while it is loaded passes through host
-    memory, and a GPU's never holds it."""
+    """Start counting the largest memory again, where the system can: what a network takes while it is loaded passes
+    through host memory, and a GPU's never holds it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

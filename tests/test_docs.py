@@ -150,8 +150,11 @@ def is_parsed(monkeypatch, *words):
     else:
         monkeypatch.syspath_prepend(str((ROOT / words[0]).parent))
         name, words = Path(words[0]).stem, words[1:]
+    program = importlib.import_module(name)
+    if hasattr(program, "__path__"):  # a package, whose command is a module of it
+        program = importlib.import_module(f"{name}.command")
     with pytest.raises(Parsed):
-        importlib.import_module(name).main(list(words))
+        program.main(list(words))
 
 
 def inline(start):
