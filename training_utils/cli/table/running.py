@@ -34,8 +34,8 @@ VALIDATION = Group("Validation", (
 CHECKPOINTS = Group("Checkpoints", (
     Flag("checkpointing_steps", integer(0), 500, "steps between checkpoints; one is written at the end too; 0: never",
          other_names=("save_every_n_steps", "save_state")),
-    Flag("checkpoints_total_limit", integer(1), None, "keep this many checkpoints; the oldest go once a new one "
-         "stands"),
+    Flag("checkpoints_total_limit", integer(1), None, "keep this many checkpoints; the oldest are removed once "
+         "a new one is written"),
     Flag("resume_from_checkpoint", str, None, "`latest`, a checkpoint's name in --output_dir, or a path", once=True,
          other_names=("resume",)),
 ))
