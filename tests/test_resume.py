@@ -226,7 +226,7 @@ def test_fp16_overflows_end_and_obey_signals(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
     sentence, code = run.fails(tmp_path / "always")
-    assert "overflowed 50 times in a row" in sentence and "the state before them is in" in sentence and code == 1
+    assert "overflowed 50 times in a row" in sentence and "the last good state is in" in sentence and code == 1
     assert (tmp_path / "always" / "checkpoint-0").is_dir()
     monkeypatch.setattr(Interruption, "signal", lambda self: signal.SIGTERM)
     assert run(tmp_path / "stopped") == 128 + signal.SIGTERM
