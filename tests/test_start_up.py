@@ -14,11 +14,11 @@ HIDDEN = """
 import builtins, importlib, sys
 real = builtins.__import__
 
-def without_posix(name, names=None, *rest):
-    file = (names or {}).get("__file__") or ""
+def without_posix(name, globals=None, locals=None, fromlist=(), level=0):
+    file = (globals or {}).get("__file__") or ""
     if name in ("fcntl", "resource") and file.startswith(sys.argv[1]) and "/.venv/" not in file:
         raise ImportError(f"{file} imports {name}")
-    return real(name, names, *rest)
+    return real(name, globals, locals, fromlist, level)
 
 sys.path.insert(0, sys.argv[1])
 builtins.__import__ = without_posix
