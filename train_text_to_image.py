@@ -60,16 +60,23 @@ class SampleTransform:
     """Makes a sample: the image, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
 
     def __init__(self, args, tokenizer, latents, timesteps, val_samples=0):
-        self.args, self.tokenizer, self.timesteps = args, tokenizer, timesteps
-        self.channels, self.factor = latents  # of the VAE: the latents' channels, and pixels a side of one
-        self.val_samples = val_samples  # their number; a validation sample is the same at every evaluation
-        self.mirrors, self.cropped = args.random_flip and not val_samples, not (args.center_crop or val_samples)
-        self.images = self.captions = None  # the caches, where there are any
+        self.args = args
+        self.tokenizer = tokenizer
+        self.timesteps = timesteps
+        # Of the VAE: the latents' channels, and how many pixels the side of one covers.
+        self.channels, self.factor = latents
+        # Their number, 0 in training. A validation sample is the same at every evaluation.
+        self.val_samples = val_samples
+        self.random_flip = args.random_flip and not val_samples
+        self.random_crop = not args.center_crop and not val_samples
+        # Set where there are caches.
+        self.image_cache = None
+        self.caption_cache = None
 
-    def show(self, rows, index, mirrored, corner, size):
-        """One view of an image, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
-        image = image_ops.resize(rows.image(index), size, self.args.image_interpolation_mode)
-        image, _ = image_ops.crop(image, size, corner)
+    def view(self, dataset, index, mirrored, crop_draw, size):
+        """One view of an image, (width, height) pixels large; `crop_draw` draws its crop, None takes the middle."""
+        image = image_ops.resize(dataset.image(index), size, self.args.image_interpolation_mode)
+        image, _ = image_ops.crop(image, size, crop_draw)
         pixels = image_ops.to_array(image)
         return {"pixels": np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)}
 
@@ -78,24 +85,32 @@ class SampleTransform:
         tokens = self.tokenizer(caption, max_length=length, padding="max_length", truncation=True)
         return {"tokens": np.array(tokens.input_ids, dtype=np.int64)}
 
-    def __call__(self, rows, index, draw):
-        args, train = self.args, not self.val_samples
-        width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
+    def __call__(self, dataset, index, draw):
+        args = self.args
+        train = not self.val_samples
+        # Another row may stand in for the one at `draw.index`; it then takes that one's size.
+        size = dataset.size(draw.index)
+        width, height = size
         latent_shape = (self.channels, height // self.factor, width // self.factor)
-        mirrored = self.mirrors and draw("flip").random() < 0.5
-        corner = draw("crop") if self.cropped else None
-        caption = choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        mirrored = self.random_flip and draw("flip").random() < 0.5
+        crop_draw = draw("crop") if self.random_crop else None
+        caption = choose_caption(dataset.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
             caption = shuffle_tags(caption, draw, args.keep_tokens)
-        image = self.images.read if self.images else partial(self.show, rows)
-        text = self.tokenize(caption or "")
+        if self.image_cache:
+            image = self.image_cache.read(index, mirrored, crop_draw, size)
+        else:
+            image = self.view(dataset, index, mirrored, crop_draw, size)
+        tokens = self.tokenize(caption or "")
+        text = self.caption_cache.read(tokens) if self.caption_cache else tokens
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
-        else:  # spread over the whole schedule, so that few images make a steady loss
+        else:
+            # Spread over the full schedule, so that few images make a steady loss.
             timestep = int((index + 0.5) / self.val_samples * self.timesteps)
         sample = {
-            **image(index, mirrored, corner, size),
-            **(self.captions.read(text) if self.captions else text),
+            **image,
+            **text,
             "timestep": np.int64(timestep),
             "latent_noise": draw("latent").standard_normal(latent_shape, dtype=np.float32),
             "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),

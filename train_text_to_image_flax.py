@@ -69,16 +69,23 @@ class SampleTransform:
     """Makes a sample: the image, its caption's tokens, and all that is drawn for it. Runs in the data workers."""
 
     def __init__(self, args, tokenizer, latents, timesteps, val_samples=0):
-        self.args, self.tokenizer, self.timesteps = args, tokenizer, timesteps
-        self.channels, self.factor = latents  # of the VAE: the latents' channels, and pixels a side of one
-        self.val_samples = val_samples  # their number; a validation sample is the same at every evaluation
-        self.mirrors, self.cropped = args.random_flip and not val_samples, not (args.center_crop or val_samples)
-        self.images = self.captions = None  # the caches, where there are any
+        self.args = args
+        self.tokenizer = tokenizer
+        self.timesteps = timesteps
+        # Of the VAE: the latents' channels, and how many pixels the side of one covers.
+        self.channels, self.factor = latents
+        # Their number, 0 in training. A validation sample is the same at every evaluation.
+        self.val_samples = val_samples
+        self.random_flip = args.random_flip and not val_samples
+        self.random_crop = not args.center_crop and not val_samples
+        # Set where there are caches.
+        self.image_cache = None
+        self.caption_cache = None
 
-    def show(self, rows, index, mirrored, corner, size):
-        """One view of an image, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
-        image = image_ops.resize(rows.image(index), size, self.args.image_interpolation_mode)
-        image, _ = image_ops.crop(image, size, corner)
+    def view(self, dataset, index, mirrored, crop_draw, size):
+        """One view of an image, (width, height) pixels large; `crop_draw` draws its crop, None takes the middle."""
+        image = image_ops.resize(dataset.image(index), size, self.args.image_interpolation_mode)
+        image, _ = image_ops.crop(image, size, crop_draw)
         pixels = image_ops.to_array(image)
         return {"pixels": np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)}
 
@@ -87,24 +94,32 @@ class SampleTransform:
         tokens = self.tokenizer(caption, max_length=length, padding="max_length", truncation=True)
         return {"tokens": np.array(tokens.input_ids, dtype=np.int64)}
 
-    def __call__(self, rows, index, draw):
-        args, train = self.args, not self.val_samples
-        width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
+    def __call__(self, dataset, index, draw):
+        args = self.args
+        train = not self.val_samples
+        # Another row may stand in for the one at `draw.index`; it then takes that one's size.
+        size = dataset.size(draw.index)
+        width, height = size
         latent_shape = (self.channels, height // self.factor, width // self.factor)
-        mirrored = self.mirrors and draw("flip").random() < 0.5
-        corner = draw("crop") if self.cropped else None
-        caption = choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+        mirrored = self.random_flip and draw("flip").random() < 0.5
+        crop_draw = draw("crop") if self.random_crop else None
+        caption = choose_caption(dataset.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
             caption = shuffle_tags(caption, draw, args.keep_tokens)
-        image = self.images.read if self.images else partial(self.show, rows)
-        text = self.tokenize(caption or "")
+        if self.image_cache:
+            image = self.image_cache.read(index, mirrored, crop_draw, size)
+        else:
+            image = self.view(dataset, index, mirrored, crop_draw, size)
+        tokens = self.tokenize(caption or "")
+        text = self.caption_cache.read(tokens) if self.caption_cache else tokens
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
-        else:  # spread over the whole schedule, so that few images make a steady loss
+        else:
+            # Spread over the full schedule, so that few images make a steady loss.
             timestep = int((index + 0.5) / self.val_samples * self.timesteps)
         sample = {
-            **image(index, mirrored, corner, size),
-            **(self.captions.read(text) if self.captions else text),
+            **image,
+            **text,
             "timestep": np.int64(timestep),
             "latent_noise": draw("latent").standard_normal(latent_shape, dtype=np.float32),
             "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
@@ -130,11 +145,11 @@ def encode_captions(text_encoder, batch):
 
 
 @dataclass
-class Models:
-    """The base model, its parameters in host memory.
+class Parts:
+    """The parts of the base model.
 
-    Attributes: pipeline, the networks and the model's own sampler, with the changes that the flags ask for;
-    parameters, by part; noise_schedule, that of the training.
+    `pipeline` holds the networks, without parameters, and the model's own sampler with the changes that the flags ask
+    for; `parameters` are those of the networks, by name, in host memory; `noise_schedule` is the one of the training.
     """
 
     pipeline: FlaxStableDiffusionPipeline
@@ -142,7 +157,7 @@ class Models:
     noise_schedule: FlaxDDPMScheduler
 
 
-def load_models(args: cli.Arguments) -> Models:
+def load_models(args: cli.Arguments) -> Parts:
     """Load the base model. Raises UserError for one that this script cannot train."""
     base = models.model_folder(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, args.single_file_config
@@ -152,17 +167,21 @@ def load_models(args: cli.Arguments) -> Models:
     noise_schedule = FlaxDDPMScheduler.from_config(config | changes)
     check_prediction_type(noise_schedule.config, zero_snr_asked=args.rescale_betas_zero_snr)
     drawing_steps = args.validation_num_inference_steps if args.validation_prompts else None
-    parts = {
+    components = {
         "scheduler": models.sampling_scheduler(config, changes, drawing_steps),
         "tokenizer": models.load_tokenizer(base),
     }
     parameters = {}
     compute_type = models.TYPES[args.mixed_precision]
     for part in ("unet", "vae", "text_encoder"):
-        parts[part], parameters[part] = models.load_part(base, part, compute_type, args.variant)
+        components[part], parameters[part] = models.load_part(base, part, compute_type, args.variant)
     if args.gradient_checkpointing:
-        parts["unet"] = parts["unet"].clone(gradient_checkpointing=True)
-    return Models(models.make_pipeline(base, args.variant, parts), parameters, noise_schedule)
+        components["unet"] = components["unet"].clone(gradient_checkpointing=True)
+    return Parts(
+        pipeline=models.make_pipeline(base, args.variant, components),
+        parameters=parameters,
+        noise_schedule=noise_schedule,
+    )
 
 
 def latent_shape_of(vae):
@@ -170,7 +189,7 @@ def latent_shape_of(vae):
     return vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def training_loss(unet, schedule, batch, scaling_factor, objective=PLAIN):
+def training_loss(unet, noise_schedule, batch, scaling_factor, objective=PLAIN):
     """The diffusion loss of each sample of a batch, which holds what `encode_images` and `encode_captions` make of
     it; shape (B,). The UNet is a function of its inputs.
 
@@ -183,20 +202,20 @@ def training_loss(unet, schedule, batch, scaling_factor, objective=PLAIN):
         batch["latent_mean"].astype(jnp.float32) + batch["latent_std"].astype(jnp.float32) * batch["latent_noise"]
     )
     latents = latents * scaling_factor
-    noisy = schedule.add_noise(latents, batch.get("input_noise", noise), timesteps)
-    kind = schedule.config.prediction_type
-    target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+    noisy = noise_schedule.add_noise(latents, batch.get("input_noise", noise), timesteps)
+    kind = noise_schedule.config.prediction_type
+    target = noise if kind == "epsilon" else noise_schedule.get_velocity(latents, noise, timesteps)
     prediction = unet(noisy, timesteps, text_states)
     loss = jnp.square(prediction.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
     if objective.snr_gamma is not None:
-        snr = losses.signal_to_noise(jnp.asarray(schedule.alphas_cumprod)[timesteps])
+        snr = losses.signal_to_noise(jnp.asarray(noise_schedule.alphas_cumprod)[timesteps])
         loss = loss * losses.min_snr_weight(snr, objective.snr_gamma, kind)
     return loss
 
 
-def sample_losses(params, batch, unet, schedule, scaling_factor, objective=PLAIN):
+def sample_losses(params, batch, unet, noise_schedule, scaling_factor, objective=PLAIN):
     """`training_loss` with the UNet's parameters put in."""
-    return training_loss(partial(unet.apply, {"params": params}), schedule, batch, scaling_factor, objective)
+    return training_loss(partial(unet.apply, {"params": params}), noise_schedule, batch, scaling_factor, objective)
 
 
 def train_step(
@@ -205,7 +224,7 @@ def train_step(
     learning_rate,
     *,
     unet,
-    schedule,
+    noise_schedule,
     scaling_factor,
     optimizer,
     objective,
@@ -225,7 +244,7 @@ def train_step(
     scale = arrays["loss_scale"]["scale"] if "loss_scale" in arrays else 1.0
 
     def scaled_loss(params, micro_batch):
-        losses = sample_losses(params, micro_batch, unet, schedule, scaling_factor, objective)
+        losses = sample_losses(params, micro_batch, unet, noise_schedule, scaling_factor, objective)
         return scale * (losses * micro_batch["weight"]).sum()
 
     loss, gradients = accumulate_gradient(jax.value_and_grad(scaled_loss), params, batch)
@@ -248,10 +267,10 @@ def train_step(
     return after, {"loss": loss, "grad_norm": grad_norm, "applied": applied}
 
 
-def validation_step(params, batch, *, unet, schedule, scaling_factor):
+def validation_step(params, batch, *, unet, noise_schedule, scaling_factor):
     """The sum of a validation batch's losses over the devices; arrays (1, B, ...)."""
     batch = jax.tree.map(lambda array: array[0], batch)
-    losses = sample_losses(params, batch, unet, schedule, scaling_factor)
+    losses = sample_losses(params, batch, unet, noise_schedule, scaling_factor)
     return jax.lax.psum((losses * batch["weight"]).sum(), AXIS)
 
 
@@ -263,11 +282,11 @@ def main(argv=None):
 
     # --- data and models ---------------------------------------------------------------------------------------------
     run.open_data()
-    base = load_models(args)
-    pipeline = base.pipeline
+    parts = load_models(args)
+    pipeline = parts.pipeline
     unet = pipeline.unet
     run.warn_of_long_captions(pipeline.tokenizer)
-    timesteps = base.noise_schedule.config.num_train_timesteps
+    timesteps = parts.noise_schedule.config.num_train_timesteps
     channels, pixels_of_latent = latent_shape_of(pipeline.vae)
     transform = partial(SampleTransform, args, pipeline.tokenizer, (channels, pixels_of_latent), timesteps)
     train_set, val_set = run.samples(transform)
@@ -276,11 +295,11 @@ def main(argv=None):
     encode = run.frozen_encoders()
     half = pipeline.vae.dtype
     image_key = ["stable diffusion", args.resolution, args.image_interpolation_mode]
-    encode.images(encode_images, pipeline.vae, processes.cast(base.parameters["vae"], half), cache_key=image_key)
+    encode.images(encode_images, pipeline.vae, processes.cast(parts.parameters["vae"], half), cache_key=image_key)
     encode.captions(
         encode_captions,
         pipeline.text_encoder,
-        processes.cast(base.parameters["text_encoder"], half),
+        processes.cast(parts.parameters["text_encoder"], half),
         with_empty=bool(args.caption_dropout),
     )
 
@@ -291,7 +310,7 @@ def main(argv=None):
     training = TrainingState(
         unet,
         new_arrays(
-            base.parameters.pop("unet"),
+            parts.parameters.pop("unet"),
             optimizer,
             average=args.use_ema,
             loss_scaling=fp16,
@@ -302,7 +321,7 @@ def main(argv=None):
 
     objective = {
         "unet": unet,
-        "schedule": base.noise_schedule,
+        "noise_schedule": parts.noise_schedule,
         "scaling_factor": pipeline.vae.config.scaling_factor,
     }
     bound_step = partial(
@@ -353,7 +372,7 @@ def main(argv=None):
 
     # --- the result --------------------------------------------------------------------------------------------------
     def save_result():
-        parameters = base.parameters | {"unet": jax.device_get(training.result)}
+        parameters = parts.parameters | {"unet": jax.device_get(training.result)}
         models.save_pipeline(args.output_dir, pipeline, parameters)
 
     return run.publish(

@@ -68,20 +68,27 @@ class SampleTransform:
     """
 
     def __init__(self, args, image_processor, latents, timesteps, val_samples=0):
-        self.args, self.image_processor, self.timesteps = args, image_processor, timesteps
-        self.channels, self.factor = latents  # of MOVQ: the latents' channels, and pixels a side of one
-        self.val_samples = val_samples  # their number; a validation sample is the same at every evaluation
-        self.mirrors, self.cropped = args.random_flip and not val_samples, args.random_crop and not val_samples
-        self.images = None  # the cache, where there is one
+        self.args = args
+        self.image_processor = image_processor
+        self.timesteps = timesteps
+        # Of MOVQ: the latents' channels, and how many pixels the side of one covers.
+        self.channels, self.factor = latents
+        # Their number, 0 in training. A validation sample is the same at every evaluation.
+        self.val_samples = val_samples
+        self.random_flip = args.random_flip and not val_samples
+        self.random_crop = args.random_crop and not val_samples
+        # Set where there is a cache.
+        self.image_cache = None
 
-    def show(self, rows, index, mirrored, corner, size):
-        """One view of an image, (width, height) pixels large; `corner` draws its crop, None takes the middle."""
-        args, image = self.args, rows.image(index)
+    def view(self, dataset, index, mirrored, crop_draw, size):
+        """One view of an image, (width, height) pixels large; `crop_draw` draws its crop, None takes the middle."""
+        args = self.args
+        image = dataset.image(index)
         if mirrored:
             image = ImageOps.mirror(image)
-        cut, _ = image_ops.crop(image, image_ops.largest_within(image.size, size), corner)
+        cut, _ = image_ops.crop(image, image_ops.largest_within(image.size, size), crop_draw)
         pixels = cut.resize(size, image_ops.FILTERS[args.image_interpolation_mode], reducing_gap=args.reducing_gap)
-        seen = image if corner is None else cut  # CLIP's processor takes the middle of the image by itself
+        seen = image if crop_draw is None else cut  # CLIP's processor takes the middle of the image by itself
         clip_pixels = self.image_processor(seen, return_tensors="np").pixel_values[0]
         return {"pixels": image_ops.to_array(pixels), "clip_pixels": clip_pixels}
 
@@ -91,25 +98,32 @@ class SampleTransform:
         clip_pixels = self.image_processor(black, return_tensors="np").pixel_values[0]
         return {"pixels": image_ops.to_array(black), "clip_pixels": np.zeros_like(clip_pixels)}
 
-    def __call__(self, rows, index, draw):
-        args, train = self.args, not self.val_samples
-        width, height = size = rows.size(draw.index)  # of the place, whichever row is shown in it
+    def __call__(self, dataset, index, draw):
+        args = self.args
+        train = not self.val_samples
+        # Another row may stand in for the one at `draw.index`; it then takes that one's size.
+        size = dataset.size(draw.index)
+        width, height = size
         latent_shape = (self.channels, height // self.factor, width // self.factor)
-        mirrored = self.mirrors and draw("flip").random() < 0.5
-        corner = draw("crop") if self.cropped else None
-        image = self.images.read if self.images else partial(self.show, rows)
+        mirrored = self.random_flip and draw("flip").random() < 0.5
+        crop_draw = draw("crop") if self.random_crop else None
+        if self.image_cache:
+            image = self.image_cache.read(index, mirrored, crop_draw, size)
+        else:
+            image = self.view(dataset, index, mirrored, crop_draw, size)
         dropped = train and args.caption_dropout and draw("caption_dropout").random() < args.caption_dropout
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
-        else:  # spread over the whole schedule, so that few images make a steady loss
+        else:
+            # Spread over the full schedule, so that few images make a steady loss.
             timestep = int((index + 0.5) / self.val_samples * self.timesteps)
         sample = {
-            **image(index, mirrored, corner, size),
+            **image,
             "timestep": np.int64(timestep),
             "noise": draw("noise").standard_normal(latent_shape, dtype=np.float32),
         }
-        if dropped and self.images:
-            sample["image"] = self.images.read_blank()["image"]
+        if dropped and self.image_cache:
+            sample["image"] = self.image_cache.read_blank()["image"]
         elif dropped:
             sample["clip_pixels"] = np.zeros_like(sample["clip_pixels"])
         if train and args.noise_offset:
@@ -277,7 +291,7 @@ def main(argv=None):
         [parts.movq, parts.image_encoder],
         cache_key=image_key,
         needed_again=[draws_images, False],
-        blank=train_set.prepare.blank() if args.caption_dropout else None,
+        blank=train_set.transform.blank() if args.caption_dropout else None,
     )
     frozen.release_memory([parts.movq, parts.image_encoder])
     unet.to(accelerator.device)

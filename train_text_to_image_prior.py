@@ -67,15 +67,22 @@ class SampleTransform:
     """
 
     def __init__(self, args, tokenizer, image_processor, width, timesteps, val_samples=0):
-        self.args, self.tokenizer, self.image_processor = args, tokenizer, image_processor
-        self.width, self.timesteps = width, timesteps
-        self.val_samples = val_samples  # their number; a validation sample is the same at every evaluation
-        self.mirrors, self.cropped = args.random_flip and not val_samples, False
-        self.images = self.captions = None  # the caches, where there are any
+        self.args = args
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.width = width
+        self.timesteps = timesteps
+        # Their number, 0 in training. A validation sample is the same at every evaluation.
+        self.val_samples = val_samples
+        self.random_flip = args.random_flip and not val_samples
+        self.random_crop = False
+        # Set where there are caches.
+        self.image_cache = None
+        self.caption_cache = None
 
-    def show(self, rows, index, mirrored, corner=None):
+    def view(self, dataset, index, mirrored, crop_draw=None):
         """One view of an image, whose middle CLIP's processor takes."""
-        image = rows.image(index)
+        image = dataset.image(index)
         seen = ImageOps.mirror(image) if mirrored else image
         return {"clip_pixels": self.image_processor(seen, return_tensors="np").pixel_values[0]}
 
@@ -87,22 +94,28 @@ class SampleTransform:
             "token_mask": np.array(tokens.attention_mask, dtype=bool),
         }
 
-    def __call__(self, rows, index, draw):
-        args, train = self.args, not self.val_samples
-        mirrored = self.mirrors and draw("flip").random() < 0.5
-        caption = choose_caption(rows.captions(index), draw, args.caption_dropout if train else 0.0)
+    def __call__(self, dataset, index, draw):
+        args = self.args
+        train = not self.val_samples
+        mirrored = self.random_flip and draw("flip").random() < 0.5
+        caption = choose_caption(dataset.captions(index), draw, args.caption_dropout if train else 0.0)
         if args.shuffle_tags and caption and train:
             caption = shuffle_tags(caption, draw, args.keep_tokens)
-        image = self.images.read if self.images else partial(self.show, rows)
+        if self.image_cache:
+            image = self.image_cache.read(index, mirrored, None)
+        else:
+            image = self.view(dataset, index, mirrored)
         text = self.tokenize(caption or "")
+        if self.caption_cache:
+            text |= self.caption_cache.read(text)
         if train:
             timestep = int(draw("timestep").integers(0, self.timesteps))
-        else:  # spread over the whole schedule, so that few images make a steady loss
+        else:
+            # Spread over the full schedule, so that few images make a steady loss.
             timestep = int((index + 0.5) / self.val_samples * self.timesteps)
         return {
-            **image(index, mirrored, None),
+            **image,
             **text,
-            **(self.captions.read(text) if self.captions else {}),
             "timestep": np.int64(timestep),
             "noise": draw("noise").standard_normal((self.width,), dtype=np.float32),
         }
@@ -187,7 +200,8 @@ def load_models(args: cli.Arguments, accelerator: Accelerator, draws_images: boo
     prior.train()
     statistics = kandinsky.embedding_statistics(prior)
     if args.full_bf16:
-        optimizers.to_bfloat16(prior)  # but for the statistics, which are not trained
+        # Except the statistics, which are not trained.
+        optimizers.to_bfloat16(prior)
     if args.gradient_checkpointing:
         models.checkpoint_blocks(prior.transformer_blocks)
     if args.enable_xformers_memory_efficient_attention:

@@ -67,7 +67,7 @@ def peak_memory(family, name):
 
 
 def utilisation(family, name):
-    return lambda results: results[family]["runs"][name]["mfu"] or 0.0  # unknown for a card that PEAKS lacks
+    return lambda results: results[family]["runs"][name]["mfu"] or 0.0  # unknown for a card that is not in PEAKS
 
 
 KINDS = [(family, prefix) for family in ("sd", "sdxl", "decoder", "prior") for prefix in ("", "LoRA ")]

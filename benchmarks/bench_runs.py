@@ -234,7 +234,7 @@ class Bench:
 
 
 def _each(pairs, work):
-    """`work(run, child)` for each pair; a run that fails, out of memory for one, is left out from then on."""
+    """`work(run, child)` for each pair; a run that fails, for example out of memory, is left out from then on."""
     for run, child in pairs:
         if not run.failed:
             try:

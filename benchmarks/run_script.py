@@ -61,8 +61,8 @@ def resident_peak():
 
 
 def forget_peak():
-    """Count the largest memory anew, where the system can: what a network takes while it is loaded passes through host
-    memory, and a GPU's never holds it."""
+    """Start counting the largest memory again, where the system can: what a network takes while it is loaded passes
+    through host memory, and a GPU's never holds it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -175,7 +175,7 @@ def bare_step(network, optimizer, args, kwargs):
 
 
 class CacheWatcher:
-    """Stands in for what builds a cache: builds it anew in each turn and runs the bare encoders as often.
+    """Stands in for what builds a cache: builds it again in each turn and runs the bare encoders as often.
 
     On a CPU, where nothing else is at work while they are, each of their calls is made a second time at once: the two
     meet the same machine, whatever it does beside. On a GPU the bare calls follow when the cache stands.

@@ -69,7 +69,7 @@ def serve(root, folder, pipe):
             pipe.send(sum(size for path, size in hub.sent if path.startswith("/lfs/")))
 
 
-def read(plan, rows, look=None):
+def read(plan, dataset, after_batch=None):
     """Read and decode an epoch. Returns (seconds to the first batch, seconds for all, images)."""
     from training_utils.data.plan import Position
 
@@ -78,11 +78,12 @@ def read(plan, rows, look=None):
         if at == plan.steps_per_epoch:
             break
         for _, index, _ in batch:
-            rows.captions(index), rows.image(index)
+            dataset.captions(index)
+            dataset.image(index)
         count += len(batch)
         first = first or time.perf_counter() - began
-        if look:
-            look()
+        if after_batch:
+            after_batch()
     return first, time.perf_counter() - began, count
 
 
@@ -121,7 +122,7 @@ def measure(folder, buffer, pipe):
     chunks.CHUNK_BYTES = 2**21
     most = 0
 
-    def look():
+    def measure_chunks():
         nonlocal most
         sizes = [path.stat().st_size for path in rows.source.spool.folder.glob("*.arrow")]
         most = max(most, sum(sizes))
@@ -133,7 +134,7 @@ def measure(folder, buffer, pipe):
     opening.load_dataset(options)
     again, before = time.perf_counter() - began, sent()
     source.IDLE_STEPS = 0
-    first, seconds, count = read(BatchPlan(len(rows), 1, 16, stream=rows), rows, look)
+    first, seconds, count = read(BatchPlan(len(rows), 1, 16, stream=rows), rows, measure_chunks)
     total = rows.source.total_bytes()
     plain = opening.load_dataset(DataOptions(folder=folder / "set", cache_dir=str(folder / "cache")))
     _, local, _ = read(BatchPlan(len(plain), 1, 16), plain)

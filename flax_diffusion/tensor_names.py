@@ -92,7 +92,7 @@ def to_params(module: Network, tensors: Mapping[str, np.ndarray]) -> dict[str, A
     params = {}
     for path, (name, shape) in zip(flatten_dict(module.shapes()), tensor_shapes(module).items(), strict=True):
         if name not in arrays:
-            raise ModelError(f"{part}: the weights lack {name}, which a network of this configuration has")
+            raise ModelError(f"{part}: the weights hold no {name}, which a network of this configuration has")
         array = arrays.pop(name)
         if part == "vae" and array.shape == (*shape, 1, 1):
             # The first autoencoders stored the matrices of their attention as 1x1 convolutions.

@@ -87,7 +87,7 @@ def _indexed_files(folder: Path, part: str, index: str) -> list[Path]:
     try:
         names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{part}: {folder / index} is no index of weights") from error
+        raise ModelError(f"{part}: {folder / index} is not an index of weights") from error
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ModelError(f"{part}: {index} names {name}, which is not in {folder}")
@@ -109,7 +109,7 @@ def read_safetensors(files: Sequence[Path], part: str) -> dict[str, np.ndarray]:
     for path in files:
         try:
             with safe_open(path, framework="np") as file:
-                # It is no dict: it cannot be iterated over.
+                # It is not a dict: it cannot be iterated over.
                 for name in file.keys():  # noqa: SIM118
                     tensors[name] = file.get_tensor(name)
         except (SafetensorError, OSError) as error:

@@ -46,7 +46,9 @@ def measure(vae: AutoencoderKL, scans: torch.Tensor) -> tuple[float, float]:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train the tiny VAE of the quickstart.")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "vae", help="folder to write to")
-    parser.add_argument("--max_train_steps", type=int, default=2500, help="updates; 2500 take 12 minutes on one core")
+    parser.add_argument(
+        "--max_train_steps", type=int, default=2500, help="optimizer steps; 2500 take 12 minutes on one core"
+    )
     parser.add_argument("--train_batch_size", type=int, default=64, help="scans in a step")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak, reached after a tenth of the steps")
     parser.add_argument(

@@ -90,8 +90,8 @@ class Runner:
 
     def argv(self, out, *more):
         """The command line; a flag in `more` comes last and so replaces the one here."""
-        named = {"--dataset_name", "--train_data_config"} & set(map(str, more))
-        folder = [] if named else ["--train_data_dir", self.images]
+        names_data = {"--dataset_name", "--train_data_config"} & set(map(str, more))
+        folder = [] if names_data else ["--train_data_dir", self.images]
         plain = "--resolution 16 --train_batch_size 4 --max_train_steps 6 --learning_rate 1e-3 --seed 7"
         plain += " --report_to none --checkpointing_steps 0"
         start = [*self.models, "--output_dir", out, *folder, *plain.split()]
@@ -184,15 +184,15 @@ def each(request):
     return request.getfixturevalue(request.param)
 
 
-LOOKS = ["--use_ema", "--validation_split", "0.3", "--validation_steps", "3", "--report_to", "tensorboard"]
+VALIDATION = ["--use_ema", "--validation_split", "0.3", "--validation_steps", "3", "--report_to", "tensorboard"]
 IMAGES = ["--validation_num_inference_steps", "2"]
 
 
 @pytest.fixture(scope="session")
-def alone(run, tmp_path_factory):
+def one_process(run, tmp_path_factory):
     """A run of one process, with a checkpoint after steps 3 and 6."""
-    out = tmp_path_factory.mktemp("alone") / "out"
-    run(out, *LOOKS, *IMAGES, "--checkpointing_steps", "3", "--validation_prompts", "one", "two", "three")
+    out = tmp_path_factory.mktemp("one_process") / "out"
+    run(out, *VALIDATION, *IMAGES, "--checkpointing_steps", "3", "--validation_prompts", "one", "two", "three")
     return out
 
 

@@ -33,7 +33,10 @@ class CompiledOnce:
     def __call__(self, function, in_axes, **options):
         if not isinstance(function, functools.partial):
             return self.real(function, in_axes, **options)
-        key = (function.func.__qualname__, *(f"{name}={_told(value)}" for name, value in function.keywords.items()))
+        key = (
+            function.func.__qualname__,
+            *(f"{name}={_setting_text(value)}" for name, value in function.keywords.items()),
+        )
 
         def counted(*arguments):
             at = (key, str(jax.tree.structure(arguments[0])), str(arguments[1]))  # the state's parts, the batch
@@ -45,7 +48,7 @@ class CompiledOnce:
         return self.mapped[key]
 
 
-def _told(value):
+def _setting_text(value):
     """A setting as text that is the same whenever it means the same; a noise schedule by its configuration."""
     return repr(value if isinstance(value, flax.linen.Module) else getattr(value, "config", value))
 

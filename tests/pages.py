@@ -61,7 +61,7 @@ def commands():
 
 
 def different(some):
-    """Of commands that are the same but for where the result lies, how long it trains and at which size, the first."""
+    """Of commands that are the same except where the result lies, how long it trains and at which size, the first."""
     aside = {"--output_dir", *SMALLER[::2]}
 
     def essence(command):

@@ -33,7 +33,7 @@ def add_line(folder, **entry):
 
 @pytest.fixture
 def spoiled(tmp_path):
-    """Fourteen samples, of which 0, 1, 2 and 3 can be used; 4 shows its fault only when it is decoded."""
+    """Fourteen samples; 0, 1, 2 and 3 can be used, 4 shows its fault only when it is decoded."""
     folder = tmp_path / "spoiled"
     write_images(folder, 9)
     cut_off(folder / "4.png")
@@ -110,11 +110,11 @@ def test_malformed_metadata_stay_an_error(tmp_path):
 
 
 def samples_of(folder, on_bad_sample="skip"):
-    def prepare(rows, index, draw):
+    def transform(rows, index, draw):
         return {"pixels": image_ops.to_array(rows.image(index)), "noise": draw("noise").standard_normal(3)}
 
     rows = opening.load_dataset(DataOptions(folder=folder))
-    return Samples(rows.drop(checking.check_dataset(rows, "skip")), prepare, 7, on_bad_sample)
+    return Samples(rows.drop(checking.check_dataset(rows, "skip")), transform, 7, on_bad_sample)
 
 
 def test_the_next_image_stands_in_with_the_draws_of_the_place(tmp_path):
@@ -130,14 +130,14 @@ def test_the_next_image_stands_in_with_the_draws_of_the_place(tmp_path):
         assert len(sample.get("skipped", [])) == {2: 2, 3: 1, 5: 1}.get(index, 0)
 
 
-def test_a_batch_without_skipped_samples_looks_as_ever(tmp_path):
+def test_a_batch_without_skipped_samples_is_unchanged(tmp_path):
     write_images(tmp_path, 4)
     cut_off(tmp_path / "1.png")
     samples = samples_of(tmp_path)
-    whole, mended = (collate([samples[0, index, 1.0] for index in some]) for some in ([0, 2], [0, 1]))
-    assert whole.keys() == {"pixels", "noise", "weight"}
-    assert mended.keys() == {*whole, "skipped"} and len(mended["skipped"]) == 1
-    assert all(value.shape == whole[key].shape for key, value in mended.items() if key != "skipped")
+    complete, fixed = (collate([samples[0, index, 1.0] for index in some]) for some in ([0, 2], [0, 1]))
+    assert complete.keys() == {"pixels", "noise", "weight"}
+    assert fixed.keys() == {*complete, "skipped"} and len(fixed["skipped"]) == 1
+    assert all(value.shape == complete[key].shape for key, value in fixed.items() if key != "skipped")
 
 
 def test_a_data_set_of_damaged_images_is_an_error(tmp_path):
@@ -170,7 +170,7 @@ def partly_damaged(tmp_path_factory):
 
 def test_a_run_that_skips_is_exact(run, partly_damaged, tmp_path, capsys):
     flags = ["--train_data_dir", partly_damaged, "--on_bad_sample", "skip"]
-    run(tmp_path / "whole", *flags)
+    run(tmp_path / "complete", *flags)
     said = capsys.readouterr().err
     for index in (1, 5, 6):
         assert said.count(f"{index}.png cannot be read as an image") == 1  # in three epochs
@@ -180,8 +180,8 @@ def test_a_run_that_skips_is_exact(run, partly_damaged, tmp_path, capsys):
     assert said.count("stands in for it") == capsys.readouterr().err.count("stands in for it")
     run(tmp_path / "cut", *flags, "--max_train_steps", "3", "--checkpointing_steps", "3")
     run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
-    whole = result_bytes(tmp_path / "whole")
-    assert whole == result_bytes(tmp_path / "workers") == result_bytes(tmp_path / "cut")
+    complete = result_bytes(tmp_path / "complete")
+    assert complete == result_bytes(tmp_path / "workers") == result_bytes(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("accumulation", ["1", "2"])
@@ -190,21 +190,21 @@ def test_what_was_trained_before_a_bad_image_is_kept(run, images, tmp_path, accu
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
     bad = folder / f"{draws.order(7, 0, 10)[5]}.png"
-    whole = bad.read_bytes()
+    complete = bad.read_bytes()
     cut_off(bad)
     flags = ["--train_data_dir", folder, "--train_batch_size", "1", "--gradient_accumulation_steps", accumulation]
     sentence, code = run.fails(tmp_path / "out", *flags)
     last = 5 // int(accumulation)
     assert code == 2 and bad.name in sentence
     assert f"what was trained until then is in {tmp_path / 'out'}/checkpoint-{last}" in sentence
-    bad.write_bytes(whole)
+    bad.write_bytes(complete)
     run(tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")
-    run(tmp_path / "whole", *flags)
-    assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
+    run(tmp_path / "complete", *flags)
+    assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "complete")
 
 
-def test_a_held_out_image_ends_no_run(run, tmp_path, capsys):
-    """It is met at the first look, when there is training to lose."""
+def test_a_validation_image_ends_no_run(run, tmp_path, capsys):
+    """It is met at the first validation, when there is training to lose."""
     write_images(tmp_path / "set", 10)
     flags = ["--train_data_dir", tmp_path / "set", "--validation_split", "0.2", "--validation_steps", "2"]
     _, val_samples = selection.split_validation(
@@ -216,7 +216,7 @@ def test_a_held_out_image_ends_no_run(run, tmp_path, capsys):
     assert "val_loss" in said and f"{val_samples.name(0)} cannot be read as an image" in said
 
 
-def test_held_out_images_are_skipped_too(run, partly_damaged, tmp_path, capsys):
+def test_validation_images_are_skipped_too(run, partly_damaged, tmp_path, capsys):
     flags = ["--validation_split", "0.5", "--validation_steps", "1", "--max_train_steps", "2"]
     run(tmp_path, "--train_data_dir", partly_damaged, "--on_bad_sample", "skip", *flags)
     said = capsys.readouterr().err
@@ -244,7 +244,7 @@ def test_two_processes_skip_the_same(run, partly_damaged, tmp_path):
 
 
 def odd_images(folder):
-    """An image of each unusual sort, all of which can be used, and one that is cut off."""
+    """An image of each unusual sort, all usable, and one that is cut off."""
     write_images(folder, 2)
     cut_off(folder / "1.png")
     exif = Image.Exif()
@@ -305,7 +305,7 @@ def test_a_report_lists_all_problems_by_kind_and_name(spoiled, capsys):
         add_line(spoiled, file_name=f"absent{at}.png", text="x")
     code, report = report_on(spoiled, capsys=capsys)
     assert code == 2
-    assert "samples    26, 22 of which cannot be used" in report
+    assert "samples    26, 22 cannot be used" in report
     assert "absent: 13\n" in report
     for at in range(12):
         assert f"\n      absent{at}.png\n" in report
@@ -375,7 +375,7 @@ def test_a_report_on_a_table(tmp_path, capsys):
     table.to_parquet(tmp_path / "table" / "train.parquet")
     source = {"dataset_name": str(tmp_path / "table"), "cache_dir": tmp_path / "cache"}
     code, report = report_on(None, None, capsys, **source)
-    assert code == 2 and "samples    6, 4 of which cannot be used" in report
+    assert code == 2 and "samples    6, 4 cannot be used" in report
     for part in (
         "no usable caption: 1\n      row 3  (nothing)",
         "no image: 1\n      row 1\n",

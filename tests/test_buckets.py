@@ -33,69 +33,69 @@ SHAPES = st.lists(st.integers(0, 4), min_size=1, max_size=40).map(np.array)
 SPLITS = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))  # batch size, accumulation, processes
 
 
-def epoch_of(updates, position):
-    """The shares of each step from a position to the end of its epoch, and the positions before them."""
-    shares, positions, epoch = [], [], position.epoch
+def epoch_of(batch_plan, position):
+    """The micro-batches of each step from a position to the end of its epoch, and the positions before them."""
+    steps, positions, epoch = [], [], position.epoch
     while position.epoch == epoch:
-        shares.append(updates.step_samples(position))
+        steps.append(batch_plan.step_samples(position))
         positions.append(position)
-        position = updates.position_after(position)
+        position = batch_plan.position_after(position)
     assert position == Position(epoch + 1)
-    return shares, positions
+    return steps, positions
 
 
 @quick
 @given(SHAPES, SPLITS, st.integers(0, 3))
 def test_an_epoch_visits_each_sample_once_in_batches_of_one_shape(shapes, split, epoch):
-    updates = BatchPlan(len(shapes), 5, *split, shapes=shapes)
+    batch_plan = BatchPlan(len(shapes), 5, *split, shapes=shapes)
     batch_size, accumulation, world = split
-    shares, _ = epoch_of(updates, Position(epoch))
-    assert len(shares) == updates.steps_per_epoch
-    visited = np.concatenate([share for update in shares for share in update])
+    steps, _ = epoch_of(batch_plan, Position(epoch))
+    assert len(steps) == batch_plan.steps_per_epoch
+    visited = np.concatenate([micro_batch for step in steps for micro_batch in step])
     assert sorted(visited) == list(range(len(shapes)))
-    for update in shares:
-        assert len(update) == accumulation * world and len(update[0])
-        for share in update:
-            assert len(share) <= batch_size and len(set(shapes[share])) <= 1
-    streams = [updates.batches(Position(epoch), rank) for rank in range(world)]
-    for update in shares:
-        count = sum(map(len, update))
-        for at, share in enumerate(update):
+    for step in steps:
+        assert len(step) == accumulation * world and len(step[0])
+        for micro_batch in step:
+            assert len(micro_batch) <= batch_size and len(set(shapes[micro_batch])) <= 1
+    streams = [batch_plan.batches(Position(epoch), rank) for rank in range(world)]
+    for step in steps:
+        count = sum(map(len, step))
+        for at, micro_batch in enumerate(step):
             batch = next(streams[at % world])  # every process makes the same number of micro-steps
-            if len(share):
-                assert batch == [(epoch, index, len(update) / count) for index in share]
+            if len(micro_batch):
+                assert batch == [(epoch, index, len(step) / count) for index in micro_batch]
             else:
-                assert batch == [(epoch, update[0][0], 0.0)]
+                assert batch == [(epoch, step[0][0], 0.0)]
 
 
 @quick
 @given(SHAPES, SPLITS, SPLITS)
 def test_a_run_continues_at_every_position(shapes, split, other):
     """With the same split it does the same; with more processes or accumulation, the same micro-batches."""
-    updates = BatchPlan(len(shapes), 5, *split, shapes=shapes)
-    shares, positions = epoch_of(updates, Position(1))
+    batch_plan = BatchPlan(len(shapes), 5, *split, shapes=shapes)
+    steps, positions = epoch_of(batch_plan, Position(1))
     on_others = BatchPlan(len(shapes), 5, split[0], *other[1:], shapes=shapes)
     for at, position in enumerate(positions):
-        again, _ = epoch_of(updates, position)
-        assert flat(again) == flat(shares[at:])
+        again, _ = epoch_of(batch_plan, position)
+        assert flat(again) == flat(steps[at:])
         rest, _ = epoch_of(on_others, position)
-        if updates.shape is not None:
-            assert flat(rest) == flat(shares[at:])
+        if batch_plan.shape is not None:
+            assert flat(rest) == flat(steps[at:])
 
 
-def flat(updates):
-    return [share.tolist() for update in updates for share in update if len(share)]
+def flat(steps):
+    return [micro_batch.tolist() for step in steps for micro_batch in step if len(micro_batch)]
 
 
 @quick
 @given(SHAPES, SPLITS, SPLITS, st.integers(0, 39))
 def test_another_batch_size_visits_the_rest_of_its_own_order(shapes, split, other, sample):
-    updates = BatchPlan(len(shapes), 5, *other, shapes=shapes)
+    batch_plan = BatchPlan(len(shapes), 5, *other, shapes=shapes)
     start = Position(0, sample).wrapped(len(shapes))
-    shares, _ = epoch_of(updates, start)
-    visited = np.concatenate([share for update in shares for share in update])
+    steps, _ = epoch_of(batch_plan, start)
+    visited = np.concatenate([micro_batch for step in steps for micro_batch in step])
     assert len(set(visited)) == len(visited) == len(shapes) - start.sample
-    assert all(len(set(shapes[share])) <= 1 for update in shares for share in update)
+    assert all(len(set(shapes[micro_batch])) <= 1 for step in steps for micro_batch in step)
 
 
 @quick
@@ -112,19 +112,19 @@ def test_one_shape_is_as_none(size, split, sample):
 
 def test_the_plan_with_shapes_is_frozen():
     """Like the draws: a change would alter runs that are resumed."""
-    shares, _ = epoch_of(BatchPlan(9, 5, 2, 2, shapes=np.array([0, 1, 1, 0, 1, 2, 0, 0, 1])), Position())
-    assert flat(shares) == [[7, 3], [8, 4], [5], [2, 1], [6, 0]]
+    steps, _ = epoch_of(BatchPlan(9, 5, 2, 2, shapes=np.array([0, 1, 1, 0, 1, 2, 0, 0, 1])), Position())
+    assert flat(steps) == [[7, 3], [8, 4], [5], [2, 1], [6, 0]]
 
 
 def test_micro_batches_are_others_in_every_epoch():
-    updates = BatchPlan(40, 5, 4, shapes=np.arange(40) % 2)
-    first, second = (sorted(map(sorted, flat(epoch_of(updates, Position(epoch))[0]))) for epoch in (0, 1))
+    batch_plan = BatchPlan(40, 5, 4, shapes=np.arange(40) % 2)
+    first, second = (sorted(map(sorted, flat(epoch_of(batch_plan, Position(epoch))[0]))) for epoch in (0, 1))
     assert first != second
 
 
 @quick
 @given(SHAPES, st.integers(1, 5), st.integers(1, 3))
-def test_held_out_samples_come_once_in_batches_of_one_shape(shapes, batch_size, world):
+def test_validation_samples_come_once_in_batches_of_one_shape(shapes, batch_size, world):
     batches = [
         batch
         for rank in range(world)
@@ -277,7 +277,7 @@ def shapes(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PIXELS)
 def test_wide_tall_and_square_images_are_trained(request, name, shapes, tmp_path, monkeypatch, capsys):
-    """Each batch in the shape of its bucket, held-out ones too."""
+    """Each batch in the shape of its bucket, validation images too."""
     run, seen = request.getfixturevalue(name), []
     real = UNet2DConditionModel.forward
 
@@ -306,12 +306,12 @@ def test_a_run_with_buckets_resumed_equals_one_uninterrupted(request, name, cuts
     run = request.getfixturevalue(name)
     flags = [*SMALL, "--train_data_dir", shapes, "--random_flip", "--checkpointing_steps", "1"]
     flags += ["--train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    run(tmp_path / "whole", *flags)
+    run(tmp_path / "complete", *flags)
     for cut in cuts:
         out = tmp_path / f"cut{cut}"
-        shutil.copytree(tmp_path / "whole" / f"checkpoint-{cut}", out / f"checkpoint-{cut}")
+        shutil.copytree(tmp_path / "complete" / f"checkpoint-{cut}", out / f"checkpoint-{cut}")
         run(out, *flags, "--resume_from_checkpoint", "latest")
-        assert result_bytes(out) == result_bytes(tmp_path / "whole"), f"cut after step {cut}"
+        assert result_bytes(out) == result_bytes(tmp_path / "complete"), f"cut after step {cut}"
 
 
 def test_two_processes_with_buckets_equal_one(run, shapes, tmp_path):
@@ -329,7 +329,7 @@ def test_images_of_one_bucket_train_as_without_buckets(run, images, tmp_path):
     assert result_bytes(tmp_path / "with") == result_bytes(tmp_path / "without")
 
 
-def test_the_held_out_loss_does_not_depend_on_the_batches(run, shapes, tmp_path):
+def test_the_validation_loss_does_not_depend_on_the_batches(run, shapes, tmp_path):
     flags = [*SMALL, "--train_data_dir", shapes, "--validation_split", "0.6", "--validation_steps", "1"]
     flags += ["--learning_rate", "0", "--max_train_steps", "1", "--report_to", "tensorboard"]
     for size in (1, 4):
@@ -356,8 +356,8 @@ def test_time_ids_name_the_image_the_corner_and_the_bucket(script, run_sdxl, tmp
             assert (first_height, first_width) == (height, width) and told == target
             resized = image_ops.resize(rows.image(index), tuple(target[::-1]), "lanczos")
             mirrored = SampleDraws(7, epoch, index)("flip").random() < 0.5
-            whole = image_ops.to_array(resized)[:, :, :: -1 if mirrored else 1]
-            cut = whole[:, top : top + target[0], left : left + target[1]]
+            uncropped = image_ops.to_array(resized)[:, :, :: -1 if mirrored else 1]
+            cut = uncropped[:, top : top + target[0], left : left + target[1]]
             assert np.array_equal(got["pixels"], cut)
             assert got["noise"].shape == got["latent_noise"].shape == (4, target[0] // 2, target[1] // 2)
 

@@ -94,11 +94,11 @@ def test_so_are_other_settings(run, tmp_path, flags):
 
 def test_a_cached_run_that_is_cut_ends_in_the_same_weights(run_sdxl, tmp_path):
     common = [*DRAWS, *switches(run_sdxl, tmp_path / "kept"), "--cached_crops", "2"]
-    run_sdxl(tmp_path / "whole", *common)
+    run_sdxl(tmp_path / "complete", *common)
     for last in (1, 4, 6):
         cut = [*common, "--max_train_steps", last, "--checkpointing_steps", "1"]
         run_sdxl(tmp_path / "cut", *cut, *(["--resume_from_checkpoint", "latest"] if last > 1 else []))
-    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "complete")
 
 
 def test_two_processes_share_the_work_and_equal_one(run, tmp_path):
@@ -144,11 +144,12 @@ def test_crops_are_kept_with_their_coordinates(run_sdxl, tmp_path, monkeypatch):
     possible = {}
     for index in range(10):
         for mirrored in (False, True):
-            whole = image(index)
-            whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else whole
+            complete = image(index)
+            complete = complete.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else complete
             for left in range(5):  # of 20 x 16
                 pixels = (
-                    np.asarray(whole.crop((left, 0, left + 16, 16)), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+                    np.asarray(complete.crop((left, 0, left + 16, 16)), dtype=np.float32).transpose(2, 0, 1) / 127.5
+                    - 1
                 )
                 with torch.no_grad():
                     mean = vae.encode(torch.from_numpy(pixels)[None].contiguous()).latent_dist.mean[0]
@@ -277,7 +278,7 @@ DAMAGES = {
 def test_a_damaged_shard_is_made_again(run, tmp_path, damage, capsys):
     flags = ["--center_crop", "--max_train_steps", "2", *switches(run, tmp_path / "kept")]
     run(tmp_path / "one", *flags)
-    shard = next((tmp_path / "kept").glob("pictures*/*.safetensors"))
+    shard = next((tmp_path / "kept").glob("pictures-*/*.safetensors"))
     shard.write_bytes(DAMAGES[damage](shard.read_bytes()))
     assert encoded_by(run, tmp_path / "two", *flags) == (10, 0)
     assert f"{shard} is damaged" in capsys.readouterr().err
@@ -296,13 +297,13 @@ def test_a_shard_that_cannot_be_opened_is_no_damaged_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match="cannot be read .*Permission denied"):
-        fill.open_store(Store(tmp_path, "images", {"a": 1}), ["key"], alone())
+        fill.open_store(Store(tmp_path, "images", {"a": 1}), ["key"], one_process())
     monkeypatch.undo()
     assert shard.exists()
 
 
 class FewRows:
-    """Three images, of two sizes, the first of which is there twice; they are their indices' pixels."""
+    """Three images, of two sizes, the first one there twice; they are their indices' pixels."""
 
     row_numbers = np.array([0, 1, 2, 0])
 
@@ -333,13 +334,13 @@ class FewSamples:
     def __init__(self):
         self.dataset = FewRows()
         self.on_bad_sample = "error"
-        self.prepare = SimpleNamespace(show=self.show, tokenize=self.tokenize, mirrors=True, cropped=True)
+        self.transform = SimpleNamespace(view=self.view, tokenize=self.tokenize, random_flip=True, random_crop=True)
 
     def __len__(self):
         return len(self.dataset)
 
     @staticmethod
-    def show(rows, index, mirrored, generator, size):
+    def view(rows, index, mirrored, generator, size):
         pixels = rows.pixels(index)
         at = int(generator.integers(3))
         if len(pixels) == 4:
@@ -372,24 +373,26 @@ def test_a_cache_of_an_earlier_release_is_taken_up(tmp_path):
     def cached(root, encode):
         samples, blank = FewSamples(), {"pixels": np.zeros((4, 4), dtype=np.float32)}
         store = Store(root, "pictures", {"networks": ["few"], "settings": None})
-        cache_images(store, [samples], encode, alone(), 2, 2, blank)
+        cache_images(store, [samples], encode, one_process(), 2, 2, blank)
         assert len(store.locations) == 13  # two crops of three images, mirrored or not, and no image
-        cache_captions(Store(root, "captions", {"networks": ["few"]}), [samples], encode, alone(), 3, True)
+        cache_captions(Store(root, "captions", {"networks": ["few"]}), [samples], encode, one_process(), 3, True)
         return samples
 
     shutil.copytree(OLD_CACHE, tmp_path / "old")
     samples = cached(tmp_path / "old", refuse)
     for index in range(4):
         for mirrored in (False, True):
-            made = [samples.prepare.images.read(index, mirrored, np.random.default_rng(3), (4, 4)) for _ in "ab"]
-            crops = [samples.prepare.images.crop_generator(index, crop) for crop in (0, 1)]
-            possible = [encode_few(samples.show(samples.dataset, index, mirrored, crop, None)) for crop in crops]
+            made = [
+                samples.transform.image_cache.read(index, mirrored, np.random.default_rng(3), (4, 4)) for _ in "ab"
+            ]
+            crops = [samples.transform.image_cache.crop_generator(index, crop) for crop in (0, 1)]
+            possible = [encode_few(samples.view(samples.dataset, index, mirrored, crop, None)) for crop in crops]
             assert any(all(np.array_equal(made[0][name], one[name][1]) for name in one) for one in possible)
-    blank = samples.prepare.images.read_blank()
+    blank = samples.transform.image_cache.read_blank()
     assert all(blank[name].tolist() == np.zeros((4, 4)).tolist() for name in ("mean", "half", "brain"))
     for text in ("", "shared", "caption 0", "caption 1", "caption 2"):
         tokens = FewSamples.tokenize(text)
-        assert np.array_equal(samples.prepare.captions.read(tokens)["brain"], tokens["ids"].astype(np.float32))
+        assert np.array_equal(samples.transform.caption_cache.read(tokens)["brain"], tokens["ids"].astype(np.float32))
 
     cached(tmp_path / "new", encode_few)
     old, new = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*.safetensors")}
@@ -400,36 +403,36 @@ def test_a_cache_of_an_earlier_release_is_taken_up(tmp_path):
 def test_only_shards_that_are_wanted_are_read_through(tmp_path, monkeypatch):
     """Other datasets may be kept in the same store."""
     store = Store(tmp_path, "images", ["test"])
-    fill.open_store(store, [], alone())
+    fill.open_store(store, [], one_process())
     for key in "abc":
         store.write([key], {"mean": ("float32", np.ones((1, 3), dtype=np.float32))})
     checked, real = [], Store.is_damaged
     monkeypatch.setattr(Store, "is_damaged", lambda store, path: checked.append(path) or real(store, path))
     again = Store(tmp_path, "images", ["test"])
-    fill.open_store(again, ["b", "d"], alone())
+    fill.open_store(again, ["b", "d"], one_process())
     assert checked == [again.locations["b"].path] and "d" not in again
 
 
 def test_no_bit_of_a_shard_can_change_unseen(tmp_path):
     store = Store(tmp_path, "images", ["test"])
-    fill.open_store(store, [], alone())
+    fill.open_store(store, [], one_process())
     store.write(["one", "two"], {"mean": ("float32", np.arange(6, dtype=np.float32).reshape(2, 3))})
     path = next(store.folder.glob("*.safetensors"))
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     generator, unseen = np.random.default_rng(0), 0
-    for at in generator.choice(8 * len(whole), 200, replace=False):
-        changed = bytearray(whole)
+    for at in generator.choice(8 * len(complete), 200, replace=False):
+        changed = bytearray(complete)
         changed[at // 8] ^= 1 << (at % 8)
         path.write_bytes(changed)
         again = Store(tmp_path, "images", ["test"])
-        fill.open_store(again, ["two"], alone())
+        fill.open_store(again, ["two"], one_process())
         if "two" in again:  # a bit that has no effect, such as of a space in the header
             unseen += 1
             assert again.read("two")["mean"].tolist() == [3, 4, 5]
     assert unseen < 100
 
 
-def alone(on_cpu=False):
+def one_process(on_cpu=False):
     return Processes(0, 1, 0, 1, lambda items: items, on_cpu)
 
 
@@ -442,7 +445,7 @@ def fill_with(store, wanted, prepare, encode, processes, batch_size):
 def test_an_entry_comes_back_as_it_was_computed(tmp_path, kind):
     values = torch.randn(3, 4, 5).to(getattr(torch, kind)).float().numpy()
     store = Store(tmp_path, "images", [kind])
-    fill.open_store(store, [], alone())
+    fill.open_store(store, [], one_process())
     store.write(["a", "b", "c"], {"mean": (kind, values)})
     store.refresh()
     for at, key in enumerate("abc"):
@@ -482,7 +485,7 @@ def test_a_cpu_reads_no_image_while_its_networks_run(tmp_path, on_cpu):
 
     store = Store(tmp_path, "images", [on_cpu])
     wanted = {str(number): number for number in range(100)}
-    fill_with(store, wanted, make, encode, alone(on_cpu), 20)
+    fill_with(store, wanted, make, encode, one_process(on_cpu), 20)
     assert sorted(reading) == list(range(100)) and all(store.read(key)["y"] == wanted[key] for key in wanted)
     if on_cpu:
         assert seen == [(read, read) for read in (20, 40, 60, 80, 100)]
@@ -503,32 +506,32 @@ def test_a_bug_in_writing_is_no_full_disk(tmp_path, monkeypatch, place):
     store = Store(tmp_path, "images", ["bug"])
     encode = lambda batch: {"y": ("float32", batch["x"])}  # noqa: E731
     with pytest.raises(TypeError, match="a planted bug"):
-        fill_with(store, {"a": 0}, lambda _: {"x": np.zeros(1, np.float32)}, encode, alone(), 1)
+        fill_with(store, {"a": 0}, lambda _: {"x": np.zeros(1, np.float32)}, encode, one_process(), 1)
     assert list(store.folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", ["_crc32", "_name_of"])
 def test_a_bug_in_reading_is_no_damaged_shard(tmp_path, monkeypatch, place, capsys):
     store = Store(tmp_path, "images", ["bug"])
-    fill.open_store(store, [], alone())
+    fill.open_store(store, [], one_process())
     store.write(["a"], {"y": ("float32", np.ones((1, 3), dtype=np.float32))})
     monkeypatch.setattr(shard, place, planted)
     with pytest.raises(TypeError, match="a planted bug"):
-        fill.open_store(Store(tmp_path, "images", ["bug"]), ["a"], alone())
+        fill.open_store(Store(tmp_path, "images", ["bug"]), ["a"], one_process())
     assert len(list(store.folder.glob("*.safetensors"))) == 1
     assert "damaged" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("skip", ["skip", "error"])
-@pytest.mark.parametrize("place", ["encode", "show"])
+@pytest.mark.parametrize("place", ["encode", "view"])
 def test_a_bug_in_an_encoder_or_a_transform_is_no_bad_image(tmp_path, skip, place):
     samples = FewSamples()
     samples.on_bad_sample = skip
-    if place == "show":
-        samples.prepare.show = planted
+    if place == "view":
+        samples.transform.view = planted
     encode = planted if place == "encode" else encode_few
     with pytest.raises(TypeError, match="a planted bug"):
-        cache_images(Store(tmp_path, "pictures", ["bug"]), [samples], encode, alone(), 2, 2)
+        cache_images(Store(tmp_path, "pictures", ["bug"]), [samples], encode, one_process(), 2, 2)
 
 
 def test_a_bug_is_reported_and_not_the_full_disk_behind_it(tmp_path, monkeypatch):
@@ -545,7 +548,7 @@ def test_a_bug_is_reported_and_not_the_full_disk_behind_it(tmp_path, monkeypatch
     monkeypatch.setattr(shard.os, "fsync", full)
     store = Store(tmp_path, "images", ["bug"])
     with pytest.raises(TypeError, match="a planted bug"):
-        fill_with(store, {"a": 0, "b": 1}, lambda _: {"x": np.zeros(1, np.float32)}, encode, alone(), 1)
+        fill_with(store, {"a": 0, "b": 1}, lambda _: {"x": np.zeros(1, np.float32)}, encode, one_process(), 1)
     assert list(store.folder.iterdir()) == []
 
 
@@ -559,7 +562,7 @@ def test_rounds_of_work_need_room_for_what_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "write", lambda store, keys, arrays: written.extend(keys) or real(store, keys, arrays))
     store, wanted = Store(tmp_path, "images", ["room"]), {str(number): number for number in range(10)}
     encode = lambda batch: {"y": ("float32", batch["x"][:, None])}  # noqa: E731
-    fill_with(store, wanted, lambda number: {"x": np.float32(number)}, encode, alone(), 2)
+    fill_with(store, wanted, lambda number: {"x": np.float32(number)}, encode, one_process(), 2)
     assert len(written) == 10
 
 
@@ -660,7 +663,7 @@ def test_rounds_of_work_leave_nothing_out(tmp_path, monkeypatch):
     monkeypatch.setattr(fill, "ENTRIES_BETWEEN_GATHERS", 3)
     store, wanted = Store(tmp_path, "images", ["rounds"]), {str(number): number for number in range(10)}
     encode = lambda batch: {"y": ("float32", batch["x"].astype(np.float32)[:, None])}  # noqa: E731
-    fill_with(store, wanted, lambda number: {"x": np.int64(number)}, encode, alone(), 2)
+    fill_with(store, wanted, lambda number: {"x": np.int64(number)}, encode, one_process(), 2)
     assert all(store.read(key)["y"] == number for key, number in wanted.items())
 
 
@@ -694,4 +697,4 @@ def test_crops_come_from_the_content(tmp_path):
 def test_bad_data_raise_what_they_are(tmp_path):
     store = Store(tmp_path, "images", ["bad"])
     with pytest.raises(UserError, match="gone"):
-        fill_with(store, {"a": 0}, lambda _: UserError("gone"), None, alone(), 1)
+        fill_with(store, {"a": 0}, lambda _: UserError("gone"), None, one_process(), 1)

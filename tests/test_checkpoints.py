@@ -110,11 +110,11 @@ def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkey
     monkeypatch.setattr(os, "rename", busy)
     assert save(tmp_path, 3, limit=1).name == "checkpoint-3"
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
-    assert "checkpoint-2 is one checkpoint too many, but could not be removed" in capsys.readouterr().err
+    assert "checkpoint-2 is beyond --checkpoints_total_limit, but could not be removed" in capsys.readouterr().err
 
 
 def test_the_one_just_written_stays_and_is_the_latest(tmp_path):
-    """A run that went back, or began anew in the folder of one that got further, is the one that goes on."""
+    """A run that went back, or started over in the folder of one that got further, is the one that goes on."""
     for step in (2, 3, 4, 5):
         save(tmp_path, step)
     assert save(tmp_path, 3, limit=2).name == "checkpoint-3"
@@ -186,12 +186,12 @@ def test_killed_before_any_single_operation(tmp_path):
             except BaseException:
                 os._exit(1)
         finished = os.waitpid(child, 0)[1] == 0
-        whole = [path for path in checkpoints.list_checkpoints(folder) if checkpoints.damage_of(path) is None]
-        assert whole == checkpoints.list_checkpoints(folder), f"operation {at}: one that is not whole"
-        assert whole, f"operation {at}: none left"
-        newest = resume.find_checkpoint(folder, "latest")
+        complete = [path for path in checkpoints.list_checkpoints(folder) if checkpoints.damage_of(path) is None]
+        assert complete == checkpoints.list_checkpoints(folder), f"operation {at}: one that is not whole"
+        assert complete, f"operation {at}: none left"
+        latest = resume.find_checkpoint(folder, "latest")
         assert save(folder, 3, limit=1), f"operation {at}: the next save"
-        assert newest is not None and names(folder) == ["checkpoint-3"], f"operation {at}: left-overs"
+        assert latest is not None and names(folder) == ["checkpoint-3"], f"operation {at}: left-overs"
         at += 1
     assert at > 15
 
@@ -259,7 +259,7 @@ def test_every_way_to_name_one(tmp_path, monkeypatch, capsys):
     assert resume.find_checkpoint(tmp_path / "elsewhere", str(folder)) == folder
     assert capsys.readouterr().err == ""
     assert resume.find_checkpoint(Path("out"), "elsewhere/checkpoint-5") == Path("out/checkpoint-5")
-    assert "elsewhere/checkpoint-5 is no checkpoint; out/checkpoint-5 is taken" in capsys.readouterr().err
+    assert "elsewhere/checkpoint-5 is not a checkpoint; using out/checkpoint-5" in capsys.readouterr().err
 
 
 def test_one_that_is_not_there(tmp_path):
@@ -409,7 +409,7 @@ def test_a_full_disk_does_not_end_the_run(run, tmp_path, monkeypatch, capfd):
         patch.setattr(TrainingState, "write", limited)
         assert run(tmp_path / "full", "--checkpointing_steps", "3") == 0
     said = capfd.readouterr().err
-    assert said.count("could not be written") == 2 and "earlier checkpoints stand" in said
+    assert said.count("could not be written") == 2 and "earlier checkpoints remain" in said
     assert checkpoints.list_checkpoints(tmp_path / "full") == []
-    run(tmp_path / "whole")
-    assert result_bytes(tmp_path / "full") == result_bytes(tmp_path / "whole")
+    run(tmp_path / "complete")
+    assert result_bytes(tmp_path / "full") == result_bytes(tmp_path / "complete")

@@ -365,7 +365,7 @@ def test_every_row_builds_its_optimizer(name, loss_scaling):
 def test_the_table_is_the_only_list_of_flags():
     """No other module has a list, set, tuple or dict with three or more names of flags in it.
 
-    data/mixture.py has the keys of a file of its own, some of which are named like flags.
+    data/mixture.py has the keys of a file of its own, some named like flags.
     """
     flags = table.names(lambda flag: "_" in flag.name)  # one word, such as seed, may mean anything
     for path in [*ROOT.glob("train_*.py"), *ROOT.glob("training_utils/**/*.py"), *ROOT.glob("tools/*.py")]:
@@ -384,8 +384,8 @@ def test_the_table_is_the_only_list_of_flags():
 def test_what_rows_say_of_other_flags_exists():
     everywhere = table.names(lambda flag: True)
     for flag in table.rows():
-        named = {*flag.replaces, *(flag.needs.flags if flag.needs else ())}
-        assert named <= everywhere, flag.name
+        mentioned = {*flag.replaces, *(flag.needs.flags if flag.needs else ())}
+        assert mentioned <= everywhere, flag.name
 
 
 REFUSED_SDXL = {

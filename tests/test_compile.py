@@ -37,12 +37,14 @@ def first(request):
 
 def test_a_compiled_run(first, tmp_path, monkeypatch, nine):
     """Traced and not made faster, it trains to the same bits, with checkpoints and averages that either kind of run
-    reads; the odd window at the end of each epoch is compiled once, and the looks at the run not at all."""
+    reads; the odd window at the end of each epoch is compiled once, and validation not at all."""
     shared = ["--train_data_dir", nine, "--use_ema", "--checkpointing_steps", "2", "--validation_steps", "2"]
-    looks = ["--validation_split", "0", "--validation_num_inference_steps", "1"]
+    validation = ["--validation_split", "0", "--validation_num_inference_steps", "1"]
     prompt = "--validation_prompts" if first.script == "train_text_to_image" else "--validation_prompt"
     first(tmp_path / "plain", *shared)
-    times = compiled(first, monkeypatch, "eager", tmp_path / "compiled", *shared, *looks, prompt, "a handwritten one")
+    times = compiled(
+        first, monkeypatch, "eager", tmp_path / "compiled", *shared, *validation, prompt, "a handwritten one"
+    )
     assert times <= 3
     assert result_bytes(tmp_path / "compiled") == result_bytes(tmp_path / "plain")
     for folder in (tmp_path / "plain", tmp_path / "compiled"):

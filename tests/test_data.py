@@ -101,7 +101,7 @@ BAD_CSV = {
 
 
 @pytest.mark.parametrize("text", BAD_CSV, ids=range(len(BAD_CSV)))
-def test_a_csv_that_lacks_something(tmp_path, text):
+def test_a_csv_where_something_is_missing(tmp_path, text):
     write_images(tmp_path, 1)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text(text)
@@ -126,7 +126,7 @@ def test_what_is_passed_over_or_read_twice_is_said(tmp_path, capsys):
     shutil.copy(tmp_path / "metadata.jsonl", tmp_path / ".Trash")
     assert len(rows_of(tmp_path)) == 3
     said = capsys.readouterr().err
-    assert f"images of a kind that is not read (.heic) are skipped: {tmp_path}/photo.HEIC" in said
+    assert f"images of an unsupported kind (.heic) are skipped: {tmp_path}/photo.HEIC" in said
     assert f"{tmp_path} holds metadata.jsonl and metadata.csv, and both are read" in said
 
 
@@ -148,7 +148,7 @@ def test_links_are_followed_and_what_cannot_be_reached_is_said(tmp_path, capsys,
     rows = rows_of(tmp_path / "set", caption_column=None)
     assert sorted(rows.name(at) for at in range(3)) == [f"{tmp_path}/elsewhere/{at}.png" for at in range(3)]
     said = capsys.readouterr().err
-    assert f"links that lead nowhere are skipped: {tmp_path}/set/gone.png" in said
+    assert f"broken links are skipped: {tmp_path}/set/gone.png" in said
     assert f"{tmp_path}/set/closed cannot be read (Permission denied) and is skipped" in said
 
 
@@ -333,7 +333,7 @@ def test_caption_lists_are_drawn_from(tmp_path):
     assert rows.captions(1) == ["c"]
 
 
-def test_caption_dropout_is_drawn_anew_each_epoch():
+def test_caption_dropout_is_drawn_again_each_epoch():
     dropped = np.array(
         [[choose_caption(["x"], SampleDraws(0, e, i), 0.3) is None for i in range(300)] for e in (0, 1)]
     )
@@ -431,7 +431,7 @@ def test_hold_out(images):
         selection.split_validation(rows.select([0]), 0.5, seed=1)
 
 
-def test_all_captions_of_a_image_are_held_out_with_it(tmp_path):
+def test_all_captions_of_an_image_are_validated_with_it(tmp_path):
     lines = [{"file_name": f"{at % 20}.png", "text": f"caption {at}"} for at in range(100)]
     folder_with(tmp_path, lines, count=20)
     parts = selection.split_validation(rows_of(tmp_path), 0.1, seed=1)

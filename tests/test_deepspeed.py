@@ -6,7 +6,7 @@ import signal
 import sys
 
 import pytest
-from conftest import IMAGES, LOOKS, ROOT, logged, relative_difference, result_bytes
+from conftest import IMAGES, ROOT, VALIDATION, logged, relative_difference, result_bytes
 from processes import (
     DEEPSPEED,
     LONG,
@@ -36,53 +36,55 @@ def zero(stage):
 
 
 @needs_deepspeed
-def test_zero_equals_one_process_and_its_checkpoint_is_the_same(run, alone, tmp_path):
+def test_zero_equals_one_process_and_its_checkpoint_is_the_same(run, one_process, tmp_path):
     """With accumulation; read by one process, and to the bit by as many with ZeRO."""
     import torch
 
-    two = [*LOOKS, "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    two = [*VALIDATION, "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     prompts = [*IMAGES, "--validation_prompts", "one", "two", "three"]
     text = (ROOT / "examples/zero2.yaml").read_text() + "  gradient_accumulation_steps: auto\n"
     (tmp_path / "zero2.yaml").write_text(text)
     launch = launcher(2, "--config_file", str(tmp_path / "zero2.yaml"))
     (said,) = ended([run.start(tmp_path / "two", *two, *prompts, "--checkpointing_steps", "3", launcher=launch)])
     assert "built successfully" not in said  # nothing is compiled
-    assert relative_difference(tmp_path / "two", alone) < 1e-6
+    assert relative_difference(tmp_path / "two", one_process) < 1e-6
     for name in ("train_loss", "val_loss", "grad_norm"):
-        assert logged(tmp_path / "two", name) == pytest.approx(logged(alone, name), rel=1e-5)
+        assert logged(tmp_path / "two", name) == pytest.approx(logged(one_process, name), rel=1e-5)
     assert {name for name in files(tmp_path / "two") if "logs" not in name} == {
-        name for name in files(alone) if "logs" not in name
+        name for name in files(one_process) if "logs" not in name
     }
     checkpoint = tmp_path / "two" / "checkpoint-3"
-    saved, other = (torch.load(folder / "checkpoint-3" / "optimizer.bin") for folder in (tmp_path / "two", alone))
+    saved, other = (
+        torch.load(folder / "checkpoint-3" / "optimizer.bin") for folder in (tmp_path / "two", one_process)
+    )
     assert saved["param_groups"] == other["param_groups"] and saved["state"].keys() == other["state"].keys()
     for number, moments in other["state"].items():
         for name, value in moments.items():
             torch.testing.assert_close(saved["state"][number][name], value, rtol=1e-4, atol=1e-7)
-    continued(run, tmp_path / "one", checkpoint, *LOOKS)
-    assert relative_difference(tmp_path / "one", alone) < 1e-6
+    continued(run, tmp_path / "one", checkpoint, *VALIDATION)
+    assert relative_difference(tmp_path / "one", one_process) < 1e-6
     continued(run, tmp_path / "again", checkpoint, *two, launch=launcher(2, *zero(2)))
     assert result_bytes(tmp_path / "again") == result_bytes(tmp_path / "two")
 
 
 @needs_deepspeed
 @pytest.mark.slow
-def test_zero_is_continued_by_any_number_of_processes(run, alone, tmp_path):
+def test_zero_is_continued_by_any_number_of_processes(run, one_process, tmp_path):
     """With another stage too; and what one process wrote is continued with ZeRO."""
-    two = [*LOOKS, "--train_batch_size", "2"]
+    two = [*VALIDATION, "--train_batch_size", "2"]
     ended([run.start(tmp_path / "two", *two, "--checkpointing_steps", "3", launcher=launcher(2, *zero(1)))])
-    assert relative_difference(tmp_path / "two", alone) < 1e-6
-    assert logged(tmp_path / "two") == pytest.approx(logged(alone), rel=1e-5)
+    assert relative_difference(tmp_path / "two", one_process) < 1e-6
+    assert logged(tmp_path / "two") == pytest.approx(logged(one_process), rel=1e-5)
     checkpoint = tmp_path / "two" / "checkpoint-3"
     continued(run, tmp_path / "again", checkpoint, *two, launch=launcher(2, *zero(1)))
     assert result_bytes(tmp_path / "again") == result_bytes(tmp_path / "two")
-    four = [*LOOKS, "--train_batch_size", "1"]
+    four = [*VALIDATION, "--train_batch_size", "1"]
     continued(run, tmp_path / "four", checkpoint, *four, launch=launcher(4, *zero(2)))
     continued(run, tmp_path / "fsdp", checkpoint, *two, launch=launcher(2, "--use_fsdp", "--fsdp_version", "2"))
-    continued(run, tmp_path / "from one", alone / "checkpoint-3", *two, launch=launcher(2, *zero(2)))
-    continued(run, tmp_path / "by one", alone / "checkpoint-3", *LOOKS, launch=launcher(1, *zero(2)))
+    continued(run, tmp_path / "from one", one_process / "checkpoint-3", *two, launch=launcher(2, *zero(2)))
+    continued(run, tmp_path / "by one", one_process / "checkpoint-3", *VALIDATION, launch=launcher(1, *zero(2)))
     for name in ("four", "fsdp", "from one", "by one"):
-        assert relative_difference(tmp_path / name, alone) < 1e-6, name
+        assert relative_difference(tmp_path / name, one_process) < 1e-6, name
 
 
 ENGINES = {
@@ -104,7 +106,7 @@ def test_every_full_fine_tune_runs_with_zero(request, tmp_path, name):
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
-def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path, stage):
+def test_a_step_that_is_not_finite_reaches_no_share(run, tmp_path, stage):
     """One process' loss is poisoned; the run stops in the state before, or leaves this step out."""
     from test_faults import POISONED
 
@@ -115,11 +117,11 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path, stage):
     (said,) = ended([run.start(tmp_path / "stopped", *flags, launcher=launch)], code=1)
     assert said.count("step 4 is not finite") == 1, said
     assert [folder.name for folder in checkpoints.list_checkpoints(tmp_path / "stopped")] == ["checkpoint-3"]
-    for name, kind in {"zero": zero(stage), "whole": ["--multi_gpu"]}.items():
+    for name, kind in {"zero": zero(stage), "complete": ["--multi_gpu"]}.items():
         launch = [*launcher(2, *kind), str(wrapper)]
         (said,) = ended([run.start(tmp_path / name, *flags, "--on_nan", "skip", launcher=launch)])
         assert "step 4 is not finite" in said and "left out" in said
-    assert relative_difference(tmp_path / "zero", tmp_path / "whole") < 1e-6
+    assert relative_difference(tmp_path / "zero", tmp_path / "complete") < 1e-6
     run(tmp_path / "stopped", "--use_ema", "--resume_from_checkpoint", "latest")
     run(tmp_path / "healthy", "--use_ema")
     assert relative_difference(tmp_path / "stopped", tmp_path / "healthy") < 1e-6
@@ -130,24 +132,24 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path, stage):
 def test_each_process_holds_its_share_alone(run, tmp_path):
     """Of what AdamW keeps, with the weights that it steps, and in stage 2 of the gradient, as a dry run counts."""
     launches = [sys.executable], launcher(2, *zero(1)), launcher(2, *zero(2))
-    whole, one, two = (bytes_held(run, tmp_path, launch) for launch in launches)
-    weights = whole["weights that are trained"]
+    full, one, two = (bytes_held(run, tmp_path, launch) for launch in launches)
+    weights = full["weights that are trained"]
     for shared, gradients in ((one, weights), (two, weights / 2)):
         for name in ("weights that are trained", "moving average", "weights that are frozen"):
-            assert shared[name] == whole[name], name
+            assert shared[name] == full[name], name
         assert shared["their gradients"] == pytest.approx(gradients, rel=0.01)
         assert shared["state of the optimizer"] == pytest.approx(1.5 * weights, rel=0.01)
 
 
 @needs_deepspeed
 @pytest.mark.slow
-def test_two_machines_with_zero_equal_one_process(run, alone, tmp_path):
+def test_two_machines_with_zero_equal_one_process(run, one_process, tmp_path):
     kind = [*zero(2), "--deepspeed_multinode_launcher", "standard"]
-    ended(machines(run, tmp_path / "four", *LOOKS, "--checkpointing_steps", "3", kind=kind))
-    assert relative_difference(tmp_path / "four", alone) < 1e-6
-    assert logged(tmp_path / "four") == pytest.approx(logged(alone), rel=1e-5)
-    continued(run, tmp_path / "one", tmp_path / "four" / "checkpoint-3", *LOOKS)
-    assert relative_difference(tmp_path / "one", alone) < 1e-6
+    ended(machines(run, tmp_path / "four", *VALIDATION, "--checkpointing_steps", "3", kind=kind))
+    assert relative_difference(tmp_path / "four", one_process) < 1e-6
+    assert logged(tmp_path / "four") == pytest.approx(logged(one_process), rel=1e-5)
+    continued(run, tmp_path / "one", tmp_path / "four" / "checkpoint-3", *VALIDATION)
+    assert relative_difference(tmp_path / "one", one_process) < 1e-6
 
 
 @needs_deepspeed
@@ -170,11 +172,11 @@ def test_a_file_of_deepspeed_and_bf16(run, tmp_path):
     config = {"zero_optimization": sizes, "bf16": {"enabled": True}, "train_batch_size": "auto"}
     (tmp_path / "zero.json").write_text(json.dumps(config))
     flags = ["--train_batch_size", "2", "--mixed_precision", "bf16", "--report_to", "tensorboard"]
-    for name, kind in {"whole": ["--multi_gpu"], "zero": ["--use_deepspeed"]}.items():
+    for name, kind in {"complete": ["--multi_gpu"], "zero": ["--use_deepspeed"]}.items():
         file = ["--deepspeed_config_file", str(tmp_path / "zero.json")] if name == "zero" else []
         ended([run.start(tmp_path / name, *flags, launcher=launcher(2, *kind, *file))])
-    assert relative_difference(tmp_path / "zero", tmp_path / "whole") < 1e-4
-    assert logged(tmp_path / "zero") == pytest.approx(logged(tmp_path / "whole"), rel=1e-4)
+    assert relative_difference(tmp_path / "zero", tmp_path / "complete") < 1e-4
+    assert logged(tmp_path / "zero") == pytest.approx(logged(tmp_path / "complete"), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -40,21 +40,21 @@ def test_noise_is_standard_normal():
     assert abs(np.corrcoef(neighbours)[0, 1]) < 0.05
 
 
-def first_updates(updates, count, position=None, rank=0):
+def first_steps(batch_plan, count, position=None, rank=0):
     """What a process sees of the steps from a position on: a list of [[(epoch, index, weight)] a micro-step]."""
-    stream = updates.batches(position or Position(), rank)
-    return [[next(stream) for _ in range(updates.accumulation)] for _ in range(count)]
+    stream = batch_plan.batches(position or Position(), rank)
+    return [[next(stream) for _ in range(batch_plan.accumulation)] for _ in range(count)]
 
 
 def test_the_plan_is_frozen():
     """Like the draws: eleven samples in steps of four by two processes, the last step of an epoch having three."""
-    updates = BatchPlan(11, 5, batch_size=1, accumulation=2, world_size=2)
-    assert first_updates(updates, 3, rank=0) == [
+    batch_plan = BatchPlan(11, 5, batch_size=1, accumulation=2, world_size=2)
+    assert first_steps(batch_plan, 3, rank=0) == [
         [[(0, 7, 1.0)], [(0, 4, 1.0)]],
         [[(0, 9, 1.0)], [(0, 3, 1.0)]],
         [[(0, 8, 4 / 3)], [(0, 1, 4 / 3)]],
     ]
-    assert first_updates(updates, 3, rank=1) == [
+    assert first_steps(batch_plan, 3, rank=1) == [
         [[(0, 10, 1.0)], [(0, 5, 1.0)]],
         [[(0, 6, 1.0)], [(0, 0, 1.0)]],
         [[(0, 2, 4 / 3)], [(0, 8, 0.0)]],
@@ -68,41 +68,41 @@ def test_every_split_sees_the_same_samples_with_the_same_weight(size, split):
     batch, accumulation, world = split
     window = batch * accumulation * world
     count = 3 * -(-size // window)
-    whole = first_updates(BatchPlan(size, 5, window), count)
-    updates = BatchPlan(size, 5, batch, accumulation, world)
-    ranks = [first_updates(updates, count, rank=rank) for rank in range(world)]
+    one_process = first_steps(BatchPlan(size, 5, window), count)
+    batch_plan = BatchPlan(size, 5, batch, accumulation, world)
+    ranks = [first_steps(batch_plan, count, rank=rank) for rank in range(world)]
     position = Position()
     for at in range(count):
-        expected = {(epoch, index) for epoch, index, _ in whole[at][0]}
+        expected = {(epoch, index) for epoch, index, _ in one_process[at][0]}
         got = [sample for rank in ranks for micro in rank[at] for sample in micro]
         real = [sample for sample in got if sample[2]]
         assert {sample[:2] for sample in real} == expected and len(real) == len(expected)
-        assert sorted(np.concatenate(updates.step_samples(position))) == sorted(index for _, index in expected)
+        assert sorted(np.concatenate(batch_plan.step_samples(position))) == sorted(index for _, index in expected)
         assert all(micro for rank in ranks for micro in rank[at]), "a process without a batch would hang the others"
         for _, _, weight in real:  # averaged over micro-steps and processes it is the mean over the window
             assert weight / (accumulation * world) == pytest.approx(1 / len(expected))
-        position = updates.position_after(position)
-    assert position == Position(3) and count == 3 * updates.steps_per_epoch
-    visited = [sample[:2] for update in whole for sample in update[0]]
+        position = batch_plan.position_after(position)
+    assert position == Position(3) and count == 3 * batch_plan.steps_per_epoch
+    visited = [sample[:2] for step in one_process for sample in step[0]]
     assert sorted(visited) == [(epoch, index) for epoch in range(3) for index in range(size)]
 
 
 @pytest.mark.parametrize("done", range(1, 8))
-def test_updates_continue_where_another_run_stopped(done):
-    updates, position = BatchPlan(10, 5, 2, 2), Position()
+def test_steps_continue_where_another_run_stopped(done):
+    batch_plan, position = BatchPlan(10, 5, 2, 2), Position()
     for _ in range(done):
-        position = updates.position_after(position)
-    assert first_updates(updates, 5, position) == first_updates(updates, done + 5)[done:]
+        position = batch_plan.position_after(position)
+    assert first_steps(batch_plan, 5, position) == first_steps(batch_plan, done + 5)[done:]
 
 
 def test_a_position_inside_an_epoch_continues_with_another_batch_size():
     """Six of ten samples were seen in windows of three; the other four come next, in windows of two."""
-    seen = first_updates(BatchPlan(10, 5, 3), 2)
-    rest = first_updates(BatchPlan(10, 5, 2), 2, Position(0, 6))
-    assert sorted(index for update in seen + rest for _, index, _ in update[0]) == list(range(10))
+    seen = first_steps(BatchPlan(10, 5, 3), 2)
+    rest = first_steps(BatchPlan(10, 5, 2), 2, Position(0, 6))
+    assert sorted(index for step in seen + rest for _, index, _ in step[0]) == list(range(10))
 
 
 def test_a_position_beyond_a_smaller_data_set_continues_in_the_next_epoch():
-    updates = BatchPlan(6, 5, 4)
-    assert first_updates(updates, 2, Position(1, 8)) == first_updates(updates, 2, Position(2))
-    assert updates.position_after(Position(1, 8)) == Position(2, 4)
+    batch_plan = BatchPlan(6, 5, 4)
+    assert first_steps(batch_plan, 2, Position(1, 8)) == first_steps(batch_plan, 2, Position(2))
+    assert batch_plan.position_after(Position(1, 8)) == Position(2, 4)

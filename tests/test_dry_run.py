@@ -47,7 +47,7 @@ def test_a_dry_run_leaves_nothing_behind(each, request, tmp_path, capsys, monkey
     assert each(out, "--dry_run", "--validation_split", "0.2", "--encoding_cache_dir", kept, *words) == 0
     assert list(tmp_path.iterdir()) == []
     report = capsys.readouterr().out
-    assert report.startswith("images      8 to train on, 2 held out\n")
+    assert report.startswith("images      8 to train on, 2 for validation\n")
     one = 4 * (2 if "--gradient_accumulation_steps" in words else 1)
     assert f"steps       6 of {one} images\n" in report and f"epochs      {6 * one / 8:.1f}, of {8 // one} " in report
     assert "time " in report and "s a step (2 timed, after the first one)" in report and " for 6 steps" in report
@@ -61,16 +61,16 @@ def test_a_dry_run_leaves_nothing_behind(each, request, tmp_path, capsys, monkey
 def test_parameters_are_counted(run, run_lora, run_prior, sd, kandinsky, tmp_path, capsys):
     unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet")
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in unet.named_children()}
-    whole = sum(counts.values())
+    total = sum(counts.values())
     run(tmp_path, "--dry_run")
     table = numbers(capsys.readouterr().out, "parameters of unet")
-    assert table.pop("in all") == [whole, 0]
+    assert table.pop("in all") == [total, 0]
     assert table == {name: [count, 0] for name, count in counts.items() if count}
     run_lora(tmp_path / "lora", "--max_train_steps", "1", "--rank", "2")
     capsys.readouterr()
     run_lora(tmp_path, "--dry_run", "--rank", "2")
     adapters = sum(weight.numel() for weight in result_weights(tmp_path / "lora").values())
-    assert numbers(capsys.readouterr().out, "parameters of unet")["in all"] == [adapters, whole]
+    assert numbers(capsys.readouterr().out, "parameters of unet")["in all"] == [adapters, total]
     run_prior(tmp_path, "--dry_run")
     prior = PriorTransformer.from_pretrained(kandinsky[0], subfolder="prior")
     still = prior.clip_mean.numel() + prior.clip_std.numel()
@@ -99,13 +99,13 @@ def test_a_dry_run_goes_on_from_a_checkpoint(run, tmp_path, capsys):
     run(tmp_path, "--dry_run", "--resume_from_checkpoint", "latest", "--max_train_steps", "8")
     said = capsys.readouterr()
     assert "resuming from" in said.err and "6 of" not in said.out
-    assert "steps       8 of 4 images; 2 of them are made\n" in said.out and " for 6 steps" in said.out
+    assert "steps       8 of 4 images; 2 already made\n" in said.out and " for 6 steps" in said.out
     assert run(tmp_path, "--dry_run", "--resume_from_checkpoint", "latest", "--max_train_steps", "2") == 0
-    assert "no step is left to be made" in capsys.readouterr().out
+    assert "no steps are left" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_the_updates_are_those_of_the_run(run, tmp_path, monkeypatch):
+def test_the_steps_are_those_of_the_run(run, tmp_path, monkeypatch):
     """Also of one whose frozen networks are cached: it would find on the disk what a dry run computes."""
     seen = []
     real = Progress.update
@@ -117,10 +117,10 @@ def test_the_updates_are_those_of_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Progress, "update", update)
     words = ["--lr_scheduler", "linear", "--lr_warmup_steps", "2", "--center_crop"]
     run(tmp_path / "out", *words)
-    whole, seen[:] = seen[: dry_run.STEPS], []
+    total, seen[:] = seen[: dry_run.STEPS], []
     for more in ([], ["--cache_latents", "--cache_text_embeddings"]):
         run(tmp_path / "dry", "--dry_run", *words, *more)
-        assert seen == whole
+        assert seen == total
         seen.clear()
 
 
@@ -141,7 +141,7 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
 
     rows = ImageDataset(range(12))
     rows.sizes = sizes
-    updates = BatchPlan(12, 0, 4, 1, 1, sizes)
+    batch_plan = BatchPlan(12, 0, 4, 1, 1, sizes)
     state = RunState(0, step=100)
     progress = Progress(state, 10_000, 1, 4, None, None, None)
     progress.step_seconds.extend([60, 1.5, 2.5])
@@ -151,7 +151,7 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
         base_model="a model",
         device="a GPU",
         parameters=[],
-        plan=updates,
+        plan=batch_plan,
         val_dataset=None,
         steps=10_000,
         state=state,
@@ -164,10 +164,10 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
         memory=MemoryUse("a GPU", parts={"weights": 2**30}, peak=3 * 2**30),
     )
     assert capsys.readouterr().out == (
-        "images      12 to train on, 0 held out\n"
+        "images      12 to train on, 0 for validation\n"
         "  512 x 512                5\n"
         "  576 x 448                7\n"
-        "steps       10,000 of up to 4 images, 3 on average; 100 of them are made\n"
+        "steps       10,000 of up to 4 images, 3 on average; 100 already made\n"
         "epochs      2,500.0, of 4 steps each\n"
         "\n"
         "parameters of unet         trained          frozen\n"

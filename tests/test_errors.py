@@ -41,14 +41,14 @@ def plant(request, monkeypatch):
     return planted
 
 
-def prepare(dataset, index, draw):
+def transform(dataset, index, draw):
     shown = image_ops.resize(dataset.image(index), (8, 8), "lanczos")
     shown, _ = image_ops.crop(shown, (8, 8), draw("crop"))
     return {"pixels": image_ops.to_array(shown)}
 
 
 def samples_of(folder, on_bad_sample):
-    return Samples(opening.load_dataset(DataOptions(folder=folder)), prepare, 7, on_bad_sample)
+    return Samples(opening.load_dataset(DataOptions(folder=folder)), transform, 7, on_bad_sample)
 
 
 def report_on(folder, limits=None):
@@ -246,4 +246,4 @@ def test_draws_of_a_bad_sample_are_those_of_its_row(folder):
     (folder / "1.png").write_bytes(b"no image")
     sample = samples_of(folder, "skip")[3, 1, 1.0]
     dataset = opening.load_dataset(DataOptions(folder=folder))
-    assert np.array_equal(sample["pixels"], prepare(dataset, 2, SampleDraws(7, 3, 1))["pixels"])
+    assert np.array_equal(sample["pixels"], transform(dataset, 2, SampleDraws(7, 3, 1))["pixels"])

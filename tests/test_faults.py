@@ -42,7 +42,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tm
     """Step 4 takes the first four images of the second epoch; the losses are fetched after step 6."""
     average = ["--use_ema", "--ema_decay", "0.9"] if value == float("inf") else []
     run, flags = each, ["--checkpointing_steps", "100", "--logging_steps", "6", *average]
-    run(tmp_path / "whole", "--checkpointing_steps", "3", *average)
+    run(tmp_path / "complete", "--checkpointing_steps", "3", *average)
     with monkeypatch.context() as patch:
         poison(patch, run, 4, value=value)
         sentence, code = run.fails(tmp_path / "out", *flags)
@@ -50,11 +50,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tm
     assert len(re.findall(r"\d\.png", sentence)) == 4 and "checkpoint-3" in sentence
     assert [folder.name for folder in checkpoints.list_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
     run(tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")
-    assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
+    assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "complete")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_an_update_that_is_not_finite_is_skipped_on_request(run, tmp_path, monkeypatch, capsys, optimizer):
+def test_a_step_that_is_not_finite_is_skipped_on_request(run, tmp_path, monkeypatch, capsys, optimizer):
     flags = ["--on_nan", "skip", "--checkpointing_steps", "1", "--optimizer", optimizer]
     flags += ["--gradient_accumulation_steps", "2", "--train_batch_size", "2", "--use_ema", "--ema_decay", "0.9"]
     poison(monkeypatch, run, 7)  # the first half of step 4
@@ -97,8 +97,8 @@ def test_a_loss_of_one_process_that_is_not_finite_stops_both(run, tmp_path):
     assert process.returncode == 1 and said.count("step 4 is not finite") == 1, said
     assert [folder.name for folder in checkpoints.list_checkpoints(out)] == ["checkpoint-3"]
     run(out, "--resume_from_checkpoint", "latest")
-    run(tmp_path / "whole")
-    assert relative_difference(out, tmp_path / "whole") < 1e-5
+    run(tmp_path / "complete")
+    assert relative_difference(out, tmp_path / "complete") < 1e-5
 
 
 def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(run, tmp_path, monkeypatch):
@@ -201,8 +201,8 @@ def test_a_full_disk_costs_one_checkpoint(each, tmp_path, small_disk, monkeypatc
     assert "checkpoint-4 could not be written" in capsys.readouterr().err
     assert standing == [["checkpoint-2"], ["checkpoint-2"], ["checkpoint-6"]]
     monkeypatch.undo()
-    run(tmp_path / "whole")
-    assert result_bytes(out) == result_bytes(tmp_path / "whole")
+    run(tmp_path / "complete")
+    assert result_bytes(out) == result_bytes(tmp_path / "complete")
 
 
 def test_a_result_that_does_not_fit_is_in_the_last_checkpoint(each, tmp_path, small_disk, monkeypatch):
@@ -213,8 +213,8 @@ def test_a_result_that_does_not_fit_is_in_the_last_checkpoint(each, tmp_path, sm
     (small_disk / "filler").unlink()
     monkeypatch.undo()
     run(out, "--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
-    run(tmp_path / "whole")
-    assert result_bytes(out) == result_bytes(tmp_path / "whole")
+    run(tmp_path / "complete")
+    assert result_bytes(out) == result_bytes(tmp_path / "complete")
 
 
 def test_a_result_that_does_not_fit_and_has_no_checkpoint_finds_a_place(
@@ -235,7 +235,7 @@ def test_a_result_that_does_not_fit_and_has_no_checkpoint_finds_a_place(
             sentence, code = script.fails(small_disk / "out")
         (small_disk / "filler").unlink()
         assert code == 1
-        refuge = Path(re.search(r"its weights, alone, are in (\S+)", sentence)[1])
+        refuge = Path(re.search(r"only its weights are in (\S+)", sentence)[1])
         script(tmp_path / script.script)
         expected = result_weights(tmp_path / script.script)
         assert all(torch.equal(value, expected[key]) for key, value in load_file(refuge / file).items())
@@ -247,11 +247,13 @@ def test_a_disk_that_becomes_read_only(run, small_disk, monkeypatch, capsys):
             subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
 
     around_saves(monkeypatch, before)
-    look = ["--validation_prompts", "a handwritten one", "--validation_num_inference_steps", "2"]
-    sentence, code = run.fails(small_disk / "out", "--checkpointing_steps", "2", *look, "--validation_steps", "5")
+    validation = ["--validation_prompts", "a handwritten one", "--validation_num_inference_steps", "2"]
+    sentence, code = run.fails(
+        small_disk / "out", "--checkpointing_steps", "2", *validation, "--validation_steps", "5"
+    )
     said = capsys.readouterr().err
     assert "checkpoint-4 could not be written" in said and "step-000005.png could not be written" in said
-    assert code == 1 and "its weights, alone, are in" in sentence
+    assert code == 1 and "only its weights are in" in sentence
     assert resume.find_checkpoint(small_disk / "out", "latest").name == "checkpoint-2"
 
 
@@ -263,8 +265,8 @@ def test_a_folder_that_is_removed_meanwhile(each, tmp_path, monkeypatch):
         "checkpoint-6",
         "checkpoint-4",
     ]
-    run(tmp_path / "whole")
-    assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
+    run(tmp_path / "complete")
+    assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "complete")
 
 
 def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_runs(run, tmp_path, small_disk, monkeypatch):
@@ -279,14 +281,14 @@ def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_runs(run, tmp_path
         real = module.save_result
         patch.setattr(module, "save_result", lambda *args: (fill(small_disk), real(*args)))
         sentence, _ = run.fails(out)
-        assert "its weights, alone, are in" in sentence
+        assert "only its weights are in" in sentence
     (small_disk / "filler").unlink()
-    run(tmp_path / "whole", "--checkpointing_steps", "3")
+    run(tmp_path / "complete", "--checkpointing_steps", "3")
     poison(monkeypatch, run, 4)
     sentence, _ = run.fails(out, "--checkpointing_steps", "100")
     assert "checkpoint-3" in sentence
     name = "checkpoint-3/unet/diffusion_pytorch_model.safetensors"
-    kept, expected = load_file(out / name), load_file(tmp_path / "whole" / name)
+    kept, expected = load_file(out / name), load_file(tmp_path / "complete" / name)
     assert all(torch.equal(kept[key], expected[key]) for key in expected)
 
 
@@ -329,9 +331,9 @@ def test_a_tracker_that_fails_is_left_behind(run, tmp_path, monkeypatch, capsys)
             patch.setattr(TensorBoardTracker, method, refuse)
             run(tmp_path / method, "--report_to", "tensorboard")
         said = capsys.readouterr().err
-        assert said.count("tensorboard failed (503 Service Unavailable); the run goes on without it") == 1
-    run(tmp_path / "whole")
-    assert result_bytes(tmp_path / "log") == result_bytes(tmp_path / "whole")
+        assert said.count("tensorboard failed (503 Service Unavailable); the run continues without it") == 1
+    run(tmp_path / "complete")
+    assert result_bytes(tmp_path / "log") == result_bytes(tmp_path / "complete")
     monkeypatch.setattr(TensorBoardTracker, "__init__", refuse)
     sentence, code = run.fails(tmp_path / "never", "--report_to", "tensorboard")
     assert "tensorboard: 503" in sentence and "--report_to none" in sentence and code == 2
@@ -366,8 +368,8 @@ def test_a_hub_that_fails_costs_nothing(request, tmp_path, monkeypatch, runner, 
     monkeypatch.setattr(huggingface_hub, "upload_folder", refuse)
     sentence, code = each.fails(tmp_path / "after", *flags)
     assert code == 1 and f"hf upload me/model {tmp_path / 'after'}" in sentence and "hf_secret" not in sentence
-    each(tmp_path / "whole", "--max_train_steps", "1")
-    assert result_bytes(tmp_path / "after") == result_bytes(tmp_path / "whole")
+    each(tmp_path / "complete", "--max_train_steps", "1")
+    assert result_bytes(tmp_path / "after") == result_bytes(tmp_path / "complete")
 
 
 # --- signals and lost processes --------------------------------------------------------------------------------------
@@ -413,11 +415,11 @@ def test_a_second_signal_ends_a_run_at_once_and_damages_nothing(run, tmp_path, n
     assert [folder.name for folder in checkpoints.list_checkpoints(out)] == ["checkpoint-20"]
     assert checkpoints.damage_of(out / "checkpoint-20") is None
     run(out, "--max_train_steps", "22", "--resume_from_checkpoint", "latest", "--train_batch_size", 4 * processes)
-    run(tmp_path / "whole", "--max_train_steps", "22", "--train_batch_size", 4 * processes)
+    run(tmp_path / "complete", "--max_train_steps", "22", "--train_batch_size", 4 * processes)
     if processes == 1:
-        assert result_bytes(out) == result_bytes(tmp_path / "whole")
+        assert result_bytes(out) == result_bytes(tmp_path / "complete")
     else:
-        assert relative_difference(out, tmp_path / "whole") < 1e-5
+        assert relative_difference(out, tmp_path / "complete") < 1e-5
 
 
 def running(out):
@@ -455,7 +457,7 @@ ELSEWHERE = """
 import os, runpy, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {root!r})
-if os.environ["RANK"] == "1":  # as on a second machine that lacks the folder
+if os.environ["RANK"] == "1":  # as on a second machine without the folder
     sys.argv[sys.argv.index("--pretrained_model_name_or_path") + 1] = "nowhere/model"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -538,7 +540,7 @@ def test_killed_six_times_and_equal_to_the_bit(each, tmp_path):
     """SIGKILL of the process itself, at each of MOMENTS, one after the other in one run."""
     run, out, after = each, tmp_path / "out", random.Random(each.script)
     flags = ["--checkpointing_steps", "4", "--max_train_steps", "300", "--checkpoints_total_limit", "2"]
-    run(tmp_path / "whole", *flags)
+    run(tmp_path / "complete", *flags)
     for number, (name, moment) in enumerate(MOMENTS.items()):
         through = []
         if moment:
@@ -555,13 +557,13 @@ def test_killed_six_times_and_equal_to_the_bit(each, tmp_path):
             process.kill()
         said, _ = process.communicate(timeout=100)
         assert process.returncode == -signal.SIGKILL, f"{name}: {said}"
-        whole = [folder for folder in checkpoints.list_checkpoints(out) if checkpoints.damage_of(folder) is None]
-        assert whole == checkpoints.list_checkpoints(out), f"{name}: a half checkpoint stands"
-        assert number == 0 or len(whole) >= 1, f"{name}: fewer than the limit less one"
+        complete = [folder for folder in checkpoints.list_checkpoints(out) if checkpoints.damage_of(folder) is None]
+        assert complete == checkpoints.list_checkpoints(out), f"{name}: a half checkpoint stands"
+        assert number == 0 or len(complete) >= 1, f"{name}: fewer than the limit less one"
     process = run.fork(out, *flags, "--resume_from_checkpoint", "latest")
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
-    assert result_bytes(out) == result_bytes(tmp_path / "whole")
+    assert result_bytes(out) == result_bytes(tmp_path / "complete")
 
 
 def test_a_killed_data_worker_is_a_sentence(run, tmp_path):

@@ -47,7 +47,7 @@ def poison(monkeypatch, *steps):
 def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tmp_path, monkeypatch):
     """It is noticed two steps later, when the losses are fetched; the average has stayed behind as well."""
     flags = ["--checkpointing_steps", "100", "--logging_steps", "6", "--use_ema"]
-    each(tmp_path / "whole", "--checkpointing_steps", "3", "--use_ema")
+    each(tmp_path / "complete", "--checkpointing_steps", "3", "--use_ema")
     with monkeypatch.context() as patch:
         poison(patch, 4)
         sentence, code = each.fails(tmp_path / "out", *flags)
@@ -55,13 +55,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_last_good_state(each, tm
     assert [folder.name for folder in checkpoints.list_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
     for part in ("unet", "unet_ema"):
         name = f"checkpoint-3/{part}/diffusion_pytorch_model.safetensors"
-        kept, expected = load_file(tmp_path / "out" / name), load_file(tmp_path / "whole" / name)
+        kept, expected = load_file(tmp_path / "out" / name), load_file(tmp_path / "complete" / name)
         assert all(np.array_equal(kept[key], expected[key]) for key in expected)
     each(tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")
-    assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "whole")
+    assert result_bytes(tmp_path / "out") == result_bytes(tmp_path / "complete")
 
 
-def test_an_update_that_is_not_finite_is_skipped_on_request(each, tmp_path, monkeypatch, capsys):
+def test_a_step_that_is_not_finite_is_skipped_on_request(each, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, 4)
     each(tmp_path, "--on_nan", "skip", "--checkpointing_steps", "1")
     assert "step 4 is not finite" in capsys.readouterr().err

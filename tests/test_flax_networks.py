@@ -201,7 +201,7 @@ def operand_types(jaxpr, types=None):
 
 @pytest.mark.parametrize("unet", ["1.x"], indirect=True)
 def test_half_precision(unet):
-    """bf16 but for softmax, the statistics of norms and the timestep, whose parameters stay float32."""
+    """bf16 except for softmax, the statistics of norms and the timestep, whose parameters stay float32."""
     _, module, params, inputs, (prediction, _) = unet
     half = FlaxUNet2DConditionModel(module.config, dtype=jnp.bfloat16)
 
@@ -438,7 +438,7 @@ def without(name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (without("conv_in.weight"), "unet: the weights lack conv_in.weight"),
+        (without("conv_in.weight"), "unet: the weights hold no conv_in.weight"),
         (lambda tensors: tensors | {"conv_in.bias": np.ones(9, np.float32)}, r"conv_in.bias has shape \(9,\)"),
         (lambda tensors: tensors | {"add_embedding.bias": np.ones(9, np.float32)}, "hold add_embedding.bias"),
     ],

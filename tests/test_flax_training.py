@@ -175,29 +175,29 @@ def test_noise_is_mixed_in_float32_and_weights_stay_float32_under_bf16(run_flax,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def cut_and_continue(run_flax, whole, cut, out, *flags):
-    shutil.copytree(whole / f"checkpoint-{cut}", out / f"checkpoint-{cut}")
+def cut_and_continue(run_flax, complete, cut, out, *flags):
+    shutil.copytree(complete / f"checkpoint-{cut}", out / f"checkpoint-{cut}")
     assert run_flax(out, *flags, "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest") == 0
 
 
 @pytest.mark.parametrize(("name", "flags"), [("plain", []), ("every_draw", EVERY_DRAW)])
 def test_resumed_equals_uninterrupted(request, run_flax, tmp_path, name, flags):
-    """Ten images in windows of four (nine with one held out): the cuts lie inside an epoch and at its end."""
-    whole = request.getfixturevalue(name)
+    """Ten images in windows of four (nine with one for validation): the cuts lie inside an epoch and at its end."""
+    complete = request.getfixturevalue(name)
     for cut in (2, 3, 5):
         out = tmp_path / str(cut)
-        cut_and_continue(run_flax, whole, cut, out, *TRACKED, *flags)
-        assert result_bytes(out) == result_bytes(whole), f"cut after step {cut}"
+        cut_and_continue(run_flax, complete, cut, out, *TRACKED, *flags)
+        assert result_bytes(out) == result_bytes(complete), f"cut after step {cut}"
         for curve in ("train_loss", "lr", "val_loss"):
-            assert logged(out, curve) == {step: v for step, v in logged(whole, curve).items() if step > cut}
+            assert logged(out, curve) == {step: v for step, v in logged(complete, curve).items() if step > cut}
     for file in ("optimizer.safetensors", "unet/diffusion_pytorch_model.safetensors"):
-        assert (out / "checkpoint-6" / file).read_bytes() == (whole / "checkpoint-6" / file).read_bytes()
+        assert (out / "checkpoint-6" / file).read_bytes() == (complete / "checkpoint-6" / file).read_bytes()
 
 
 def test_resumed_equals_uninterrupted_in_bf16(run_flax, tmp_path):
-    run_flax(tmp_path / "whole", *BF16, "--checkpointing_steps", "1")
-    cut_and_continue(run_flax, tmp_path / "whole", 2, tmp_path / "cut", *BF16)
-    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    run_flax(tmp_path / "complete", *BF16, "--checkpointing_steps", "1")
+    cut_and_continue(run_flax, tmp_path / "complete", 2, tmp_path / "cut", *BF16)
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "complete")
 
 
 def test_a_run_is_repeated_from_its_file(run_flax, every_draw, tmp_path):
@@ -236,7 +236,7 @@ def far_from(params, noise):
     return 1e3 * jnp.square(params["conv_in"]["bias"].sum() - noise.mean((1, 2, 3)) - 1)
 
 
-def test_fp16_overflows_skip_the_update(run_flax, plain, tmp_path, monkeypatch, fp16_on_a_cpu):
+def test_fp16_overflows_skip_the_step(run_flax, plain, tmp_path, monkeypatch, fp16_on_a_cpu):
     """Neither step nor schedule moves, only the data; the scale is halved until the gradients are finite. Cut and
     continued in between it comes to the same weights; fifty overflows in a row end the run."""
     scale = {"scale": np.float32(2.0**127), "good": np.int32(0)}
@@ -283,11 +283,11 @@ def test_a_stream_is_resumed_and_is_that_of_the_torch_script(run_flax, run, tmp_
     for at in range(0, 10, 2):
         shard(tmp_path / "set" / f"{at}.tar", [(i, CAPTIONS[i].encode()) for i in (at, at + 1)])
     stream = ["--streaming", "--shuffle_buffer", "4", "--train_data_dir", tmp_path / "set", "--cache_dir", tmp_path]
-    run_flax(tmp_path / "whole", *stream, "--dataloader_num_workers", "2", "--checkpointing_steps", "1")
-    cut_and_continue(run_flax, tmp_path / "whole", 4, tmp_path / "cut", *stream)
-    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    run_flax(tmp_path / "complete", *stream, "--dataloader_num_workers", "2", "--checkpointing_steps", "1")
+    cut_and_continue(run_flax, tmp_path / "complete", 4, tmp_path / "cut", *stream)
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "complete")
     run(tmp_path / "torch", *stream)
-    assert relative_difference(tmp_path / "torch", tmp_path / "whole") < 1e-5
+    assert relative_difference(tmp_path / "torch", tmp_path / "complete") < 1e-5
 
 
 def test_a_base_model_in_one_file(run_flax, sd, tmp_path, monkeypatch):
@@ -311,11 +311,11 @@ def test_sigkill_then_resume(run_flax, tmp_path):
     process.kill()
     process.wait()
     assert not (tmp_path / "killed" / "README.md").exists(), "it was killed too late to show anything"
-    newest = max(int(path.name[11:]) for path in (tmp_path / "killed").glob("checkpoint-*"))
-    flags[3] = str(newest + 4)
+    latest = max(int(path.name[11:]) for path in (tmp_path / "killed").glob("checkpoint-*"))
+    flags[3] = str(latest + 4)
     run_flax(tmp_path / "killed", *flags, "--resume_from_checkpoint", "latest")
-    run_flax(tmp_path / "whole", *flags)
-    assert result_bytes(tmp_path / "killed") == result_bytes(tmp_path / "whole")
+    run_flax(tmp_path / "complete", *flags)
+    assert result_bytes(tmp_path / "killed") == result_bytes(tmp_path / "complete")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -350,7 +350,7 @@ def test_seed_of_the_checkpoint_is_kept(run_flax, plain, tmp_path):
 
 
 WRONG_CHECKPOINTS = {
-    "lacks": "optimizer.safetensors holds no optimizer/0/mu/conv_in/bias",
+    "missing": "optimizer.safetensors holds no optimizer/0/mu/conv_in/bias",
     "no optimizer": "cannot be read",
     "without fp16": "was not trained with --mixed_precision fp16",
 }
@@ -363,7 +363,7 @@ def test_a_checkpoint_that_does_not_fit(run_flax, plain, tmp_path, what, fp16_on
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(plain / "checkpoint-3", folder)
     (folder / "manifest.json").unlink()  # as one made by another program: the content is not vouched for
-    if what == "lacks":
+    if what == "missing":
         save_file({"optimizer/0/count": np.array(3, np.int32)}, folder / "optimizer.safetensors")
     if what == "no optimizer":
         (folder / "optimizer.safetensors").unlink()
@@ -418,7 +418,7 @@ def test_a_cached_run_is_the_same_to_the_bit(kept):
     for curve in ("train_loss", "grad_norm", "val_loss"):
         assert logged(plain, curve) and logged(plain, curve) == logged(cached, curve), curve
     assert result_bytes(plain) == result_bytes(cached)
-    assert entries(caches) == 2 * 9 + 1 + 10 + 1  # mirrored too, one held out; the captions and the empty one
+    assert entries(caches) == 2 * 9 + 1 + 10 + 1  # mirrored too, one for validation; the captions and the empty one
 
 
 def test_a_cache_is_found_again_and_its_networks_never_run(run_flax, kept, tmp_path, monkeypatch, sd):
@@ -449,7 +449,7 @@ def test_a_cache_is_found_again_and_its_networks_never_run(run_flax, kept, tmp_p
 
 def test_bits_of_a_sample_depend_on_no_other(sd, monkeypatch):
     """Nor on how many there are: a cache that is filled in batches of one size serves those of another. On other
-    devices than a CPU, where a batch runs as such, it comes to the same but for rounding."""
+    devices than a CPU, where a batch runs as such, it comes to the same except rounding."""
     module, params = models.load_part(sd, "text_encoder")
     tokens = np.random.default_rng(0).integers(0, 99, (6, 16)).astype(np.int32)
 
@@ -460,11 +460,11 @@ def test_bits_of_a_sample_depend_on_no_other(sd, monkeypatch):
         assert made.shape[:2] == lead
         return np.asarray(made).reshape(count, 16, -1)
 
-    whole = encoded(1, 6)
+    complete = encoded(1, 6)
     for lead in ((1, 1), (1, 2), (2, 3)):
-        assert np.array_equal(encoded(*lead), whole[: lead[0] * lead[1]]), lead
+        assert np.array_equal(encoded(*lead), complete[: lead[0] * lead[1]]), lead
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    np.testing.assert_allclose(encoded(2, 3), whole, atol=1e-5)
+    np.testing.assert_allclose(encoded(2, 3), complete, atol=1e-5)
 
 
 def test_another_network_has_another_cache(sd):
@@ -485,7 +485,7 @@ def test_another_network_has_another_cache(sd):
 
 
 def test_the_loop_never_waits_for_the_device(run_flax, tmp_path, monkeypatch):
-    """Nothing is fetched between two looks at the losses, whatever the number of steps."""
+    """Nothing is fetched between two fetches of the losses, whatever the number of steps."""
     kind, fetched = type(jnp.zeros(1)), []
     value = kind._value
 
@@ -495,15 +495,15 @@ def test_the_loop_never_waits_for_the_device(run_flax, tmp_path, monkeypatch):
 
     counts = []
     monkeypatch.setattr(kind, "_value", property(count))
-    for updates in (3, 13):
-        run_flax(tmp_path / str(updates), "--max_train_steps", updates, "--logging_steps", "100")
+    for steps in (3, 13):
+        run_flax(tmp_path / str(steps), "--max_train_steps", steps, "--logging_steps", "100")
         counts.append(len(fetched) - sum(counts))
     # a loss and a norm for each step come in one fetch at the end
     assert counts[1] - counts[0] == 2 * 10 and counts[0] > 6
 
 
 def without_torch(folder):
-    """A folder to import from that holds what is installed but for torch and what needs it."""
+    """A folder to import from that holds what is installed except torch and what needs it."""
     refused = re.compile(r"(torch|functorch|diffusers|accelerate|peft|bitsandbytes|_virtualenv)", re.I)
     folder.mkdir()
     for path in Path(np.__file__).parent.parent.iterdir():
@@ -574,7 +574,7 @@ def test_two_processes_equal_one(run_flax, tmp_path):
 
 @pytest.mark.slow
 def test_two_machines_continue_what_one_process_wrote(run_flax, tmp_path):
-    """On both of which the checkpoint must lie; the first one writes."""
+    """The checkpoint must lie on both; the first one writes."""
     run_flax(tmp_path / "plain", "--checkpointing_steps", "4", "--use_ema")
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
@@ -646,10 +646,10 @@ def test_a_variant_a_safety_checker_and_a_changed_scheduler(run_flax, plain, tmp
     assert config.prediction_type == "v_prediction"
 
 
-def test_grids_and_held_out_loss_of_the_same_weights_are_equal(run_flax, tmp_path):
+def test_grids_and_validation_loss_of_the_same_weights_are_equal(run_flax, tmp_path):
     """The noise of a prompt is the same each time, so what changes between two grids is what was learned."""
-    looks = ["--validation_steps", "3", "--validation_at_start"]
-    run_flax(tmp_path, *EVERY_DRAW, "--learning_rate", "0", *PROMPTS, *TRACKED, *looks)
+    validation = ["--validation_steps", "3", "--validation_at_start"]
+    run_flax(tmp_path, *EVERY_DRAW, "--learning_rate", "0", *PROMPTS, *TRACKED, *validation)
     one, two, three = (np.asarray(Image.open(tmp_path / "validation" / f"step-00000{step}.png")) for step in (0, 3, 6))
     assert np.array_equal(one[50:], two[50:])  # below the title, which names the step
     assert np.array_equal(one[50:], three[50:])
@@ -745,7 +745,7 @@ def test_hosts_that_are_named_wrongly(monkeypatch, value, words):
     monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
     if value is not None:
         monkeypatch.setenv("JAX_NUM_PROCESSES", value)
-    with pytest.raises(UserError, match=f"do not find each other: JAX_NUM_PROCESSES {words}"):
+    with pytest.raises(UserError, match=f"cannot find each other: JAX_NUM_PROCESSES {words}"):
         processes.connect_hosts()
 
 
@@ -795,24 +795,24 @@ def test_a_base_model_that_cannot_be_used(run_flax, tmp_path, sd, what):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
     if what == "inpainting":
         UNet2DConditionModel(**UNET | {"in_channels": 9}).save_pretrained(base / "unet")
-    if what == "pure noise":  # said before training, and not at the first look
+    if what == "pure noise":  # said before training, and not at the first validation
         flags = ["--rescale_betas_zero_snr", *PROMPTS]
     sentence, code = run_flax.fails(tmp_path / "out", "--pretrained_model_name_or_path", base, *flags)
     assert BAD_BASES[what] in sentence and code == 2
 
 
-def test_a_image_that_cannot_be_read_is_named_and_what_was_trained_is_kept(run_flax, plain, images, tmp_path):
+def test_an_image_that_cannot_be_read_is_named_and_what_was_trained_is_kept(run_flax, plain, images, tmp_path):
     shutil.copytree(images, tmp_path / "images")
     path = tmp_path / "images" / f"{draws.order(7, 0, 10)[8]}.png"  # in the third batch of the run
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     for workers in (0, 2):
-        path.write_bytes(whole[:200])
+        path.write_bytes(complete[:200])
         out, flags = tmp_path / str(workers), ["--train_data_dir", tmp_path / "images"]
         flags += ["--dataloader_num_workers", workers]
         sentence, _ = run_flax.fails(out, *flags)
         assert f"{path.name} cannot be read" in sentence
         assert f"what was trained until then is in {out}/checkpoint-2" in sentence
-        path.write_bytes(whole)
+        path.write_bytes(complete)
         run_flax(out, *flags, "--resume_from_checkpoint", "latest")
         assert result_bytes(out) == result_bytes(plain)
 

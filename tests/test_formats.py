@@ -164,7 +164,7 @@ def test_no_folder_is_named_so(tmp_path):
     assert "holds no folder named like '10_sks dog'" in complaint(tmp_path, repeats_from_folders=True)
 
 
-def test_no_copy_of_a_held_out_image_is_trained(tmp_path):
+def test_no_copy_of_a_validation_image_is_trained(tmp_path):
     rows = rows_of(kohya(tmp_path, **{"4_dog": 6}), repeats_from_folders=True)
     train, held = selection.split_validation(rows, 0.34, seed=3)
     names = [[part.name(index) for index in range(len(part))] for part in (train, held)]
@@ -250,9 +250,9 @@ def write_tar(path, members, mode="w", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode, **options) as tar:
         for name, content in members:
-            about = tarfile.TarInfo(name)
-            about.size = len(content)
-            tar.addfile(about, io.BytesIO(content))
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     return path
 
 
@@ -324,18 +324,18 @@ def test_every_format_is_read_at_its_place(tmp_path, ending):
     content = io.BytesIO()
     Image.new("RGB", (20, 16), (0, 128, 255)).save(content, {"jpg": "jpeg"}.get(ending, ending))
     write_tar(tmp_path / "a.tar", [("0.txt", b"x"), (f"0.{ending}", content.getvalue()), ("1.txt", b"x" * 2000)])
-    with Image.open(content) as alone:
-        assert np.asarray(rows_of(tmp_path).image(0)).tolist() == np.asarray(alone.convert("RGB")).tolist()
+    with Image.open(content) as opened:
+        assert np.asarray(rows_of(tmp_path).image(0)).tolist() == np.asarray(opened.convert("RGB")).tolist()
 
 
-def whole_shard(tmp_path):
+def complete_shard(tmp_path):
     path = shard(tmp_path / "a.tar", [(0, b"zero"), (1, b"one")])
     return path, path.read_bytes()
 
 
 def test_a_shard_that_is_cut_off_anywhere(tmp_path):
     """... is never taken for a whole one, and the last member that was found is named."""
-    path, content = whole_shard(tmp_path)
+    path, content = complete_shard(tmp_path)
     with tarfile.open(path) as tar:
         end = tar.getmembers()[-1].offset_data + 512
     for size in [1, 100, 511, *range(512, end, 512), *range(600, end, 997)]:
@@ -347,7 +347,7 @@ def test_a_shard_that_is_cut_off_anywhere(tmp_path):
 
 
 def test_a_shard_with_a_damaged_header(tmp_path):
-    path, content = whole_shard(tmp_path)
+    path, content = complete_shard(tmp_path)
     with tarfile.open(path) as tar:
         at = tar.getmember("001.png").offset
     path.write_bytes(content[: at + 5] + b"?" + content[at + 6 :])
@@ -481,11 +481,11 @@ def test_repeats_of_sources(run, images, tmp_path):
 def test_weighted_sources_are_resumed(run, images, tmp_path):
     weights = ({"path": "a", "weight": 1}, {"path": "b", "weight": 3.5})
     few = [*FEW, "--max_train_steps", "5", "--train_data_config", config(halves(images, tmp_path / "set"), *weights)]
-    run(tmp_path / "whole", *few)
+    run(tmp_path / "complete", *few)
     run(tmp_path / "cut", *few, "--checkpointing_steps", "2")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
     run(tmp_path / "cut", *few, "--resume_from_checkpoint", "checkpoint-2")
-    assert result_bytes(tmp_path / "whole") == result_bytes(tmp_path / "cut")
+    assert result_bytes(tmp_path / "complete") == result_bytes(tmp_path / "cut")
 
 
 class Sized:
@@ -515,16 +515,16 @@ def test_weights_are_the_shares_of_every_epoch(sources, split, shaped):
     origins = np.repeat(np.arange(len(sources)), counts.astype(int))
     rows = selection.repeat_sources(Sized([Source("", 1, weight) for weight in weights], origins))
     shapes = np.arange(len(rows)) % 3 if shaped else None
-    updates = BatchPlan(len(rows), 5, *split, shapes, rows.partial_sources)
+    batch_plan = BatchPlan(len(rows), 5, *split, shapes, rows.partial_sources)
     wanted = len(origins) * weights / weights.sum()
     seen = np.zeros(len(origins), int)
     position = Position()
     for epoch in range(3):
         visited = []
         while position.epoch == epoch:
-            visited += [index for share in updates.step_samples(position) for index in share]
-            position = updates.position_after(position)
-        assert len(set(visited)) == len(visited) == updates.size
+            visited += [index for share in batch_plan.step_samples(position) for index in share]
+            position = batch_plan.position_after(position)
+        assert len(set(visited)) == len(visited) == batch_plan.size
         times = np.bincount(rows.chosen[visited], minlength=len(origins))
         for at in range(len(sources)):
             mine = times[origins == at]
@@ -533,7 +533,7 @@ def test_weights_are_the_shares_of_every_epoch(sources, split, shaped):
         seen += times
     assert position == Position(3)
     if not shaped:
-        assert updates.steps_per_epoch == -(-updates.size // updates.samples_per_step)
+        assert batch_plan.steps_per_epoch == -(-batch_plan.size // batch_plan.samples_per_step)
     if rows.partial_sources and max(counts) > 3:
         assert seen.max() > 0
 
@@ -541,10 +541,10 @@ def test_weights_are_the_shares_of_every_epoch(sources, split, shaped):
 def test_what_is_left_out_is_another_part_in_every_epoch():
     rows = selection.repeat_sources(Sized([Source("", 1, 1.0), Source("", 1, 1.0)], [0] * 30 + [1] * 10))
     assert len(rows) == 50 and [(len(part.indices), part.count) for part in rows.partial_sources] == [(30, 20)]
-    updates = BatchPlan(len(rows), 1, 40, partial_sources=rows.partial_sources)
-    first, second = (set(np.concatenate(updates.step_samples(Position(epoch)))) for epoch in (0, 1))
+    batch_plan = BatchPlan(len(rows), 1, 40, partial_sources=rows.partial_sources)
+    first, second = (set(np.concatenate(batch_plan.step_samples(Position(epoch)))) for epoch in (0, 1))
     assert len(first) == len(second) == 40 and first != second
-    assert BatchPlan(len(rows), 1, 40).steps_per_epoch == 2 and updates.steps_per_epoch == 1
+    assert BatchPlan(len(rows), 1, 40).steps_per_epoch == 2 and batch_plan.steps_per_epoch == 1
 
 
 BAD_CONFIGS = {

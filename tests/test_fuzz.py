@@ -104,9 +104,9 @@ def test_many_command_lines(each, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module", params=["run", "run_lora", *KANDINSKY[:2]])
-def whole(request, tmp_path_factory):
+def complete(request, tmp_path_factory):
     """A checkpoint and the content of its files."""
-    out = tmp_path_factory.mktemp("whole")
+    out = tmp_path_factory.mktemp("complete")
     request.getfixturevalue(request.param)(out, "--checkpointing_steps", "1", "--max_train_steps", "1", "--use_ema")
     folder = out / "checkpoint-1"
     return folder, {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -135,9 +135,9 @@ def harmed(content, how, place, amount):
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_damage_never_loads_silently(whole, data):
+def test_damage_never_loads_silently(complete, data):
     """Whatever byte of whatever file: the checkpoint is refused, or nothing that it holds has changed."""
-    folder, contents = whole
+    folder, contents = complete
     path = data.draw(st.sampled_from(list(contents)))
     after = harmed(contents[path], *data.draw(HARM))
     manifest = checkpoints.read_manifest(folder)

@@ -155,7 +155,7 @@ PUSH_REFUSED = {  # repository, token, more flags: what is said before training
     ("me/result", "hf_mistyped", ""): "the hub asks for a valid token (401)",
     ("me/another", READER, ""): "the token has no right to it (403: ",
     ("some/base", MINE, ""): "the token has no right to it (403: ",
-    ("me/public", MINE, "--hub_private_repo"): "me/public stands there already and is public",
+    ("me/public", MINE, "--hub_private_repo"): "me/public already exists and is public",
 }
 
 
@@ -185,7 +185,7 @@ def test_an_upload_that_fails_for_good(run, hub, machine, tmp_path):
     hub.fails("PUT", "/lfs/", 500, times=99)
     flags = ["--push_to_hub", "--hub_model_id", "me/later", "--max_train_steps", "1", "--seed", "8"]
     sentence = machine.fails(*argv(run, out, *flags, "--checkpointing_steps", "1"), token=MINE, code=1)
-    assert f"the model stands in {out}" in sentence and "\n" not in sentence and MINE not in sentence
+    assert f"the model is in {out}" in sentence and "\n" not in sentence and MINE not in sentence
     assert set(hub.repositories["models", "me/later"].files()) == {".gitattributes"}
     hub.faults.clear()
     words = shlex.split(sentence.split(" with: ")[1])
@@ -300,7 +300,7 @@ def test_a_hub_that_takes_no_checkpoints_costs_warnings(run, hub, machine, tmp_p
     flags = ["--push_to_hub", "--push_checkpoints", "--hub_model_id", "me/unkept", "--checkpointing_steps", "2"]
     said = machine.runs(*argv(run, tmp_path / "out", *flags), token=MINE)
     warnings = [line for line in said.splitlines() if line.startswith("warning: checkpoint-")]
-    assert len(warnings) == 2 and all("its upload failed" in line and "the run goes on" in line for line in warnings)
+    assert len(warnings) == 2 and all("its upload failed" in line and "the run continues" in line for line in warnings)
     assert list(pushed(hub, "me/unkept")) == ["checkpoint-6"]
     hub.faults.clear()
     words = shlex.split(warnings[0].split(" with: ")[1])
@@ -383,7 +383,7 @@ def test_without_hard_links_a_checkpoint_is_uploaded_from_its_place(tmp_path, li
 
 @pytest.mark.slow
 def test_a_command_that_is_interrupted_leaves_its_checkpoint_on_the_hub(run, hub, machine, tmp_path):
-    """The whole way of a user on a machine that is taken away, from an empty home; the token is a flag."""
+    """The whole way of a user on a machine that is removed, from an empty home; the token is a flag."""
     out = tmp_path / "out"
     flags = ["--push_to_hub", "--push_checkpoints", "--hub_model_id", "me/spot", "--hub_token", MINE]
     flags += ["--checkpointing_steps", "20", "--checkpoints_total_limit", "1", "--max_train_steps", "9000"]

@@ -38,7 +38,7 @@ from training_utils.torch_backend import lora, models, optimizers
 from training_utils.torch_backend.kandinsky import latent_shape
 
 LARGE = ["--learning_rate", "5e-2"]  # so that what was learned shows in an image
-LOOK = ["--validation_num_inference_steps", "2"]
+FEW_STEPS = ["--validation_num_inference_steps", "2"]
 PROMPTS = {False: ["--validation_prompts", "a handwritten one", "a handwritten two"]}
 PROMPTS[True] = ["--validation_prompt", "a handwritten one", "--num_validation_images", "2"]
 
@@ -197,10 +197,10 @@ def prepared(script, run, images, *flags, index=3):
     prior = KandinskyV22PriorPipeline.from_pretrained(run.base[0])
     if "decoder" in script.__name__:
         rows.sizes = buckets.training_sizes(rows, args.resolution, args.buckets)
-        prepare = script.SampleTransform(args, prior.image_processor, (4, 2), 1000)
+        transform = script.SampleTransform(args, prior.image_processor, (4, 2), 1000)
     else:
-        prepare = script.SampleTransform(args, prior.tokenizer, prior.image_processor, 16, 1000)
-    return prepare(rows, index, SampleDraws(7, 0, index)), rows.image(index), prior
+        transform = script.SampleTransform(args, prior.tokenizer, prior.image_processor, 16, 1000)
+    return transform(rows, index, SampleDraws(7, 0, index)), rows.image(index), prior
 
 
 def test_a_dropped_caption_is_what_the_prior_pipeline_calls_unconditional(run_prior, images):
@@ -456,7 +456,7 @@ BOTH = {
     "weight decay": ["--adam_weight_decay", "0.5"],
     "adafactor": ["--optimizer", "adafactor"],
     "bf16": ["--mixed_precision", "bf16"],
-    "held out": ["--validation_split", "0.2"],
+    "validation split": ["--validation_split", "0.2"],
 }
 DECODER = {
     "crop": ["--random_crop"],
@@ -498,9 +498,9 @@ def test_gradient_checkpointing_keeps_less(stages):
         return sum(sizes)
 
     prior = copy.deepcopy(stages[0].prior)
-    whole = kept(prior)
+    complete = kept(prior)
     models.checkpoint_blocks(prior.transformer_blocks)
-    assert kept(prior) < whole / 2
+    assert kept(prior) < complete / 2
 
 
 def test_a_prior_trains_without_a_decoder(run_prior, run_lora_prior, tmp_path):
@@ -536,7 +536,7 @@ def test_what_is_not_used_is_not_fetched(run_decoder, kandinsky, tmp_path, monke
     monkeypatch.setattr(KandinskyV22PriorPipeline, "download", download)
     flags = ["--pretrained_prior_model_name_or_path", "some/prior", "--max_train_steps", "1"]
     run_decoder(tmp_path / "quiet", *flags)
-    run_decoder(tmp_path / "looks", *flags, *PROMPTS[False], *LOOK)
+    run_decoder(tmp_path / "images", *flags, *PROMPTS[False], *FEW_STEPS)
     assert asked == [{"prior", "text_encoder", "tokenizer"}, set()]
 
 
@@ -547,13 +547,20 @@ def test_a_variant_of_the_trained_stage_alone(run_prior, run_decoder, kandinsky,
         base = tmp_path / run.script
         cls.from_pretrained(folder).to(torch.float16).save_pretrained(base, variant="fp16")
         flags = [run.models[0 if run is run_prior else 2], base, "--variant", "fp16"]
-        assert run(tmp_path / f"{run.script}-out", *flags, *PROMPTS[False], *LOOK) == 0
+        assert run(tmp_path / f"{run.script}-out", *flags, *PROMPTS[False], *FEW_STEPS) == 0
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_validation_images(any_script, tmp_path, precision):
     """Both stages draw, from the same noise each time: where nothing is learned the images do not change."""
-    flags = [*PROMPTS["lora" in any_script.script], *LOOK, "--validation_steps", "3", "--mixed_precision", precision]
+    flags = [
+        *PROMPTS["lora" in any_script.script],
+        *FEW_STEPS,
+        "--validation_steps",
+        "3",
+        "--mixed_precision",
+        precision,
+    ]
     any_script(tmp_path / "learns", *flags, *LARGE)
     any_script(tmp_path / "stays", *flags, "--learning_rate", "0", "--adam_weight_decay", "0")
 
@@ -577,7 +584,7 @@ def test_what_is_uploaded(any_script, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: seen.update(options))
     out = tmp_path / "out"
     flags = ["--push_to_hub", "--hub_model_id", "me/model", "--checkpointing_steps", "3", "--report_to", "tensorboard"]
-    any_script(out, *flags, *PROMPTS["lora" in any_script.script], *LOOK)
+    any_script(out, *flags, *PROMPTS["lora" in any_script.script], *FEW_STEPS)
     files = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
     sent = {name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in seen["allow_patterns"])}
     left = {name for name in files if name.startswith(("checkpoint-", "logs/", "run.yaml", "metrics.jsonl"))}

@@ -35,7 +35,7 @@ def full(request):
 # --- steps during the backward pass --------------------------------------------------------------------------------
 
 
-def test_updates_during_the_backward_pass_change_nothing(full, tmp_path):
+def test_steps_during_the_backward_pass_change_nothing(full, tmp_path):
     """Weights, average, losses and the gradient's norm, to the bit."""
     full(tmp_path / "after", *TRACKED, "--max_grad_norm", "0", "--use_ema")
     full(tmp_path / "during", *TRACKED, *FUSED, "--use_ema")
@@ -57,7 +57,7 @@ def test_no_two_gradients_are_alive_at_once(run, tmp_path, monkeypatch):
     assert set(alive) == {1} and len(alive) == len(result_weights(tmp_path))
 
 
-def poison(monkeypatch, update, grad=False):
+def poison(monkeypatch, step, grad=False):
     """Make the loss of one step, or only the gradient of a weight that comes late, not finite."""
     import train_text_to_image as script
 
@@ -65,7 +65,7 @@ def poison(monkeypatch, update, grad=False):
 
     def poisoned(unet, *rest):
         loss = original(unet, *rest)
-        if next(count) == update:
+        if next(count) == step:
             if not grad:
                 return loss * float("nan")
             unet.conv_in.bias.register_hook(lambda gradient: gradient * float("inf"))
@@ -123,7 +123,7 @@ def test_rounding_is_to_a_neighbour_and_keeps_the_expectation():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "adamw8bit"])
-def test_updates_too_small_for_bfloat16_add_up(name):
+def test_steps_too_small_for_bfloat16_add_up(name):
     """A hundred steps of a ten-thousandth of the weight: rounded to nearest, none of them would be seen."""
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
@@ -184,10 +184,10 @@ def test_a_weight_in_bfloat16_keeps_the_hooks_of_its_gradient():
 )
 def test_full_bf16(full, tmp_path):
     """Trains like float32 to within rounding, is the same during the backward pass, and saves what it trained."""
-    looks = ["--validation_split", "0.2", *TRACKED, "--use_ema", "--ema_decay", "0.9"]
-    full(tmp_path / "plain", *looks, "--mixed_precision", "bf16", "--max_grad_norm", "0")
-    full(tmp_path / "after", *looks, "--full_bf16", "--max_grad_norm", "0", "--checkpointing_steps", "6")
-    full(tmp_path / "during", *looks, "--full_bf16", *FUSED)
+    validation = ["--validation_split", "0.2", *TRACKED, "--use_ema", "--ema_decay", "0.9"]
+    full(tmp_path / "plain", *validation, "--mixed_precision", "bf16", "--max_grad_norm", "0")
+    full(tmp_path / "after", *validation, "--full_bf16", "--max_grad_norm", "0", "--checkpointing_steps", "6")
+    full(tmp_path / "during", *validation, "--full_bf16", *FUSED)
     assert result_bytes(tmp_path / "during") == result_bytes(tmp_path / "after")
     trained = {n: w for n, w in result_weights(tmp_path / "after").items() if n not in ("clip_mean", "clip_std")}
     assert {weight.dtype for weight in trained.values()} == {torch.bfloat16}
@@ -232,13 +232,13 @@ def test_every_optimizer_follows_a_schedule(run, tmp_path, name):
 def test_prodigy_keeps_the_step_size_that_it_found(run, tmp_path, capsys):
     pytest.importorskip("prodigyopt")
     flags = ["--optimizer", "prodigy", "--checkpointing_steps", "40", "--max_train_steps", "45"]
-    run(tmp_path / "whole", *flags, "--learning_rate", "1")
+    run(tmp_path / "complete", *flags, "--learning_rate", "1")
     group = torch.load(tmp_path / "whole/checkpoint-40/optimizer.bin", weights_only=True)["param_groups"][0]
     assert group["d"] > 2 * group["d0"] and group["k"] == 40
     said = capsys.readouterr()
     assert "--learning_rate 1" not in said.err and "weight decay" not in said.out
     shutil.copytree(tmp_path / "whole/checkpoint-40", tmp_path / "cut/checkpoint-40")
     run(tmp_path / "cut", *flags, "--learning_rate", "1", "--resume_from_checkpoint", "latest")
-    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "complete")
     run(tmp_path / "other", *flags, "--learning_rate", "0.1", "--max_train_steps", "1")
     assert "by --learning_rate 0.1; it is made for --learning_rate 1" in capsys.readouterr().err

@@ -94,8 +94,8 @@ def test_kohya_layout_is_the_one_that_webui_reads(run_lora, run_lora_sdxl, tmp_p
             assert state[f"{layer}.alpha"] == 6
         assert {key.split("_", 2)[1] for key in state} <= {"unet", "te", "te1", "te2"}
         with safe_open(tmp_path / name / "pytorch_lora_weights_kohya.safetensors", "pt") as file:
-            about = {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "6.0"}
-            assert file.metadata() == {"format": "pt", "ss_base_model_version": "tiny"} | about
+            metadata = {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "6.0"}
+            assert file.metadata() == {"format": "pt", "ss_base_model_version": "tiny"} | metadata
 
 
 def test_adapters_beside_their_base_leave_it_as_it_was(run_lora, tmp_path):

@@ -46,14 +46,14 @@ def test_the_ledger_agrees_with_the_allocator():
 def test_a_forward_pass_leaves_what_autograd_keeps():
     kept = {}
 
-    def keep(tensor):
+    def hold(tensor):
         storage = tensor.untyped_storage()
         kept[storage._cdata] = -(-storage.nbytes() // 512) * 512
         return tensor
 
     with torch.device("cpu"):
         network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.SiLU(), torch.nn.Conv2d(8, 4, 3))
-    with memory.Ledger() as ledger, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with memory.Ledger() as ledger, torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         pixels = torch.zeros(2, 4, 64, 64)
         before = ledger.now
         output = network(pixels)

@@ -22,7 +22,7 @@ def script(name, *words):
 
 
 def test_from_data_to_score(tmp_path):
-    """As `make quickstart`, with four updates in place of its hundreds: the score is then a guess."""
+    """As `make quickstart`, with four steps in place of its hundreds: the score is then a guess."""
     script("quickstart/make_data.py", "--output_dir", tmp_path / "digits")
     entries = [json.loads(line) for line in (tmp_path / "digits" / "metadata.jsonl").read_text().splitlines()]
     assert len(entries) == 1797
@@ -44,7 +44,7 @@ def test_from_data_to_score(tmp_path):
 
 @pytest.mark.slow
 def test_sdxl_and_a_new_word(tmp_path):
-    """As `make quickstart-sdxl`, with two updates in place of its hundreds."""
+    """As `make quickstart-sdxl`, with two steps in place of its hundreds."""
     script("quickstart/make_data.py", "--output_dir", tmp_path / "mirrored", "--mirrored")
     entries = [json.loads(line) for line in (tmp_path / "mirrored" / "metadata.jsonl").read_text().splitlines()]
     assert len(entries) == 2 * 1797
@@ -115,7 +115,7 @@ def test_tables_and_charts_of_settings(tmp_path):
 
 @pytest.mark.slow
 def test_settings_are_compared(tmp_path, monkeypatch, capsys):
-    """As `make compare`, with 40 images of each set, eight steps of each run and ten drawings at each look."""
+    """As `make compare`, with 40 images of each set, eight steps of each run and ten drawings at each validation."""
     import compare
     import score
 

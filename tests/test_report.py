@@ -145,7 +145,7 @@ def test_a_resumed_run_continues_the_curves(run, tmp_path):
     assert [run["step"] for run in log.runs] == [0, 2]
     assert log.curves["train_loss"] == {step: uninterrupted["train_loss"][step] for step in range(1, 5)}
     assert 3 not in log.curves["val_loss"]  # this step was made again, without validation
-    run(tmp_path, "--max_train_steps", "1")  # anew
+    run(tmp_path, "--max_train_steps", "1")  # a new run
     assert list(Log(tmp_path).curves["train_loss"]) == [1]
 
 
@@ -184,7 +184,7 @@ def test_the_summaries(finished, sd):
     begin, end = said.split("trained to step 24 in ")
     for words in (
         f"base model    {sd}",
-        "images        8, and 2 held out",
+        "images        8, and 2 for validation",
         "24 in 12.0 epochs",
         f"output        {out}",
     ):
@@ -293,7 +293,7 @@ def test_a_step_that_is_not_finite(tmp_path):
 def test_what_is_no_run(tmp_path, capsys):
     assert refusal(capsys, tmp_path / "nowhere") == (f"{tmp_path / 'nowhere'} is not a folder", 2)
     sentence, code = refusal(capsys, tmp_path)
-    assert code == 2 and "is no output folder of a run" in sentence
+    assert code == 2 and "is not the output folder of a run" in sentence
     said, code = refusal(capsys)
     assert code == 2 and len(said.strip().splitlines()) == 1
     Metrics(tmp_path, 0, {})
@@ -309,10 +309,10 @@ def test_a_grid_that_is_damaged_and_many_grids(finished, tmp_path):
     grid = finished[0] / "validation" / "step-000008.png"
     for step in range(100, 4100, 100):
         shutil.copy(grid, tmp_path / "validation" / f"step-{step:06d}.png")
-    newest = tmp_path / "validation" / "step-004000.png"
-    newest.write_bytes(newest.read_bytes()[:300])
+    latest = tmp_path / "validation" / "step-004000.png"
+    latest.write_bytes(latest.read_bytes()[:300])
     page = Page(render_page([read_run_folder(tmp_path)]))
-    assert f"{newest} cannot be read" in page.text
+    assert f"{latest} cannot be read" in page.text
     assert len(page.all("img")) == MOST_GRIDS - 1 and "Of 40 steps with images 24 are shown" in page.text
     assert "images after 100 steps" in page.all("img")[-1]["alt"]
 

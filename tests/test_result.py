@@ -118,7 +118,7 @@ def test_validation_by_epochs_and_never(run, tmp_path):
     assert not (tmp_path / "never" / "validation").exists()
 
 
-def test_held_out_loss_is_the_same_for_the_same_weights(run, tmp_path):
+def test_validation_loss_is_the_same_for_the_same_weights(run, tmp_path):
     flags = ["--validation_split", "0.3", "--validation_steps", "1", "--report_to", "tensorboard"]
     frozen = ["--learning_rate", "0", "--adam_weight_decay", "0", "--random_flip", "--caption_dropout", "0.5"]
     run(tmp_path / "still", *flags, *frozen)
@@ -131,7 +131,7 @@ def test_held_out_loss_is_the_same_for_the_same_weights(run, tmp_path):
     assert learned[40] < learned[1]
 
 
-def test_every_update_is_logged(run, tmp_path):
+def test_every_step_is_logged(run, tmp_path):
     run(tmp_path, "--report_to", "tensorboard", "--max_train_steps", "23", "--logging_steps", "10")
     for name in ("train_loss", "lr", "grad_norm", "samples_per_second", "memory_resident_gib"):
         assert list(logged(tmp_path, name)) == list(range(1, 24)), name
@@ -335,7 +335,7 @@ def test_a_base_model_for_another_task(trained, request, tmp_path):
     assert "takes 9 channels, and its latents have 4" in sentence and code == 2
 
 
-def test_a_look_before_the_first_update_shows_the_base_model(run, tmp_path):
+def test_validation_before_the_first_step_shows_the_base_model(run, tmp_path):
     flags = [*PROMPTS, "--validation_split", "0.2", "--validation_at_start", "--validation_steps", "3", *TRACKED]
     run(tmp_path / "out", *flags, "--checkpointing_steps", "3")
     assert sorted(logged(tmp_path / "out", "val_loss")) == [0, 3, 6]
@@ -343,9 +343,10 @@ def test_a_look_before_the_first_update_shows_the_base_model(run, tmp_path):
     assert grids == [f"step-{step:06d}.png" for step in (0, 3, 6)]
     run(tmp_path / "still", *flags, "--learning_rate", "0", "--max_train_steps", "3")
     still = [(tmp_path / "still" / "validation" / f"step-{step:06d}.png") for step in (0, 3)]
-    looks = [np.asarray(Image.open(path))[60:] for path in still]  # below the title
+    grids_shown = [np.asarray(Image.open(path))[60:] for path in still]  # below the title
     assert (
-        np.array_equal(*looks) and logged(tmp_path / "still", "val_loss")[0] == logged(tmp_path / "out", "val_loss")[0]
+        np.array_equal(*grids_shown)
+        and logged(tmp_path / "still", "val_loss")[0] == logged(tmp_path / "out", "val_loss")[0]
     )
     shutil.rmtree(tmp_path / "out" / "validation")
     run(tmp_path / "out", *flags, "--resume_from_checkpoint", "checkpoint-3")

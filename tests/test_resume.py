@@ -82,13 +82,13 @@ def test_resumed_equals_uninterrupted(request, tmp_path, case):
         if package[0] in " ".join(CASES[case]):
             pytest.importorskip(package[1])
     flags = [*CASES[case], "--checkpointing_steps", "1"]
-    whole = tmp_path / "whole"
-    run(whole, *flags)
+    complete = tmp_path / "complete"
+    run(complete, *flags)
     for cut in (2, 3, 5):
         cut_run = tmp_path / f"cut{cut}"
-        shutil.copytree(whole / f"checkpoint-{cut}", cut_run / f"checkpoint-{cut}")
+        shutil.copytree(complete / f"checkpoint-{cut}", cut_run / f"checkpoint-{cut}")
         run(cut_run, *flags, "--resume_from_checkpoint", "latest")
-        assert result_bytes(cut_run) == result_bytes(whole), f"cut after step {cut}"
+        assert result_bytes(cut_run) == result_bytes(complete), f"cut after step {cut}"
 
 
 def test_number_of_workers_changes_nothing(run, tmp_path):
@@ -99,13 +99,13 @@ def test_number_of_workers_changes_nothing(run, tmp_path):
 
 def test_validation_in_between_changes_nothing(run, tmp_path):
     run(tmp_path / "without", "--validation_split", "0.2")
-    looks = ["--validation_prompts", "a handwritten one", "--validation_steps", "2"]
-    run(tmp_path / "with", "--validation_split", "0.2", *looks, "--validation_num_inference_steps", "2")
+    validation = ["--validation_prompts", "a handwritten one", "--validation_steps", "2"]
+    run(tmp_path / "with", "--validation_split", "0.2", *validation, "--validation_num_inference_steps", "2")
     assert result_bytes(tmp_path / "with") == result_bytes(tmp_path / "without")
 
 
 def test_seed_is_drawn_once_and_kept(run, tmp_path):
-    argv = run.argv(tmp_path / "whole", "--checkpointing_steps", "3")
+    argv = run.argv(tmp_path / "complete", "--checkpointing_steps", "3")
     at = argv.index("--seed")
     no_seed = argv[:at] + argv[at + 2 :]
     from conftest import reset_accelerate
@@ -115,11 +115,11 @@ def test_seed_is_drawn_once_and_kept(run, tmp_path):
     reset_accelerate()
     train_text_to_image.main(no_seed)
     (tmp_path / "cut").mkdir()
-    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
+    shutil.copytree(tmp_path / "complete" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
     no_seed[no_seed.index("--output_dir") + 1] = str(tmp_path / "cut")
     reset_accelerate()
     train_text_to_image.main([*no_seed, "--resume_from_checkpoint", "latest"])
-    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "complete")
 
 
 def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
@@ -133,13 +133,13 @@ def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
 def test_losses_of_a_resumed_run_continue_the_curve(run, tmp_path):
     flags = ["--report_to", "tensorboard", "--checkpointing_steps", "2", "--validation_split", "0.2"]
     flags += ["--validation_steps", "2"]
-    run(tmp_path / "whole", *flags)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    run(tmp_path / "complete", *flags)
+    shutil.copytree(tmp_path / "complete" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
     run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
     for name in ("train_loss", "val_loss", "lr"):
-        whole = logged(tmp_path / "whole", name)
-        assert logged(tmp_path / "cut", name) == {step: value for step, value in whole.items() if step > 2}
-    assert list(logged(tmp_path / "whole")) == [1, 2, 3, 4, 5, 6]
+        complete = logged(tmp_path / "complete", name)
+        assert logged(tmp_path / "cut", name) == {step: value for step, value in complete.items() if step > 2}
+    assert list(logged(tmp_path / "complete")) == [1, 2, 3, 4, 5, 6]
 
 
 def test_ema_can_be_turned_on_later(run, tmp_path, capsys):
@@ -170,7 +170,7 @@ def kill_when(process, folder, pattern, number):
 def test_sigkill_then_resume(request, name, tmp_path, capsys):
     run = request.getfixturevalue(name)
     flags = ["--checkpointing_steps", "5", "--max_train_steps", "90", "--checkpoints_total_limit", "2"]
-    run(tmp_path / "whole", *flags)
+    run(tmp_path / "complete", *flags)
     out = tmp_path / "killed"
     code, _ = kill_when(run.fork(out, *flags), out, "checkpoint-1*", signal.SIGKILL)
     assert code == -signal.SIGKILL
@@ -178,7 +178,7 @@ def test_sigkill_then_resume(request, name, tmp_path, capsys):
     capsys.readouterr()
     run(out, *flags, "--resume_from_checkpoint", "latest")
     assert "resuming from" in capsys.readouterr().err
-    assert result_bytes(out) == result_bytes(tmp_path / "whole")
+    assert result_bytes(out) == result_bytes(tmp_path / "complete")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -226,7 +226,7 @@ def test_fp16_overflows_end_and_obey_signals(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
     sentence, code = run.fails(tmp_path / "always")
-    assert "overflowed 50 times in a row" in sentence and "the state before them is in" in sentence and code == 1
+    assert "overflowed 50 times in a row" in sentence and "the last good state is in" in sentence and code == 1
     assert (tmp_path / "always" / "checkpoint-0").is_dir()
     monkeypatch.setattr(Interruption, "signal", lambda self: signal.SIGTERM)
     assert run(tmp_path / "stopped") == 128 + signal.SIGTERM
@@ -249,8 +249,8 @@ def test_a_signal_to_every_process_stops_two_processes_in_order(run, tmp_path, n
     last = stopped_after + 3
     flags[1] = str(last)
     run.on_two_processes(out, *flags, "--resume_from_checkpoint", "latest")
-    run.on_two_processes(tmp_path / "whole", *flags)
-    assert result_bytes(out) == result_bytes(tmp_path / "whole")
+    run.on_two_processes(tmp_path / "complete", *flags)
+    assert result_bytes(out) == result_bytes(tmp_path / "complete")
 
 
 def test_a_single_process_follows_its_launcher(run, tmp_path):

@@ -68,7 +68,7 @@ def test_either_name_of_the_dropout_wins_over_both_of_the_file(tmp_path, name, v
     assert parsed(tmp_path, text, f"--{name}", str(value), script=train_text_to_image_sdxl).caption_dropout == value
 
 
-def test_epochs_on_the_command_line_win_over_updates_of_the_file(tmp_path):
+def test_epochs_on_the_command_line_win_over_steps_of_the_file(tmp_path):
     text = f"{MODEL}max_train_steps: 6\nvalidation_steps: 3\n"
     args = parsed(tmp_path, text, "--num_train_epochs", "50", "--validation_epochs", "2")
     assert args.max_train_steps is None and args.validation_steps is None
@@ -76,7 +76,7 @@ def test_epochs_on_the_command_line_win_over_updates_of_the_file(tmp_path):
     assert parsed(tmp_path, text, "--num_train_epochs", "50", "--max_train_steps", "9").max_train_steps == 9
 
 
-def test_a_config_can_ask_for_a_look_at_the_data(tmp_path):
+def test_a_config_can_ask_for_a_check_of_the_data(tmp_path):
     assert parsed(tmp_path, f"train_data_dir: {ROOT}\ncheck_data: true\n").check_data
 
 
@@ -84,10 +84,10 @@ REFUSED = {
     "learning_rat: 1": "line 1: there is no flag learning_rat; did you mean learning_rate?",
     "xyzzy: 1": "line 1: there is no flag xyzzy (",
     "hub_token: hf_x": "line 1: hub_token is a secret",
-    "config: other.yaml": "line 1: config cannot stand in such a file",
+    "config: other.yaml": "line 1: config cannot be set in such a file",
     "seed: 1\nSeed: 1": "line 2: there is no flag Seed; did you mean seed?",
-    "seed: 1\n\nseed: 2": "line 3: seed stands in line 1 already",
-    "adam-beta1: 0.9\nadam_beta1: 0.8": "line 2: adam_beta1 stands in line 1 already",
+    "seed: 1\n\nseed: 2": "line 3: seed is already in line 1",
+    "adam-beta1: 0.9\nadam_beta1: 0.8": "line 2: adam_beta1 is already in line 1",
     "learning_rate: -1": "line 1, learning_rate: must be a number of at least 0.0, not -1",
     "learning_rate: '1e'": "line 1, learning_rate: '1e' is not a number",
     "learning_rate: [1, 2]": "line 1, learning_rate: takes one value",
@@ -194,7 +194,7 @@ def run_file_values(text, known):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_in_it_once(script, tmp_path):
-    """But for secrets and what is for one run only; and a run of it writes the same again."""
+    """Except secrets and what is for one run only; and a run of it writes the same again."""
     names = flags_of(script)
     module = importlib.import_module(script.removesuffix(".py"))
     kandinsky = "prior" in script or "decoder" in script
@@ -251,12 +251,12 @@ def test_a_run_is_repeated_from_its_file(each, request, tmp_path):
 
 def test_a_run_is_continued_from_its_file(run, tmp_path):
     """The file in the folder is then that of the run that went on."""
-    run(tmp_path / "whole")
+    run(tmp_path / "complete")
     out = tmp_path / "out"
     run(out, "--checkpointing_steps", "2", "--max_train_steps", "3")
     reset_accelerate()
     words = ["--config", str(out / "run.yaml"), "--resume_from_checkpoint", "latest", "--max_train_steps", "6"]
     assert train_text_to_image.main(words) == 0
-    assert result_bytes(out) == result_bytes(tmp_path / "whole")
+    assert result_bytes(out) == result_bytes(tmp_path / "complete")
     values = yaml.safe_load((out / "run.yaml").read_text())
     assert values["max_train_steps"] == 6 and "resume_from_checkpoint" not in values

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from conftest import IMAGES, LOOKS, ROOT, free_port, logged, relative_difference, result_bytes
+from conftest import IMAGES, ROOT, VALIDATION, free_port, logged, relative_difference, result_bytes
 from processes import (
     DEEPSPEED,
     LONG,
@@ -38,39 +38,39 @@ FSDP = ["--use_fsdp", "--fsdp_version", "2"]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_shared_weights_equal_whole_ones_and_their_checkpoint_is_the_same(run, alone, tmp_path):
+def test_shared_weights_equal_full_ones_and_their_checkpoint_is_the_same(run, one_process, tmp_path):
     """Two processes share three validation images and three prompts unequally, and neither waits for ever."""
     shared = tmp_path / "shared"
-    flags = [*LOOKS, "--train_batch_size", "2", "--checkpointing_steps", "3"]
+    flags = [*VALIDATION, "--train_batch_size", "2", "--checkpointing_steps", "3"]
     prompts = [*IMAGES, "--validation_prompts", "one", "two", "three"]
     ended([run.start(shared, *flags, *prompts, launcher=launcher(2, *FSDP))])
-    assert relative_difference(shared, alone) < 1e-6
+    assert relative_difference(shared, one_process) < 1e-6
     for name in ("train_loss", "val_loss", "grad_norm"):
-        assert logged(shared, name) == pytest.approx(logged(alone, name), rel=1e-5)
+        assert logged(shared, name) == pytest.approx(logged(one_process, name), rel=1e-5)
     assert {name for name in files(shared) if "logs" not in name} == {
-        name for name in files(alone) if "logs" not in name
+        name for name in files(one_process) if "logs" not in name
     }
     for name in ("unet", "unet_ema", "../unet"):
         config = f"checkpoint-3/{name}/config.json"
-        assert (shared / config).read_bytes() == (alone / config).read_bytes()
-    continued(run, tmp_path / "one", shared / "checkpoint-3", *LOOKS)
-    assert relative_difference(tmp_path / "one", alone) < 1e-6
+        assert (shared / config).read_bytes() == (one_process / config).read_bytes()
+    continued(run, tmp_path / "one", shared / "checkpoint-3", *VALIDATION)
+    assert relative_difference(tmp_path / "one", one_process) < 1e-6
 
 
 @pytest.mark.slow
-def test_shared_weights_are_continued_by_any_number_of_processes(run, alone, tmp_path):
+def test_shared_weights_are_continued_by_any_number_of_processes(run, one_process, tmp_path):
     """To the bit by as many; and what one process wrote is continued shared out."""
-    two = [*LOOKS, "--train_batch_size", "2"]
+    two = [*VALIDATION, "--train_batch_size", "2"]
     ended([run.start(tmp_path / "two", *two, "--checkpointing_steps", "3", launcher=launcher(2, *FSDP))])
     checkpoint = tmp_path / "two" / "checkpoint-3"
     continued(run, tmp_path / "again", checkpoint, *two, launch=launcher(2, *FSDP))
     assert result_bytes(tmp_path / "again") == result_bytes(tmp_path / "two")
-    four = [*LOOKS, "--train_batch_size", "1"]
+    four = [*VALIDATION, "--train_batch_size", "1"]
     continued(run, tmp_path / "four", checkpoint, *four, launch=launcher(4, *FSDP))
-    continued(run, tmp_path / "whole", checkpoint, *two, launch=launcher(2, "--multi_gpu"))
-    continued(run, tmp_path / "from one", alone / "checkpoint-3", *two, launch=launcher(2, *FSDP))
-    for name in ("four", "whole", "from one"):
-        assert relative_difference(tmp_path / name, alone) < 1e-6, name
+    continued(run, tmp_path / "complete", checkpoint, *two, launch=launcher(2, "--multi_gpu"))
+    continued(run, tmp_path / "from one", one_process / "checkpoint-3", *two, launch=launcher(2, *FSDP))
+    for name in ("four", "complete", "from one"):
+        assert relative_difference(tmp_path / name, one_process) < 1e-6, name
 
 
 ENGINES = {
@@ -91,10 +91,10 @@ def test_every_full_fine_tune_shares_its_weights_out(request, tmp_path, name):
 @pytest.mark.slow
 def test_each_process_holds_its_share_alone(run, tmp_path):
     """Of weights, gradients, the optimizer's state and the average, as a dry run counts them."""
-    whole, shared = (bytes_held(run, tmp_path, launch) for launch in ([sys.executable], launcher(2, *FSDP)))
-    for name in whole.keys() - {"weights that are frozen"}:
-        assert 0.5 * whole[name] <= shared[name] <= 0.6 * whole[name], name
-    assert whole["weights that are frozen"] == shared["weights that are frozen"]
+    full, shared = (bytes_held(run, tmp_path, launch) for launch in ([sys.executable], launcher(2, *FSDP)))
+    for name in full.keys() - {"weights that are frozen"}:
+        assert 0.5 * full[name] <= shared[name] <= 0.6 * full[name], name
+    assert full["weights that are frozen"] == shared["weights that are frozen"]
 
 
 REFUSED = {
@@ -158,7 +158,7 @@ def test_a_full_disk_leaves_no_process_waiting(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path):
+def test_a_step_that_is_not_finite_reaches_no_share(run, tmp_path):
     """One process' loss is poisoned; the run stops in the state before, or leaves this step out, as without FSDP."""
     from test_faults import POISONED
 
@@ -168,11 +168,11 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path):
     (said,) = ended([run.start(tmp_path / "stopped", *flags, launcher=[*launcher(2, *FSDP), str(wrapper)])], code=1)
     assert said.count("step 4 is not finite") == 1, said
     assert [folder.name for folder in checkpoints.list_checkpoints(tmp_path / "stopped")] == ["checkpoint-3"]
-    for name, kind in {"shared": FSDP, "whole": ["--multi_gpu"]}.items():
+    for name, kind in {"shared": FSDP, "complete": ["--multi_gpu"]}.items():
         launch = [*launcher(2, *kind), str(wrapper)]
         (said,) = ended([run.start(tmp_path / name, *flags, "--on_nan", "skip", launcher=launch)])
         assert "step 4 is not finite" in said and "left out" in said
-    assert relative_difference(tmp_path / "shared", tmp_path / "whole") < 1e-6
+    assert relative_difference(tmp_path / "shared", tmp_path / "complete") < 1e-6
     run(tmp_path / "stopped", "--use_ema", "--resume_from_checkpoint", "latest")
     run(tmp_path / "healthy", "--use_ema")
     assert relative_difference(tmp_path / "stopped", tmp_path / "healthy") < 1e-6
@@ -184,45 +184,45 @@ def test_an_update_that_is_not_finite_reaches_no_share(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [("--multi_gpu",), tuple(FSDP)], ids=["whole", "shared"])
-def test_two_machines_equal_one_process(run, alone, tmp_path, kind):
-    out, flags = tmp_path / "out", [*LOOKS, "--checkpointing_steps", "3"]
+@pytest.mark.parametrize("kind", [("--multi_gpu",), tuple(FSDP)], ids=["complete", "shared"])
+def test_two_machines_equal_one_process(run, one_process, tmp_path, kind):
+    out, flags = tmp_path / "out", [*VALIDATION, "--checkpointing_steps", "3"]
     prompts = [*IMAGES, "--validation_prompts", "one", "two", "three"]
     first, second = ended(machines(run, out, *flags, *prompts, kind=kind))
     assert "trained to step 6" in first and "trained to step 6" not in second
-    assert relative_difference(out, alone) < 1e-6
-    assert logged(out) == pytest.approx(logged(alone), rel=1e-5)
-    continued(run, tmp_path / "one", out / "checkpoint-3", *LOOKS)
-    two = [*LOOKS, "--train_batch_size", "2"]
+    assert relative_difference(out, one_process) < 1e-6
+    assert logged(out) == pytest.approx(logged(one_process), rel=1e-5)
+    continued(run, tmp_path / "one", out / "checkpoint-3", *VALIDATION)
+    two = [*VALIDATION, "--train_batch_size", "2"]
     continued(run, tmp_path / "two", out / "checkpoint-3", *two, launch=launcher(2, "--multi_gpu"))
-    shutil.copytree(alone / "checkpoint-3", tmp_path / "four" / "checkpoint-3")
-    ended(machines(run, tmp_path / "four", *LOOKS, "--resume_from_checkpoint", "latest", kind=kind))
+    shutil.copytree(one_process / "checkpoint-3", tmp_path / "four" / "checkpoint-3")
+    ended(machines(run, tmp_path / "four", *VALIDATION, "--resume_from_checkpoint", "latest", kind=kind))
     for name in ("one", "two", "four"):
-        assert relative_difference(tmp_path / name, alone) < 1e-6, name
+        assert relative_difference(tmp_path / name, one_process) < 1e-6, name
 
 
 @pytest.mark.slow
-def test_machines_that_share_no_disk(run, alone, tmp_path):
+def test_machines_that_share_no_disk(run, one_process, tmp_path):
     """The first one writes everything; what a run resumes from must lie on both."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
-    shutil.copytree(alone / "checkpoint-3", folders[0] / "out" / "checkpoint-3")
-    flags = [*LOOKS, "--resume_from_checkpoint", "latest"]
+    shutil.copytree(one_process / "checkpoint-3", folders[0] / "out" / "checkpoint-3")
+    flags = [*VALIDATION, "--resume_from_checkpoint", "latest"]
     said = ended(machines(run, "out", *flags, folders=folders), code=1, timeout=120)
     assert "".join(said).count("out/checkpoint-3 is missing, or another one, on") == 1, said
     assert list(folders[1].iterdir()) == []
     shutil.copytree(folders[0] / "out", folders[1] / "out")
     ended(machines(run, "out", *flags, "--checkpointing_steps", "6", folders=folders))
-    assert relative_difference(folders[0] / "out", alone) < 1e-6
+    assert relative_difference(folders[0] / "out", one_process) < 1e-6
     assert (folders[0] / "out" / "checkpoint-6").is_dir()
     assert os.listdir(folders[1] / "out") == ["checkpoint-3"]
 
 
-def test_machines_without_the_checkpoint_are_named(alone, tmp_path):
+def test_machines_without_the_checkpoint_are_named(one_process, tmp_path):
     other = tmp_path / "checkpoint-3"
-    shutil.copytree(alone / "checkpoint-6", other)
-    one = (True, checkpoints.read_manifest(alone / "checkpoint-3")["sha256"])
+    shutil.copytree(one_process / "checkpoint-6", other)
+    one = (True, checkpoints.read_manifest(one_process / "checkpoint-3")["sha256"])
     found = {
         "one": one,
         "two": one,
@@ -232,14 +232,14 @@ def test_machines_without_the_checkpoint_are_named(alone, tmp_path):
 
     with pytest.raises(UserError, match="is missing, or another one, on four, three;") as caught:
         resume.require_everywhere(
-            alone / "checkpoint-3", lambda _: [(host, FoundCheckpoint(*what)) for host, what in found.items()]
+            one_process / "checkpoint-3", lambda _: [(host, FoundCheckpoint(*what)) for host, what in found.items()]
         )
     assert caught.value.everywhere and caught.value.exit_code == 2
-    resume.require_everywhere(alone / "checkpoint-3", lambda mine: 2 * mine)
+    resume.require_everywhere(one_process / "checkpoint-3", lambda mine: 2 * mine)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [("--multi_gpu",), tuple(FSDP)], ids=["whole", "shared"])
+@pytest.mark.parametrize("kind", [("--multi_gpu",), tuple(FSDP)], ids=["complete", "shared"])
 def test_a_machine_that_dies_leaves_no_other_waiting(run, tmp_path, kind):
     processes = machines(run, tmp_path, *LONG, kind=kind, start_new_session=True)
     wait_for(processes, tmp_path / "checkpoint-20")
@@ -261,7 +261,7 @@ def test_a_machine_that_dies_leaves_no_other_waiting(run, tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [("--multi_gpu",), tuple(FSDP)], ids=["whole", "shared"])
+@pytest.mark.parametrize("kind", [("--multi_gpu",), tuple(FSDP)], ids=["complete", "shared"])
 def test_a_signal_to_one_machine_stops_both_in_order(run, tmp_path, kind):
     processes = machines(run, tmp_path, *LONG, kind=kind)
     wait_for(processes, tmp_path / "checkpoint-20")
@@ -330,7 +330,7 @@ def test_examples_are_what_accelerate_reads(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_examples_launch(run, alone, tmp_path, path):
+def test_examples_launch(run, one_process, tmp_path, path):
     """Two processes in place of theirs, and the address of this machine."""
     if path.stem == "zero2" and not DEEPSPEED:
         pytest.skip(NEEDS_DEEPSPEED)
@@ -338,13 +338,13 @@ def test_examples_launch(run, alone, tmp_path, path):
     launch += ["--mixed_precision", "no"]
     count = 1 if path.stem == "one_gpu" else 2
     launch += ["--num_processes", str(count), "--main_process_port", str(free_port())]
-    flags = [*LOOKS, "--train_batch_size", str(4 // count)]
+    flags = [*VALIDATION, "--train_batch_size", str(4 // count)]
     if path.stem == "two_machines":
         launch += ["--main_process_ip", "127.0.0.1"]
         ended([run.start(tmp_path, *flags, launcher=[*launch, "--machine_rank", str(rank)]) for rank in range(2)])
     else:
         ended([run.start(tmp_path, *flags, launcher=launch)])
-    assert relative_difference(tmp_path, alone) < 1e-6
+    assert relative_difference(tmp_path, one_process) < 1e-6
 
 
 SRUN = """#!{python}
@@ -412,7 +412,7 @@ def test_a_slurm_job_that_is_preempted_goes_on(request, tmp_path, what):
             env=environment,
         )
 
-    ended([job(tmp_path / "whole")])
+    ended([job(tmp_path / "complete")])
     assert not (tmp_path / "requeued").exists()
     out = tmp_path / "out"
     first = job(out)
@@ -426,9 +426,9 @@ def test_a_slurm_job_that_is_preempted_goes_on(request, tmp_path, what):
     assert f"resuming from {out}/checkpoint-{stopped_after}" in said
     if what == "two machines":
         # After its first step DDP sorts gradients into other buckets, in which four are added in another order.
-        assert relative_difference(out, tmp_path / "whole") < 1e-5
+        assert relative_difference(out, tmp_path / "complete") < 1e-5
     else:
-        assert result_bytes(out) == result_bytes(tmp_path / "whole")
+        assert result_bytes(out) == result_bytes(tmp_path / "complete")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

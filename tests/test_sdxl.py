@@ -30,8 +30,8 @@ def prepared(script, run, tmp_path, *flags, rows=None, probabilities=None):
     tokenizers = [CLIPTokenizer.from_pretrained(run.base, subfolder=name) for name in ("tokenizer", "tokenizer_2")]
     rows = opening.load_dataset(DataOptions(folder=args.train_data_dir)) if rows is None else rows
     rows.sizes = buckets.training_sizes(rows, args.resolution, args.buckets)
-    prepare = script.SampleTransform(args, tokenizers, (4, 2), probabilities, 1000)
-    return rows, lambda epoch, index: prepare(rows, index, SampleDraws(args.seed, epoch, index))
+    transform = script.SampleTransform(args, tokenizers, (4, 2), probabilities, 1000)
+    return rows, lambda epoch, index: transform(rows, index, SampleDraws(args.seed, epoch, index))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -55,8 +55,8 @@ def test_time_ids_are_those_of_the_crop_that_was_cut(script, run_sdxl, tmp_path)
                 assert (first_height, first_width) == (height, width) and target == [24, 24]
                 resized = image_ops.resize(rows.image(index), (24, 24), "lanczos")
                 mirrored = flip and SampleDraws(7, epoch, index)("flip").random() < 0.5
-                whole = image_ops.to_array(resized)[:, :, :: -1 if mirrored else 1]
-                cut = whole[:, int(top) : int(top) + 24, int(left) : int(left) + 24]
+                uncropped = image_ops.to_array(resized)[:, :, :: -1 if mirrored else 1]
+                cut = uncropped[:, int(top) : int(top) + 24, int(left) : int(left) + 24]
                 assert np.array_equal(got["pixels"], cut)
                 corners.add((index, top, left))
         assert len(corners) > 12
@@ -163,7 +163,7 @@ def test_dropped_captions_are_what_the_pipeline_feeds_for_an_empty_prompt(sdxl, 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("flag", ["--proportion_empty_prompts", "--caption_dropout"])
-def test_dropping_is_drawn_anew_each_time_a_sample_is_seen(script, run_sdxl, tmp_path, flag):
+def test_dropping_is_drawn_again_each_time_a_sample_is_seen(script, run_sdxl, tmp_path, flag):
     rows, sample = prepared(script, run_sdxl, tmp_path, flag, "0.4")
     given = np.array([[sample(epoch, index)["caption_given"] for index in range(10)] for epoch in range(40)])
     assert abs(given.mean() - 0.6) < 0.08
@@ -221,9 +221,9 @@ def test_a_range_beyond_the_schedule_is_one_sentence(run_sdxl, run_lora_sdxl, tm
 
 def test_the_vae_stays_in_float32_where_it_must_and_says_why(run_sdxl, run_lora_sdxl, tmp_path, capsys, monkeypatch):
     seen, real = [], AutoencoderKL.encode
-    mended = AutoencoderKL.from_pretrained(run_sdxl.base, subfolder="vae")
-    mended.register_to_config(force_upcast=False)
-    mended.save_pretrained(tmp_path / "fixed")
+    fixed = AutoencoderKL.from_pretrained(run_sdxl.base, subfolder="vae")
+    fixed.register_to_config(force_upcast=False)
+    fixed.save_pretrained(tmp_path / "fixed")
     own = f"{run_sdxl.base}/vae"
     vaes = {None: "SDXL's own VAE overflows", own: f"the VAE {own} overflows", tmp_path / "fixed": None}
     monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x, **kw: (seen.append(x.dtype), real(self, x, **kw))[1])
@@ -261,7 +261,7 @@ def test_result_loads_and_draws(run_sdxl, tmp_path):
     assert result_weights(tmp_path)["conv_in.weight"].dtype == torch.float32
 
 
-def test_held_out_loss_falls(run_sdxl, tmp_path):
+def test_validation_loss_falls(run_sdxl, tmp_path):
     flags = ["--validation_split", "0.3", "--report_to", "tensorboard", "--validation_steps", "30"]
     run_sdxl(tmp_path, *flags, "--max_train_steps", "60", "--learning_rate", "5e-3")
     seen = logged(tmp_path, "val_loss")
@@ -269,7 +269,7 @@ def test_held_out_loss_falls(run_sdxl, tmp_path):
 
 
 @pytest.mark.parametrize("sibling", ["run_lora", "run_sdxl", "run_lora_sdxl"])
-def test_held_out_loss_is_the_same_for_the_same_weights(request, tmp_path, sibling):
+def test_validation_loss_is_the_same_for_the_same_weights(request, tmp_path, sibling):
     flags = ["--validation_split", "0.3", "--validation_steps", "2", "--report_to", "tensorboard", "--random_flip"]
     still = ["--learning_rate", "0", "--adam_weight_decay", "0", "--caption_dropout", "0.5", "--noise_offset", "0.1"]
     request.getfixturevalue(sibling)(tmp_path, *flags, *still)
@@ -302,7 +302,7 @@ def test_sd_given_to_sdxl_and_the_other_way_round(run_lora, run_lora_sdxl, tmp_p
         assert "this script trains" in sentence and code == 2
 
 
-def test_debug_loss_logs_each_images_own_loss_with_its_update(run_lora_sdxl, tmp_path):
+def test_debug_loss_logs_each_images_own_loss_with_its_step(run_lora_sdxl, tmp_path):
     run_lora_sdxl(tmp_path, "--debug_loss", "--report_to", "tensorboard", "--max_train_steps", "3")
     values = {1: [], 2: [], 3: []}
     for index in range(10):

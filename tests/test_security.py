@@ -109,8 +109,8 @@ def test_a_prompt_breaks_out_of_nothing(run, run_lora, tmp_path, flag):
     from huggingface_hub import ModelCard
 
     script = run if flag.endswith("s") else run_lora
-    look = ["--validation_num_inference_steps", "2", "--validation_steps", "6"]
-    script(tmp_path / "out", flag, HOSTILE, *look, "--report_to", "tensorboard")
+    validation = ["--validation_num_inference_steps", "2", "--validation_steps", "6"]
+    script(tmp_path / "out", flag, HOSTILE, *validation, "--report_to", "tensorboard")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license is None
     assert "<script>" not in card.text and not re.search(r"(?<!\\)\]\(javascript", card.text)

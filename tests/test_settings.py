@@ -15,7 +15,7 @@ TRACKED = ["--report_to", "tensorboard"]
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("shape", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
-def test_learning_rate_is_counted_in_updates(run, tmp_path, shape, accumulation):
+def test_learning_rate_is_counted_in_steps(run, tmp_path, shape, accumulation):
     """The rate logged after step k is the schedule's at k, whatever the number of micro-steps in a step."""
     flags = ["--lr_scheduler", shape, "--lr_warmup_steps", "2", "--lr_num_cycles", "2", "--lr_power", "2"]
     run(tmp_path, *TRACKED, *flags, "--train_batch_size", "1", "--gradient_accumulation_steps", accumulation)
@@ -33,7 +33,7 @@ def test_scale_lr(run, tmp_path):
     assert logged(tmp_path, "lr")[1] == pytest.approx(1e-3 * 6)
 
 
-def test_epochs_and_updates(run, tmp_path):
+def test_epochs_and_steps(run, tmp_path):
     """Ten images in windows of four are three steps an epoch; the last one has two images."""
     argv = run.argv(tmp_path, *TRACKED, "--num_train_epochs", "2")
     at = argv.index("--max_train_steps")
@@ -151,7 +151,7 @@ CHANGES = {
     "epsilon": ["--adam_epsilon", "1e-2"],
     "adafactor": ["--optimizer", "adafactor"],
     "bf16": ["--mixed_precision", "bf16"],
-    "held out": ["--validation_split", "0.2"],
+    "validation split": ["--validation_split", "0.2"],
     "fewer": ["--max_train_samples", "5"],
 }
 

@@ -159,11 +159,11 @@ def test_so_does_one_of_sdxl(sdxl, images, tmp_path):
     assert result_bytes(tmp_path / "file") == result_bytes(tmp_path / "folder")
 
 
-def test_a_vae_of_one_file_or_of_a_whole_model(sdxl, images, tmp_path):
+def test_a_vae_of_one_file_or_of_a_full_model(sdxl, images, tmp_path):
     """kohya's --vae is such a file; the other VAE of the three is the base's own."""
-    whole = load_file(as_one_file(sdxl, tmp_path / "model.safetensors"))
+    full_model = load_file(as_one_file(sdxl, tmp_path / "model.safetensors"))
     prefix = "first_stage_model."
-    vae = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+    vae = {name.removeprefix(prefix): value for name, value in full_model.items() if name.startswith(prefix)}
     save_file(vae, tmp_path / "vae.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "not.safetensors")
     run = Runner("train_text_to_image_sdxl", sdxl, images)

@@ -1,4 +1,4 @@
-"""The steady loop never waits for the device: nothing is fetched between two looks at the losses."""
+"""The steady loop never waits for the device: nothing is fetched between two fetches of the losses."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ FETCHES = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.de
 
 
 class Fetches(TorchDispatchMode):
-    """Counts the operations that hand a tensor's content to Python, each of which waits for a GPU's queue to drain."""
+    """Counts the operations that hand a tensor's content to Python; each waits for a GPU's queue to drain."""
 
     count = 0
 
@@ -33,21 +33,21 @@ PATHS = {
     "run_lora_decoder": ["--use_ema"],
 }
 # For the norm of the gradient, during the backward pass of each: its kernel has no switch.
-WAITS = ["run with adafactor", "run with adafactor during the backward pass"]
+FETCH_EACH_STEP = ["run with adafactor", "run with adafactor during the backward pass"]
 
 
-def fetches(run, out, flags, updates):
+def fetches(run, out, flags, steps):
     counter = Fetches()
     with counter:
-        run(out, *flags, "--max_train_steps", updates, "--logging_steps", "100")
+        run(out, *flags, "--max_train_steps", steps, "--logging_steps", "100")
     return counter.count
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_number_of_fetches_does_not_grow_with_the_number_of_updates(request, path, tmp_path):
+def test_the_number_of_fetches_does_not_grow_with_the_number_of_steps(request, path, tmp_path):
     run, flags = request.getfixturevalue(path.split()[0]), PATHS[path]
     grown = fetches(run, tmp_path / "many", flags, 7) - fetches(run, tmp_path / "few", flags, 3)
-    assert (grown > 0) if path in WAITS else (grown == 0)
+    assert (grown > 0) if path in FETCH_EACH_STEP else (grown == 0)
 
 
 def test_the_counter_counts():

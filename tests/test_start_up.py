@@ -14,25 +14,17 @@ HIDDEN = """
 import builtins, importlib, sys
 real = builtins.__import__
 
-def without_posix(name, names=None, *rest):
-    file = (names or {}).get("__file__") or ""
+def without_posix(name, globals=None, locals=None, fromlist=(), level=0):
+    file = (globals or {}).get("__file__") or ""
     if name in ("fcntl", "resource") and file.startswith(sys.argv[1]) and "/.venv/" not in file:
         raise ImportError(f"{file} imports {name}")
-    return real(name, names, *rest)
+    return real(name, globals, locals, fromlist, level)
 
 sys.path.insert(0, sys.argv[1])
 builtins.__import__ = without_posix
 for script in sys.argv[2:]:
     importlib.import_module(script)
 """
-
-
-# The lock on a stream's cache, until it is filelock's: remove the mark when data/streaming does not import fcntl.
-STREAMING = pytest.mark.xfail(
-    "import fcntl" in (ROOT / "training_utils/data/streaming/stream.py").read_text(),
-    reason="data/streaming",
-    strict=True,
-)
 
 
 def import_without(scripts):
@@ -42,13 +34,11 @@ def import_without(scripts):
     assert done.returncode == 0, done.stderr.splitlines()[-1]
 
 
-@STREAMING
 def test_no_script_imports_what_only_posix_has():
     assert len(SCRIPTS) == 9
     import_without([name for name in SCRIPTS if not name.endswith("flax")])
 
 
-@STREAMING
 def test_nor_does_the_one_for_jax():
     pytest.importorskip("jax")
     import_without(["train_text_to_image_flax"])

@@ -149,17 +149,20 @@ def test_processes_have_chunks_of_their_own(world):
         def expect(self, coming, rank, count):
             pass
 
-    updates = BatchPlan(960, 5, 4, 2, world, stream=Stream())
+    batch_plan = BatchPlan(960, 5, 4, 2, world, stream=Stream())
     one = BatchPlan(960, 5, 4 * world, 2, 1, stream=Stream())
     seen, position = [set() for _ in range(world)], Position()
     while position.epoch == 0:
-        shares = updates.step_samples(position)
+        micro_batches = batch_plan.step_samples(position)
         taken = np.concatenate(one.step_samples(position))
-        assert sorted(np.concatenate(shares)) == sorted(taken) and max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert (
+            sorted(np.concatenate(micro_batches)) == sorted(taken)
+            and max(map(len, micro_batches)) - min(map(len, micro_batches)) <= 1
+        )
         if position.sample < 960 - 16 * 12:
-            for part, share in enumerate(shares):
+            for part, share in enumerate(micro_batches):
                 seen[part % world] |= set(share // 12)
-        position = updates.position_after(position)
+        position = batch_plan.position_after(position)
     assert sum(map(len, seen)) == len(set().union(*seen)) > 60
 
 
@@ -279,9 +282,9 @@ def test_a_spool_holds_what_is_needed_and_goes_with_the_last_who_uses_it(tmp_pat
     twin = rows_of(tmp_path / "tables", tmp_path)
     (spool,) = spools(tmp_path)
     assert rows.source.spool.folder == twin.source.spool.folder == spool
-    updates = BatchPlan(len(rows), 1, 4, stream=rows)
+    batch_plan = BatchPlan(len(rows), 1, 4, stream=rows)
     monkeypatch.setattr(streaming.source, "IDLE_STEPS", 2)
-    most, batches = 0, updates.batches(Position())
+    most, batches = 0, batch_plan.batches(Position())
     for _ in range(100):  # of 60 in an epoch
         for _, index, _ in next(batches):
             assert rows.captions(index) == [caption(index)]
@@ -289,7 +292,7 @@ def test_a_spool_holds_what_is_needed_and_goes_with_the_last_who_uses_it(tmp_pat
     assert 16 < most <= 2 * 16 + 2 * 4
     for index in range(0, 40, 4):
         assert pickle.loads(pickle.dumps(twin)).captions(index) == [caption(index)]  # in a data worker that is no fork
-    del rows, updates, batches
+    del rows, batch_plan, batches
     assert spools(tmp_path) == [spool]
     del twin
     assert spools(tmp_path) == []
@@ -317,22 +320,22 @@ def test_a_streamed_run_is_the_same_run_in_its_own_order(run, shards, parquet, c
 def test_a_stream_is_resumed(each, parquet, cache, tmp_path):
     """Inside an epoch, to the same weights to the bit."""
     flags = [*FEW, *cache, "--train_data_dir", parquet, "--max_train_steps", "3"]
-    each(tmp_path / "whole", *flags)
+    each(tmp_path / "complete", *flags)
     each(tmp_path / "cut", *flags, "--max_train_steps", "2", "--checkpointing_steps", "2")
     each(tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
-    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "complete")
 
 
-def test_another_epoch_a_subset_and_held_out_images(run, shards, cache, tmp_path, capsys):
+def test_another_epoch_a_subset_and_validation_images(run, shards, cache, tmp_path, capsys):
     more = ["--max_train_samples", "14", "--validation_split", "0.3", "--validation_steps", "3"]
     flags = [*FEW, *cache, "--train_data_dir", shards, *more, "--max_train_steps", "7"]
-    run(tmp_path / "whole", *flags)
+    run(tmp_path / "complete", *flags)
     said = capsys.readouterr().err
     assert "streaming 30 images in chunks, 6 of " in said and re.search(r"images +10\b", said)
     assert len(re.findall(r"val_loss \d", said)) == 3
     run(tmp_path / "cut", *flags, "--checkpointing_steps", "4")
     run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "checkpoint-4", "--dataloader_num_workers", "1")
-    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "complete")
     capsys.readouterr()
     run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "checkpoint-4", "--shuffle_buffer", "9")
     assert "shuffle_buffer 8 -> 9" in capsys.readouterr().err
@@ -372,7 +375,7 @@ def test_bad_samples_are_met_when_their_turn_comes(run, cache, tmp_path, capsys)
     assert "8 images could not be used in training" in said and "0005.txt is not UTF-8 text" in said
     assert run(tmp_path / "check", "--check_data", "--streaming", *cache, "--train_data_dir", folder) == 2
     report = capsys.readouterr().out
-    assert "samples    30, 8 of which cannot be used" in report and "no usable caption: 4" in report
+    assert "samples    30, 8 cannot be used" in report and "no usable caption: 4" in report
     assert "000.tar/0003.png" in report
 
 
@@ -394,7 +397,7 @@ def test_a_report_reads_a_stream_once(parquet, tmp_path, capsys, monkeypatch):
 def test_a_dry_run_tells_of_chunks(run, parquet, tmp_path, capsys):
     run(tmp_path / "out", "--dry_run", *FEW, "--cache_dir", tmp_path / "cache", "--train_data_dir", parquet)
     out = capsys.readouterr().out
-    assert out.startswith("images      30 to train on, 0 held out\nchunks      6 of 0.00")
+    assert out.startswith("images      30 to train on, 0 for validation\nchunks      6 of 0.00")
     assert not (tmp_path / "out").exists() and spools(tmp_path / "cache") == []
 
 
@@ -562,7 +565,7 @@ def test_a_disk_that_is_too_small(parquet, tmp_path, monkeypatch):
 
 # --- over HTTP -------------------------------------------------------------------------------------------------------
 
-LARGER = (200, 160)  # pixels, of which a PNG takes 96 kB: what is read beside images, footers alone, is little then
+LARGER = (200, 160)  # pixels; a PNG of them takes 96 kB: what is read beside images, footers alone, is little then
 
 
 @pytest.fixture(scope="module")
@@ -612,13 +615,13 @@ def stored(folder):
 def test_a_run_downloads_what_it_trains_on(run, hub, machine, tmp_path):
     """And a little ahead of it; the disk never holds the dataset."""
     hub.faults.clear(), hub.sent.clear()
-    whole = sum(map(len, hub.repositories["datasets", "me/tables"].files().values()))
+    total = sum(map(len, hub.repositories["datasets", "me/tables"].files().values()))
     few = ["--max_train_samples", "12", "--max_train_steps", "5"]
     said = machine.runs(*command(run, tmp_path, "me/tables", "out", *few), token="hf_mine")
     assert "streaming 96 images in chunks, 24 of 0.38" in said
     fetched = sum(size for path, size in hub.sent if path.startswith("/lfs/"))
-    assert 0.98 * 3 / 24 < (fetched - 24 * 2**16) / whole < 3 / 24  # of all a footer, and two columns of three tables
-    assert stored(machine.folder / "home") + stored(tmp_path / "cache") < whole / 50
+    assert 0.98 * 3 / 24 < (fetched - 24 * 2**16) / total < 3 / 24  # of all a footer, and two columns of three tables
+    assert stored(machine.folder / "home") + stored(tmp_path / "cache") < total / 50
     assert spools(tmp_path / "cache") == []
     hub.sent.clear()
     machine.runs(*command(run, tmp_path, "me/tables", "again", *few), token="hf_mine")
@@ -633,7 +636,7 @@ def test_a_run_that_is_killed_while_it_fetches(run, hub, machine, tmp_path, name
     breaks now and then."""
     hub.faults.clear()
     words = ["--max_train_steps", "20"]
-    machine.runs(*command(run, tmp_path, name, "whole", *words), token="hf_mine")
+    machine.runs(*command(run, tmp_path, name, "complete", *words), token="hf_mine")
 
     def kill():
         os.kill(int((tmp_path / "process").read_text()), signal.SIGKILL)
@@ -652,7 +655,7 @@ def test_a_run_that_is_killed_while_it_fetches(run, hub, machine, tmp_path, name
     words += ["--resume_from_checkpoint", "latest"]
     said = machine.runs(*command(run, tmp_path, name, "cut", *words), token="hf_mine")
     assert "warning" not in said and not any(times for *_, times in hub.faults)
-    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "whole")
+    assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "complete")
     assert spools(tmp_path / "cache") == []
 
 

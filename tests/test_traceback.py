@@ -73,7 +73,7 @@ def test_the_weights_are_rescued_from_a_bug_which_is_shown(tmp_path, monkeypatch
         ),
     ):
         bug()
-    assert "its weights, alone, are in" in capsys.readouterr().err
+    assert "only its weights are in" in capsys.readouterr().err
     (weights,) = tmp_path.glob("weights-*/weights")
     assert weights.read_text() == "rescued"
 
@@ -81,7 +81,7 @@ def test_the_weights_are_rescued_from_a_bug_which_is_shown(tmp_path, monkeypatch
 def test_a_full_disk_is_a_sentence_with_its_cause(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with (
-        pytest.raises(UserError, match="its weights, alone, are in") as caught,
+        pytest.raises(UserError, match="only its weights are in") as caught,
         output_folder.rescue_weights(tmp_path, RunState(seed=1), PROVENANCE, lambda folder: None),
     ):
         raise OSError(28, "No space left on device")

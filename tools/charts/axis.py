@@ -66,8 +66,8 @@ def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def whole_ticks(axis: Axis, count: int) -> list[float]:
     """The ticks of an axis of steps, about `count`: whole numbers."""
-    whole = [tick for tick in round_ticks(axis.low, axis.high, count) if tick == int(tick)]
-    return whole or [axis.low]
+    integers = [tick for tick in round_ticks(axis.low, axis.high, count) if tick == int(tick)]
+    return integers or [axis.low]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -147,13 +147,13 @@ def _curve(line: Line, frame: _Frame) -> _Curve:
 
 def _legend(lines: Sequence[Line], width: int) -> list[_LegendEntry]:
     """Where the names of several lines stand, in rows below the title; a single line needs none."""
-    named = {line.name: line for line in lines if line.style != "faint"}
-    if len(named) < 2:
+    by_name = {line.name: line for line in lines if line.style != "faint"}
+    if len(by_name) < 2:
         return []
     entries: list[_LegendEntry] = []
     x = 12
     y = 40
-    for line in named.values():
+    for line in by_name.values():
         entry_width = 30 + 7 * len(line.name)
         if x > 12 and x + entry_width > width:
             x = 12

@@ -78,7 +78,7 @@ def read_model_card(text: str) -> ModelCard:
     title = re.search(r"^# (.*)$", body, re.M)
     usage = re.search(r"^```python\n(.*?)^```", body, re.M | re.S)
     return ModelCard(
-        # The card escapes both Markdown and HTML; the page escapes anew.
+        # The card escapes both Markdown and HTML; the page escapes again.
         title=html.unescape(re.sub(r"\\(.)", r"\1", title[1])) if title else "",
         license=str(head.get("license", "")),
         usage=usage[1] if usage else "",

@@ -96,7 +96,9 @@ def read_run_folder(folder: str | Path) -> RunFolder:
         log = None
     saved = list_checkpoints(folder)
     if log is None and not saved and not (folder / output_folder.RUN_FILE).exists():
-        raise UserError(f"{folder} is no output folder of a run: it holds no {metrics.NAME}, run.yaml or checkpoint")
+        raise UserError(
+            f"{folder} is not the output folder of a run: it holds no {metrics.NAME}, run.yaml or checkpoint"
+        )
     run_file = _text_of(folder / output_folder.RUN_FILE)
     return RunFolder(
         path=folder,

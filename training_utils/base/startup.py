@@ -69,7 +69,7 @@ def _quieten() -> None:
     )
     # On a CPU it reports a kernel that it does without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Six lines, of which models.model_folder makes one, or which a model that is all here already does not need.
+    # Six lines that models.model_folder turns into one, or that a model which is here already does not need.
     logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(
         lambda record: "Couldn't connect to the Hub" not in record.getMessage()
     )

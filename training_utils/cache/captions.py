@@ -47,20 +47,20 @@ def cache_captions(
     batch_size: int = 1,
     empty: bool = False,
 ) -> None:
-    """Let the text encoders read every caption of some Samples once; `prepare.captions` of each has what they made.
+    """Let the text encoders read every caption of some Samples once and set `transform.caption_cache` of each.
 
     With `empty` they read the empty caption too. For the other arguments see `fill`. Where the store is None nothing
     is cached, and the networks run whenever a caption is asked for. A collective call. Raises UserError.
     """
     if store is None:
         for samples in sets:
-            samples.prepare.captions = EncodedCaptions(encode)
+            samples.transform.caption_cache = EncodedCaptions(encode)
         return
     texts = dict.fromkeys([""] if empty else [])
     for samples in sets:
         for index in range(len(samples)):
             texts |= dict.fromkeys(samples.dataset.captions(index))
-    tokenize = sets[0].prepare.tokenize
+    tokenize = sets[0].transform.tokenize
     wanted: dict[str, str] = {}
     for text in texts:
         wanted.setdefault(CachedCaptions.key(tokenize(text)), text)
@@ -74,4 +74,4 @@ def cache_captions(
         noun="captions",
     )
     for samples in sets:
-        samples.prepare.captions = CachedCaptions(store)
+        samples.transform.caption_cache = CachedCaptions(store)

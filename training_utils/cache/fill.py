@@ -213,7 +213,7 @@ def _finite(arrays: Encoded) -> np.ndarray:
 def _overflow(item: Any, skip_overflow: Callable[[Any], bool]) -> str:
     """What to say of an item whose outputs are not finite. Raises it as a UserError, unless the item may be
     skipped."""
-    sentence = f"what the frozen networks make of {item} is not finite: they overflow in half precision"
+    sentence = f"the frozen networks' output for {item} is not finite: they overflow in half precision"
     if skip_overflow(item):
         return sentence
     raise UserError(f"{sentence}; use --mixed_precision no, or a model that does not", exit_code=1, everywhere=False)

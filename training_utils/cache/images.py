@@ -56,10 +56,12 @@ class CachedImages:
             return None
         return draws.generator(int(self.digests[index][:15], 16), "cached_crop", crop)
 
-    def views(self, index: int, mirrors: bool, cropped: bool, size: Size | None) -> list[tuple[bool, int | None]]:
+    def views(
+        self, index: int, random_flip: bool, random_crop: bool, size: Size | None
+    ) -> list[tuple[bool, int | None]]:
         """All that `read` may be asked for: a list of (mirrored, crop)."""
-        crops = range(self._crop_count(index, size)) if cropped else [None]
-        orientations = (False, True) if mirrors else (False,)
+        crops = range(self._crop_count(index, size)) if random_crop else [None]
+        orientations = (False, True) if random_flip else (False,)
         return [(mirrored, crop) for mirrored in orientations for crop in crops]
 
     def crops_differ(self, index: int, size: Size | None) -> bool:
@@ -97,7 +99,7 @@ class EncodedImages:
 
     def read(self, *view: Any) -> dict[str, np.ndarray]:
         """The entry of an image; the arguments are those of `CachedImages.read`."""
-        return encode_one(self.encode, self.samples.prepare.show(self.samples.dataset, *view))
+        return encode_one(self.encode, self.samples.transform.view(self.samples.dataset, *view))
 
     def read_blank(self) -> dict[str, np.ndarray]:
         """The entry of what stands in the place of no image."""
@@ -126,11 +128,11 @@ class ImageView:
     def prepare(self) -> Sample | UserError:
         """The arrays that the networks take; a BadSample for an image that is to be skipped, another UserError for
         one that ends the run. They are returned: raised in a thread, one would come before those of earlier views."""
-        prepare = self.samples.prepare
-        generator = prepare.images.crop_generator(self.index, self.crop)
+        transform = self.samples.transform
+        generator = transform.image_cache.crop_generator(self.index, self.crop)
         size = () if self.size is None else (self.size,)
         try:
-            return prepare.show(self.samples.dataset, self.index, self.mirrored, generator, *size)
+            return transform.view(self.samples.dataset, self.index, self.mirrored, generator, *size)
         except BadSample as error:
             return error if self.is_skippable else self.samples.refusal(error)
         except UserError as error:
@@ -160,15 +162,15 @@ def cache_images(
     crops: int = 1,
     blank: Sample | None = None,
 ) -> None:
-    """Let the networks see every image of some Samples once; `prepare.images` of each has what they made.
+    """Let the networks see every image of some Samples once and set `transform.image_cache` of each.
 
-    The images are prepared as `prepare.show` does it. `blank` is a sample that stands for no image, to be encoded too;
-    `crops` are as in CachedImages, for the other arguments see `fill`. Where the store is None nothing is cached, and
-    the networks run whenever an image is asked for. A collective call. Raises UserError.
+    `transform.view` makes what they see. `blank` is a sample that stands for no image, to be encoded too; `crops` are
+    as in CachedImages, for the other arguments see `fill`. Where the store is None nothing is cached, and the networks
+    run whenever an image is asked for. A collective call. Raises UserError.
     """
     if store is None:
         for samples in sets:
-            samples.prepare.images = EncodedImages(samples, encode, blank)
+            samples.transform.image_cache = EncodedImages(samples, encode, blank)
         return
     for samples in sets:
         _hash_images(store, samples, processes, crops)
@@ -214,15 +216,15 @@ def _hash_images(store: Store, samples: Samples, processes: Processes, crops: in
     in_order = [content for _, content in sorted(gathered)]
     digests = [in_order[at][0] for at in same]
     sizes = [in_order[at][1] for at in same]
-    samples.prepare.images = CachedImages(store, digests, sizes, crops)
+    samples.transform.image_cache = CachedImages(store, digests, sizes, crops)
 
 
 def _warn_of_single_crops(sets: Sequence[Samples]) -> None:
     """Warn where images that are cropped at random have the same crop in every epoch."""
     count = 0
     for samples in sets:
-        if samples.prepare.cropped:
-            images = samples.prepare.images
+        if samples.transform.random_crop:
+            images = samples.transform.image_cache
             count += sum(images.crops_differ(index, samples.dataset.size(index)) for index in range(len(samples)))
     if count:
         warn(
@@ -233,10 +235,10 @@ def _warn_of_single_crops(sets: Sequence[Samples]) -> None:
 
 def _views_of(samples: Samples, index: int, size: Size | None) -> dict[str, ImageView]:
     """All views of an image at a size, by key."""
-    prepare = samples.prepare
-    views = prepare.images.views(index, prepare.mirrors, prepare.cropped, size)
+    transform = samples.transform
+    views = transform.image_cache.views(index, transform.random_flip, transform.random_crop, size)
     return {
-        prepare.images.key(index, mirrored, crop, size): ImageView(samples, index, mirrored, crop, size)
+        transform.image_cache.key(index, mirrored, crop, size): ImageView(samples, index, mirrored, crop, size)
         for mirrored, crop in views
     }
 
@@ -246,12 +248,12 @@ def _mark_unusable(samples: Samples, failed: dict[str, str]) -> None:
     for index in range(len(samples)):
         views = _views_of(samples, index, samples.dataset.size(index))
         for key in failed.keys() & views.keys():
-            samples.prepare.images.unusable[index] = failed[key]
+            samples.transform.image_cache.unusable[index] = failed[key]
 
 
 def _views_of_stand_ins(samples: Samples) -> dict[str, ImageView]:
     """The views of images that stand in for unusable ones: at the size of the image in whose place they are."""
-    unusable = samples.prepare.images.unusable
+    unusable = samples.transform.image_cache.unusable
     usable = np.setdiff1d(np.arange(len(samples)), list(unusable))
     views: dict[str, ImageView] = {}
     if len(usable):

@@ -114,7 +114,7 @@ class Store:
 
     def remove_damaged(self, path: Path) -> None:
         """Remove a damaged shard; its entries are made again. Raises UserError."""
-        warn(f"{path} is damaged; what it held is computed again", everywhere=True)
+        warn(f"{path} is damaged; its entries are computed again", everywhere=True)
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

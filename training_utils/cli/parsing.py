@@ -31,7 +31,7 @@ def parse(argv: Sequence[str] | None, script: str, description: str) -> Argument
     if "config" in given:
         values = build(description, groups, exit_on_error=False)
         given = _beside_the_file(_from_file(parser, given["config"], known, values), given, known)
-    # --check_data looks at no model.
+    # --check_data needs no model.
     missing = [f"--{name}" for name, flag in known.items() if flag.required and name not in given]
     if missing and not given.get("check_data"):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
@@ -167,7 +167,7 @@ def _apply_other_names(args: Arguments) -> None:
 def _apply_consequences(args: Arguments) -> None:
     """Set the flags that have no say beside others."""
     if args.dry_run:
-        # It looks at each step, and leaves nothing behind.
+        # It logs each step, and leaves nothing behind.
         args.logging_steps = 1
         args.validation_steps = 0
         args.checkpointing_steps = 0

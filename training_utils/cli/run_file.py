@@ -59,7 +59,7 @@ def read_text(
         line = key.start_mark.line + 1
         place = f"{file}, line {line}"
         if name in lines:
-            raise ValueError(f"{place}: {name} stands in line {lines[name]} already")
+            raise ValueError(f"{place}: {name} is already in line {lines[name]}")
         lines[name] = line
         if name not in known:
             raise ValueError(f"{place}: there is no flag {name}{_advice(name, known, text)}")
@@ -134,7 +134,7 @@ def as_file(args: Arguments, seed: int) -> str:
 
 
 def _without_effect(args: Arguments) -> set[str]:
-    """The flags that follow from others or have no effect beside them, and of which reading them would tell."""
+    """The flags that follow from others or have no effect beside them, which reading them would tell."""
     found = {"max_train_steps"}
     if args.lr_scheduler == "constant":
         found.add("lr_warmup_steps")

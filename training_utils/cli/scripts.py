@@ -35,7 +35,7 @@ SCRIPTS = {
 
 
 def _named(**facts: str) -> frozenset[str]:
-    """The names of the scripts of which these facts are true."""
+    """The names of the scripts that these facts are true of."""
     return frozenset(
         name for name, script in SCRIPTS.items() if all(getattr(script, key) == fact for key, fact in facts.items())
     )

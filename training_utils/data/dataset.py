@@ -36,7 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class PartialSource:
-    """Samples of which an epoch shows only `count`, drawn anew in each epoch: their indices, int64."""
+    """Samples that an epoch shows only `count` of, drawn again in each epoch: their indices, int64."""
 
     indices: np.ndarray
     count: int

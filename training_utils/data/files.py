@@ -41,10 +41,10 @@ def files_of(folder: Path) -> tuple[list[Path], str]:
     for error in failed:
         warn(f"{error.filename} cannot be read ({error.strerror}) and is skipped")
     if broken:
-        warn(f"links that lead nowhere are skipped: {shortened(broken)}")
+        warn(f"broken links are skipped: {shortened(broken)}")
     if unread:
         endings = ", ".join(sorted({path.suffix.lower() for path in unread}))
-        warn(f"images of a kind that is not read ({endings}) are skipped: {shortened(unread)}; make them PNG")
+        warn(f"images of an unsupported kind ({endings}) are skipped: {shortened(unread)}; make them PNG")
     present = [kind for kind, paths in kinds.items() if paths]
     if compressed and present in ([], ["shards"]):
         raise UserError(

@@ -164,7 +164,7 @@ def _size(size):
 
 
 def _summary(title, samples, unusable, dataset, captions, images):
-    usable = f"{unusable:,} of which cannot be used" if unusable else "all of which can be used"
+    usable = f"{unusable:,} cannot be used" if unusable else "all can be used"
     lines = [f"dataset    {title}", f"samples    {samples:,}, {usable}"]
     if dataset.caption_column is not None:
         values = [value for index, value in enumerate(dataset.raw_captions()) if index not in captions]
@@ -220,7 +220,7 @@ def _remarks(dataset, images, empty, resolution):
         "images with transparent parts, which are laid on white": [
             image.name for image in images if image.is_transparent
         ],
-        "images stored lying, which are turned upright": [image.name for image in images if image.is_turned],
+        "images stored rotated, which are turned upright": [image.name for image in images if image.is_turned],
         "images without a caption, which are left out": dataset.findings.unnamed,
     }
     remarks = []
@@ -236,7 +236,7 @@ def _remarks(dataset, images, empty, resolution):
         if count:
             lines.append(f"  {what}: {count:,}")
             lines += [f"      {shortened(names)}"] if names else []
-    return ["can be used, but look", *lines] if lines else []
+    return ["usable, but worth checking", *lines] if lines else []
 
 
 def _equal_images(images):

@@ -41,7 +41,7 @@ class BatchPlan:
     `samples_per_step`, and the order depends on the batch size: a run that is resumed with another one inside an
     epoch visits some of its samples twice and others not.
 
-    Of each of the `partial_sources` an epoch visits only so many samples, drawn anew each time. With shapes too,
+    Of each of the `partial_sources` an epoch visits only so many samples, drawn again each time. With shapes too,
     epochs differ a little in the number of their steps, and `steps_per_epoch` is that of the first.
 
     `stream` is the StreamedDataset that the samples are of, or None. An epoch then has that stream's order, a process
@@ -126,8 +126,8 @@ class BatchPlan:
         if ends is None:
             return np.array_split(order[: self.samples_per_step], parts)
         ends = ends[ends > position.sample][:parts] - position.sample
-        shares = np.split(order[: ends[-1]], ends[:-1])
-        return shares + [order[:0]] * (parts - len(shares))
+        micro_batches = np.split(order[: ends[-1]], ends[:-1])
+        return micro_batches + [order[:0]] * (parts - len(micro_batches))
 
     def _coming(self, position: Position) -> list[np.ndarray]:
         """The samples that a stream is told of: the next in the order of this epoch, and of the one after it."""
@@ -157,10 +157,11 @@ class BatchPlan:
             if self.stream is not None:
                 self.stream.expect(self._coming(position), rank, self.world_size)
             epoch = position.epoch
-            shares = self.step_samples(position)
-            weight = len(shares) / sum(map(len, shares))
-            for share in shares[rank :: self.world_size]:
-                yield [(epoch, int(i), weight) for i in share] or [(epoch, int(shares[0][0]), 0.0)]
+            micro_batches = self.step_samples(position)
+            weight = len(micro_batches) / sum(map(len, micro_batches))
+            for micro_batch in micro_batches[rank :: self.world_size]:
+                batch = [(epoch, int(index), weight) for index in micro_batch]
+                yield batch or [(epoch, int(micro_batches[0][0]), 0.0)]
             position = self.position_after(position)
 
 

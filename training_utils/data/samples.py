@@ -17,39 +17,39 @@ Sample = dict[str, Any]  # arrays by name, and "skipped", a list of sentences, w
 class SampleTransform(Protocol):
     """What makes a script's samples, in the data workers.
 
-    `show` makes one view of an image, mirrored or not, and cropped at random where the sample is `cropped`; `images`
-    and `captions` have what frozen networks made of these, None where there is no cache. A script whose network reads
-    no captions has neither `captions` nor `tokenize`.
+    `view` makes one view of an image, mirrored or not with `random_flip`, and cropped at random with `random_crop`.
+    The caches have what frozen networks made of images and captions; they are None where there is none. A script whose
+    network reads no captions has neither `caption_cache` nor `tokenize`.
     """
 
-    mirrors: bool
-    cropped: bool
-    images: Any
-    captions: Any
-    show: Callable[..., Sample]
+    random_flip: bool
+    random_crop: bool
+    image_cache: Any
+    caption_cache: Any
+    view: Callable[..., Sample]
     tokenize: Callable[[str], Sample]
 
     def __call__(self, dataset: ImageDataset, index: int, draw: SampleDraws) -> Sample: ...
 
 
 class Samples:
-    """A dataset's rows as samples: item (epoch, index, weight) is the dict of arrays that `prepare(dataset, index,
-    draw)` makes, or the UserError that it raised.
+    """A dataset's rows as samples: item (epoch, index, weight) is the dict of arrays that `transform(dataset,
+    index, draw)` makes, or the UserError that it raised.
 
     With `on_bad_sample` "skip", the next usable row stands in for a BadSample, with the draws of the row it stands in
     for: so what is trained is still a function of the data, seed, epoch and index alone. The sample then also holds
-    "skipped", sentences about the rows that were skipped. Whatever else `prepare` raises is a bug and is raised.
+    "skipped", sentences about the rows that were skipped. Whatever else `transform` raises is a bug and is raised.
     """
 
     def __init__(
         self,
         dataset: ImageDataset,
-        prepare: SampleTransform,
+        transform: SampleTransform,
         seed: int,
         on_bad_sample: str = "error",
     ) -> None:
         self.dataset = dataset
-        self.prepare = prepare
+        self.transform = transform
         self.seed = seed
         self.on_bad_sample = on_bad_sample
 
@@ -62,7 +62,7 @@ class Samples:
         skipped = []
         for at in range(index, index + len(self)):
             try:
-                sample = self.prepare(self.dataset, at % len(self), draw)
+                sample = self.transform(self.dataset, at % len(self), draw)
             except BadSample as error:
                 if self.on_bad_sample == "error":
                     return self.refusal(error)

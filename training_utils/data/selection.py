@@ -50,7 +50,7 @@ def samples_per_epoch(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
 def repeat_sources(dataset: ImageDataset) -> ImageDataset:
     """A dataset with each row as many times in succession as an epoch can show it, and `partial_sources` set.
 
-    What an epoch shows of a source beyond a multiple of its rows is some of their last copies, drawn anew each time.
+    What an epoch shows of a source beyond a multiple of its rows is some of their last copies, drawn again each time.
     """
     if dataset.sources is None:
         return dataset

@@ -41,7 +41,7 @@ def read(path: str) -> bytes:
 
 
 def open_member(path: str) -> io.BufferedReader:
-    """A member as a file for reading, of which no more is read than is asked for. Raises OSError."""
+    """A member as a file for reading; no more of it is read than is asked for. Raises OSError."""
     return io.BufferedReader(_Member(path))
 
 

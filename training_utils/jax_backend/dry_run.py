@@ -16,7 +16,7 @@ from training_utils.run.dry_run import MemoryUse, ParameterCount
 def begin_dry_run(batches: Iterator[dict[str, jax.Array]], samples: Samples) -> Iterator[dict[str, jax.Array]]:
     """The batches of a dry run. Where the run would have caches, those of its steps are made now: a run finds what the
     frozen networks made on the disk."""
-    cached = samples.prepare.images or samples.prepare.captions
+    cached = samples.transform.image_cache or samples.transform.caption_cache
     return dry_run.make_ahead(batches, dry_run.STEPS) if cached else batches
 
 

@@ -48,7 +48,7 @@ def connect_hosts() -> None:
             with suppress(ValueError):
                 jax.distributed.initialize(**options)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"the processes of this run do not find each other: {reason_of(error)}") from error
+        raise UserError(f"the processes of this run cannot find each other: {reason_of(error)}") from error
     if jax.process_count() > 1:
         # The console and the exit code go by these variables, as in the torch scripts.
         os.environ["RANK"] = str(jax.process_index())
@@ -62,7 +62,7 @@ def _number_in_environment(name: str) -> int:
         return int(value or "")
     except ValueError as error:
         found = "is missing" if value is None else f"is '{value}', not a whole number"
-        raise UserError(f"the processes of this run do not find each other: {name} {found}") from error
+        raise UserError(f"the processes of this run cannot find each other: {name} {found}") from error
 
 
 def _is_slurm_job_of_several() -> bool:
@@ -144,7 +144,7 @@ def largest_of_processes(mesh: Mesh, lag: int = 2) -> Callable[[int], int]:
 class JaxProcesses:
     """The processes of a run, joined, as run.session.Processes has them.
 
-    Attributes: mesh, the devices of this host; world_size, the number of devices of all hosts, each of which is a
+    Attributes: mesh, the devices of this host; world_size, the number of devices of all hosts, each a
     process of the batch plan; trackers, which the main process opens later.
     """
 
@@ -234,7 +234,7 @@ def cast(tree: ArrayTree, dtype: Any) -> ArrayTree:
 def check_precision(name: str) -> None:
     """Raise UserError where the devices do not compute in the `--mixed_precision` of this name."""
     if name == "fp16" and jax.default_backend() == "cpu":
-        raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
+        raise UserError("--mixed_precision fp16 does not run on this device, a CPU; use bf16 or no")
 
 
 def cache_compiled_code(folder: str | Path) -> None:

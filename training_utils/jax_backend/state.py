@@ -107,7 +107,9 @@ class TrainingState:
             read["average"] = ema.new_average(read["params"])
         saved = load_file(folder / STATE)
         if "loss_scale" in self.arrays and "loss_scale/scale" not in saved:
-            raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
+            raise UserError(
+                f"{folder} was not trained with --mixed_precision fp16; resume it with the precision that it had"
+            )
         rest = {key: value for key, value in self.arrays.items() if key not in read}
         leaves = [_leaf(folder, saved, name, like) for name, like in flat_names(rest).items()]
         return read | jax.tree.unflatten(jax.tree.structure(rest), leaves)

@@ -114,7 +114,7 @@ def start_trackers(report_to: str, folder: Path, project: str, settings: Mapping
     except (OSError, ImportError) as error:  # no account, no network, a disk that is full, another version
         shown = ", ".join(names)
         raise UserError(
-            f"the tracker cannot be opened ({shown}: {reason_of(error)}); or give --report_to none"
+            f"the tracker cannot be opened ({shown}: {reason_of(error)}); --report_to none trains without one"
         ) from error
 
 

@@ -91,7 +91,7 @@ def save_checkpoint(
         if any_process(failure is not None) and failure is None:
             failure = "another process could not write its part"
     if failure is not None:
-        warn(f"{paths.final} could not be written ({failure}{_space_left(root)}); earlier checkpoints stand")
+        warn(f"{paths.final} could not be written ({failure}{_space_left(root)}); earlier checkpoints remain")
         if is_main:
             shutil.rmtree(paths.partial, ignore_errors=True)
         return None
@@ -144,8 +144,8 @@ def _write_manifest(folder: Path, state: RunState, provenance: Provenance) -> No
 
 def _time_after_newest(root: Path) -> float:
     """The time, or one just after that of the newest checkpoint: a clock may have gone back since."""
-    newest = list_checkpoints(root)[:1]
-    return max([time.time(), *(_time_written(folder) + 0.001 for folder in newest)])
+    latest = list_checkpoints(root)[:1]
+    return max([time.time(), *(_time_written(folder) + 0.001 for folder in latest)])
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:
@@ -187,7 +187,7 @@ def _remove_oldest(root: Path, limit: int | None) -> None:
         try:
             os.rename(folder, doomed)
         except OSError as error:  # it is in use, or somebody else has removed it meanwhile
-            warn(f"{folder} is one checkpoint too many, but could not be removed ({reason_of(error)})")
+            warn(f"{folder} is beyond --checkpoints_total_limit, but could not be removed ({reason_of(error)})")
         shutil.rmtree(doomed, ignore_errors=True)
 
 

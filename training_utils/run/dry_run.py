@@ -42,7 +42,7 @@ class MemoryUse:
 
 
 def make_ahead(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
-    """The same batches, the first `count` of which are made now: what makes them is then not part of a step."""
+    """The same batches, the first `count` made now: what makes them is then not part of a step."""
     return itertools.chain([next(batches) for _ in range(count)], batches)
 
 
@@ -71,7 +71,7 @@ def print_report(
 
 
 def _data_lines(facts: RunFacts, dataset: ImageDataset) -> list[str]:
-    lines = [f"images      {facts.dataset_images:,} to train on, {facts.validation_images:,} held out"]
+    lines = [f"images      {facts.dataset_images:,} to train on, {facts.validation_images:,} for validation"]
     if dataset.stream is not None:
         lines.append(f"chunks      {dataset.stream.source.describe_chunks()}")
     if dataset.sizes is not None:
@@ -80,7 +80,7 @@ def _data_lines(facts: RunFacts, dataset: ImageDataset) -> list[str]:
             lines.append(f"  {f'{width} x {height}':<12}{count:>14,}")
     steps = f"steps       {facts.steps:,} of {image_count(facts)}"
     if facts.first_step:
-        steps += f"; {facts.first_step:,} of them are made"
+        steps += f"; {facts.first_step:,} already made"
     epochs = f"epochs      {facts.epochs:,.1f}, of {facts.step_size.steps_per_epoch:,} steps each"
     return [*lines, steps, epochs]
 
@@ -106,7 +106,7 @@ def _memory_lines(memory: MemoryUse) -> list[str]:
 
 def _time_lines(seconds: list[float], steps_left: int) -> list[str]:
     if not seconds:
-        return ["time        no step is left to be made"]
+        return ["time        no steps are left"]
     timed = seconds[1:] or seconds
     step_seconds = float(np.mean(timed))
     counted = f"{len(timed)} timed, after the first one" if seconds[1:] else "the first and only one"

@@ -104,14 +104,14 @@ def _diagnosis(error: Exception) -> str | None:
         )
     if "DataLoader worker" in message:
         return (
-            f"a data worker was killed ({reason}), often for want of memory or, in a container, of /dev/shm (docker "
+            f"a data worker was killed ({reason}), often because memory or, in a container, /dev/shm ran out (docker "
             "run --ipc=host); lower --dataloader_num_workers, and continue with --resume_from_checkpoint latest"
         )
     is_of_several = os.environ.get("WORLD_SIZE", "1") != "1"
     if is_of_several and (kind.startswith("Dist") or "gloo" in message.lower()):
         rank = os.environ.get("RANK", "?")
         return (
-            f"process {rank} lost another process of this run ({reason}), whose own message stands above if it could "
-            "leave one; start all of them again with --resume_from_checkpoint latest"
+            f"process {rank} lost another process of this run ({reason}), whose own message is above if it could "
+            "print one; start all of them again with --resume_from_checkpoint latest"
         )
     return None

@@ -58,7 +58,7 @@ def _where_weights_are(
         save_weights(refuge)
     except write_errors() as error:
         return f", nor its weights into {tempfile.gettempdir()} ({reason_of(error)})"
-    return f"; its weights, alone, are in {refuge}"
+    return f"; only its weights are in {refuge}"
 
 
 def write_run_file(root: str | Path, content: str) -> None:
@@ -160,7 +160,7 @@ def _adapters_in(path: Path, other_than: Collection[str]) -> str | None:
 
     try:
         with safe_open(path, "np") as file:
-            networks = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            networks = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
     except (OSError, SafetensorError):
         return None
     if networks & set(other_than):

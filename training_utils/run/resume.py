@@ -19,7 +19,7 @@ from training_utils.run.state import RunState
 
 
 def find_checkpoint(root: str | Path, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from, or None to start anew.
+    """The checkpoint to resume from, or None to start from the beginning.
 
     `wanted` is None, "latest" (the newest complete one under `root`; a damaged one is named and skipped), a
     checkpoint's name under `root`, or a path. Raises UserError where a named one is missing or damaged.
@@ -37,8 +37,8 @@ def _warn_of_earlier_run(root: Path) -> None:
     found = checkpoints.list_checkpoints(root)
     if found:
         warn(
-            f"{root} holds {found[0].name} of an earlier run; this one starts anew, replaces what it reaches and, "
-            "with --checkpoints_total_limit, removes what is older. "
+            f"{root} holds {found[0].name} of an earlier run; this one starts from the beginning, replaces what "
+            "it reaches and, with --checkpoints_total_limit, removes what is older. "
             "To continue the earlier one, stop and add --resume_from_checkpoint latest"
         )
 
@@ -63,7 +63,7 @@ def _find_named(root: Path, wanted: str) -> Path:
             if problem:
                 raise UserError(f"--resume_from_checkpoint {wanted} is damaged: {problem}")
             if folder != expected:
-                warn(f"--resume_from_checkpoint: {expected} is no checkpoint; {folder} is taken")
+                warn(f"--resume_from_checkpoint: {expected} is not a checkpoint; using {folder}")
             return folder
     found = ", ".join(folder.name for folder in checkpoints.list_checkpoints(root)) or "none"
     raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {root} holds {found}")

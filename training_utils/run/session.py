@@ -105,7 +105,7 @@ class Session:
     # --- data --------------------------------------------------------------------------------------------------------
 
     def open_data(self, sized: bool = True) -> tuple[ImageDataset, ImageDataset | None]:
-        """The images to train on and those held out for validation, or None: checked, and the same in every process.
+        """The images to train on and those for validation, or None: checked, and the same in every process.
 
         Where they are `sized`, each image is trained at --resolution, or in its bucket.
         """

@@ -30,8 +30,8 @@ def convert_single_file(
 
     if Path(path).suffix != ".safetensors":
         raise UserError(
-            f"base model {path} is a file, but no .safetensors; others are pickles, which could run code: where you "
-            "trust it, load it with diffusers' from_single_file and save it as a folder"
+            f"base model {path} is a file, but not a .safetensors file; others are pickles, which could run code: "
+            "where you trust it, load it with diffusers' from_single_file and save it as a folder"
         )
     root = Path(folders.downloads(cache_dir)) / "text-to-image-models"
     folder = root / f"{pipeline_class.__name__}-{_digest(path, config)}"
@@ -92,7 +92,7 @@ def _convert(path: str, pipeline_class: type[Any], config: str | None, cache_dir
 
 
 def _copy_settings(config: str, target: str) -> None:
-    """Copy a model's folder without its weights: where the file lacks a part, diffusers would take it from there."""
+    """Copy a model's folder without its weights: a part that is missing in the file would be taken from there."""
     for file in _settings(config):
         copy = Path(target) / file.relative_to(config)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _widest_type(path: str) -> Any:
 
     try:
         with safe_open(path, framework="pt") as file:
-            types = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            types = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
     except SafetensorError as error:
         raise UserError(f"base model {path} cannot be read: {reason_of(error)}") from error
     floating = [dtype for dtype in types if dtype.is_floating_point]

@@ -65,7 +65,7 @@ def _call_tracker(trackers: list[Tracker], tracker: Tracker, call: Callable[[], 
     try:
         call()
     except Exception as error:  # each tracker's own kinds: of its network, of its account, of the disk
-        warn(f"{tracker.name} failed ({reason_of(error)}); the run goes on without it")
+        warn(f"{tracker.name} failed ({reason_of(error)}); the run continues without it")
         trackers.remove(tracker)
         return False
     return True

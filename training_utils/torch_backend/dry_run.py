@@ -19,8 +19,8 @@ def begin_dry_run(accelerator: Accelerator, batches: Iterator, samples: Any, bat
 
     Those of data.Samples that caches stand in for are made now: a run finds them on the disk.
     """
-    prepare = samples.prepare
-    if prepare.images or getattr(prepare, "captions", None):
+    transform = samples.transform
+    if transform.image_cache or getattr(transform, "caption_cache", None):
         batches = dry_run.make_ahead(batches, dry_run.STEPS * batch_plan.accumulation)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)

@@ -25,7 +25,7 @@ from training_utils.data.samples import Samples
 Batch = dict[str, torch.Tensor]
 Networks = torch.nn.Module | Sequence[torch.nn.Module]
 
-# What `SampleTransform.show` tells of a view beside its pixels: a cache keeps it with what the networks make of them.
+# What `SampleTransform.view` tells of a view beside its pixels: a cache keeps it with what the networks make of them.
 KEPT_AS_IT_IS = ("time_ids",)
 
 

@@ -64,7 +64,7 @@ def add_adapter(
 
 
 class FewerPasses(LoraVariant):
-    """PEFT's forward of an adapted layer in fewer passes over memory, which are what a low-rank term costs.
+    """PEFT's forward of an adapted layer in fewer passes through memory, which are what a low-rank term costs.
 
     PEFT scales the term at the width of the layer's output, not at the rank's, writes it and its sum with the output
     to new memory, and makes an input float32 that autocast then makes half precision again. Here the product adds

@@ -179,7 +179,7 @@ def stored_dtype(folder: str | Path, variant: str | None = None) -> torch.dtype:
         chosen = [path for path in files if path.name.count(".") == 1]
     for path in chosen:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
                 dtype = file.get_tensor(name).dtype
                 if dtype.is_floating_point:
                     return dtype
@@ -237,7 +237,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
             part.backend_tokenizer.model.save(str(folder / name))
     for weights in folder.glob("text_encoder/model.safetensors"):
         with safe_open(weights, framework="pt") as file:
-            flat = "final_layer_norm.weight" in file.keys()  # noqa: SIM118 (safe_open is no dict)
+            flat = "final_layer_norm.weight" in file.keys()  # noqa: SIM118 (safe_open is not a dict)
         if flat:
             tensors = {f"text_model.{name}": tensor for name, tensor in load_file(weights).items()}
             save_file(tensors, weights, metadata={"format": "pt"})

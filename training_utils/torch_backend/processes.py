@@ -55,7 +55,7 @@ def make_accelerator(options: MachineOptions, **ddp: Any) -> Accelerator:
         raise UserError("Megatron-LM is not supported; launch with --multi_gpu")
     sharding.configure_fsdp(accelerator, PRECISIONS.get(accelerator.mixed_precision))
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 does not run on this device, a CPU; bf16 and no do")
+        raise UserError("--mixed_precision fp16 does not run on this device, a CPU; use bf16 or no")
     if options.fused_backward and accelerator.num_processes > 1:
         raise UserError(
             "--fused_backward_pass updates each weight before processes have exchanged their gradients; leave it out, "
@@ -169,7 +169,7 @@ def start_trackers(accelerator: Accelerator, project: str, settings: dict[str, A
     except Exception as error:  # each tracker's own: no account, no network, another version
         names = ", ".join(str(name) for name in accelerator.log_with)
         raise UserError(
-            f"the tracker cannot be opened ({names}: {reason_of(error)}); or give --report_to none"
+            f"the tracker cannot be opened ({names}: {reason_of(error)}); --report_to none trains without one"
         ) from error
 
 

@@ -108,7 +108,7 @@ def slice_for(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def as_sharded(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The tensor of which each process holds its plain `part`, shared out as the parameter is."""
+    """The tensor whose plain `part` each process holds, sharded as the parameter is."""
     if not isinstance(parameter, DTensor):
         return part
     return DTensor.from_local(

@@ -147,7 +147,9 @@ class TrainingState:
         scaler = self.accelerator.scaler
         resume.require_everywhere(folder, gather_object)
         if scaler is not None and not (folder / "scaler.pt").exists():
-            raise UserError(f"{folder} was not trained with --mixed_precision fp16; resume it with what it had")
+            raise UserError(
+                f"{folder} was not trained with --mixed_precision fp16; resume it with the precision that it had"
+            )
         try:
             self.weights.load(folder)
             self._read_optimizer(folder / "optimizer.bin")

@@ -33,5 +33,5 @@ def flags_of(script: str) -> dict[str, Flag]:
 
 
 def names(which: Callable[[Flag], object]) -> frozenset[str]:
-    """The names of the rows of which `which` is true."""
+    """The names of the rows for which `which` is true."""
     return frozenset(flag.name for flag in rows() if which(flag))

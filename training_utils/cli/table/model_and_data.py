@@ -55,7 +55,7 @@ DATA = Group("Data", (
          needs=needs("streaming", refused=True, even_default=True)),
     Flag("train_data_config", str, None, "YAML file that names several datasets, repeated or weighted",
          not_streamed="names several datasets, and --streaming reads one"),
-    Flag("repeats_from_folders", bool, False, "show the images in folders named like `10_sks dog` so many times an "
+    Flag("repeats_from_folders", bool, False, "show the images in folders named like `10_sks dog` that many times an "
          "epoch (kohya's layout); images without a caption there get these words", shapes_result=True,
          not_streamed="shows the images of some folders again, and a stream has no folders"),
     Flag("image_column", str, "image", "column that holds the images"),
@@ -63,7 +63,7 @@ DATA = Group("Data", (
          scripts=EVERY - DECODERS),
     Flag("shuffle_tags", bool, False, "put a caption's tags, which commas separate, into a drawn order each time",
          scripts=EVERY - DECODERS, shapes_result=True, other_names=("shuffle_caption",)),
-    Flag("keep_tokens", integer(0), 0, "with --shuffle_tags: the first so many tags stay where they are",
+    Flag("keep_tokens", integer(0), 0, "with --shuffle_tags: this many tags at the start stay where they are",
          scripts=EVERY - DECODERS, shapes_result=True, needs=needs("shuffle_tags", refused=True)),
     Flag("max_train_samples", integer(1), None, "train on this many images only, for a quick trial",
          shapes_result=True),
@@ -79,16 +79,16 @@ DATA = Group("Data", (
          scripts=DECODERS, shapes_result=True),
     Flag("reducing_gap", number(1), 1.0, "how exactly large images are made smaller: 1 is quickest, 3 hardly "
          "differs from exact", scripts=DECODERS, shapes_result=True),
-    Flag("caption_dropout", number(0, 1), 0.0, "share of samples whose caption is left empty, drawn anew each epoch; "
+    Flag("caption_dropout", number(0, 1), 0.0, "share of samples whose caption is left empty, drawn again each epoch; "
          "0.1 keeps classifier-free guidance working in long runs", shapes_result=True,
          other_names=("caption_dropout_rate",), replaces=("proportion_empty_prompts",),
-         variants=(differs(DECODERS, help="share of samples that are conditioned on no image, drawn anew each epoch; "
+         variants=(differs(DECODERS, help="share of samples that are conditioned on no image, drawn again each epoch; "
                            "0.1 keeps classifier-free guidance working in long runs"),)),
     Flag("dataloader_num_workers", integer(0), 0, "processes that read images ahead; 0 reads in the training process",
          variants=(differs(JAX, help="threads that read images ahead; 0 reads between the steps"),)),
     Flag("on_bad_sample", str, "error", "what a caption or image that cannot be used does: stop the run, or have it "
          "left out with a warning", ("error", "skip")),
-    Flag("check_data", bool, False, "only look at every caption and image and print a report; needs no model",
+    Flag("check_data", bool, False, "only check every caption and image and print a report; needs no model",
          once=True),
     # The priors' is another flag of the same name: it does not size the training images.
     Flag("resolution", integer(1), 512, "side of the validation images, which the decoder rounds up to a multiple of "

@@ -20,29 +20,29 @@ VALIDATION = Group("Validation", (
          other_names=("sample_prompts",)),
     Flag("num_validation_images", integer(0), 4, "how many; 0 means none", scripts=ONE_PROMPT,
          needs=needs("validation_prompt", even_default=True, words="a validation prompt")),
-    Flag("validation_epochs", integer(0), 5, "validate every so many epochs; 0 means never", needs=TO_VALIDATE,
+    Flag("validation_epochs", integer(0), 5, "epochs between validations; 0 means never", needs=TO_VALIDATE,
          replaces=("validation_steps",), variants=(differs(ADAPTERS | SDXL, default=1),)),
-    Flag("validation_steps", integer(0), None, "validate every so many steps instead", needs=TO_VALIDATE,
-         other_names=("sample_every_n_steps",)),
+    Flag("validation_steps", integer(0), None, "steps between validations, instead of --validation_epochs",
+         needs=TO_VALIDATE, other_names=("sample_every_n_steps",)),
     Flag("validation_at_start", bool, False, "validate before the first step too, to see what the model did before",
          needs=TO_VALIDATE, other_names=("sample_at_first",)),
     Flag("validation_num_inference_steps", integer(1), 20, "sampler steps of a validation image"),
     Flag("validation_guidance_scale", number(), 7.5, "guidance scale of the validation images; 1 or less means off",
          variants=(differs(KANDINSKY, default=4.0),)),
-    Flag("validation_split", number(0, 0.9), 0.0, "share of the images held out for val_loss", shapes_result=True),
+    Flag("validation_split", number(0, 0.9), 0.0, "share of the images kept for val_loss", shapes_result=True),
 ))
 CHECKPOINTS = Group("Checkpoints", (
     Flag("checkpointing_steps", integer(0), 500, "steps between checkpoints; one is written at the end too; 0: never",
          other_names=("save_every_n_steps", "save_state")),
-    Flag("checkpoints_total_limit", integer(1), None, "keep this many checkpoints; the oldest go once a new one "
-         "stands"),
+    Flag("checkpoints_total_limit", integer(1), None, "keep this many checkpoints; the oldest are removed once "
+         "a new one is written"),
     Flag("resume_from_checkpoint", str, None, "`latest`, a checkpoint's name in --output_dir, or a path", once=True,
          other_names=("resume",)),
 ))
 CACHES = Group("Caches: frozen networks run once", (
     Flag("cache_latents", bool, False, "let the networks that see images run once for each image and keep on disk "
          "what they make of it, for this run and later ones", other_names=("cache_latents_to_disk",),
-         not_streamed="keeps on the disk what is made of every image, and --streaming is for sets too large for it"),
+         not_streamed="keeps on the disk what is made of every image; --streaming is for datasets too large for it"),
     Flag("cached_crops", integer(1), 1, "how many random crops of each image to keep; every epoch takes one of them",
          scripts=EVERY - PRIORS, shapes_result=True,
          needs=needs("cache_latents", refused=True, even_default=True)),
@@ -77,7 +77,7 @@ REPORTING = Group("Logs and the hub", (
     Flag("logging_steps", integer(1), 10, "steps between two reads of the losses from the device; every step is "
          "still logged"),
     Flag("tracker_project_name", str, "text2image-fine-tune", "the project's name in the tracker"),
-    Flag("push_to_hub", bool, False, "upload the result when it stands"),
+    Flag("push_to_hub", bool, False, "upload the result at the end"),
     Flag("hub_token", str, None, "token for the upload; `hf auth login` keeps it out of the shell history and the "
          "list of processes", secret=True, not_in_file="is a secret and a file is read by others; use `hf auth "
          "login`, or give it on the command line"),

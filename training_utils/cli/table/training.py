@@ -21,7 +21,7 @@ BIASES = ("earlier", "later", "range")
 # fmt: off
 TRAINING = Group("Training", (
     Flag("config", str, None, "file of flags, such as the run.yaml of an earlier run; flags beside it win, and "
-         "--no_NAME takes back one that is true in it", once=True, not_in_file="cannot stand in such a file"),
+         "--no_NAME takes back one that is true in it", once=True, not_in_file="cannot be set in such a file"),
     Flag("dry_run", bool, False, "make a few steps, write nothing, and tell what would be trained, in how much "
          "memory and how long", once=True),
     Flag("output_dir", str, "sd-model-finetuned", "folder for the result, the checkpoints, the logs and the "

@@ -46,7 +46,7 @@ def read_bytes(file: File, begin: int, end: int) -> bytes:
     def read() -> bytes:
         content = files.cat_file(path, begin, end, cache_type="none")
         if len(content) != end - begin:
-            raise OSError(f"{len(content)} bytes came, and {end - begin} were asked for")
+            raise OSError(f"received {len(content)} bytes instead of {end - begin}")
         return content
 
     return with_retries(read, file.shown)

@@ -74,7 +74,7 @@ class Spool:
 
     def read(self, chunk: int, row: int, column: str) -> Any:
         """What a row of a chunk has in a column. Raises FileNotFoundError where the chunk is not there."""
-        # Mapped for each row anew: a chunk that stayed mapped would take room on the disk after it was removed.
+        # Mapped again for each row: a chunk that stayed mapped would take room on the disk after it was removed.
         with pyarrow.memory_map(str(self._path(chunk))) as file:
             return pyarrow.ipc.open_file(file).get_batch(0)[column][row].as_py()
 

@@ -17,7 +17,7 @@ from training_utils.cli.options import HubOptions
 from training_utils.run.exit import INTERRUPTED
 
 CHECKPOINTS = "checkpoints"  # a branch of their own: who loads a pipeline by its id fetches all weights of a branch
-REFUSALS = (401, 402, 403, 409)  # HTTP: the repository stands there already, or this token may not create any
+REFUSALS = (401, 402, 403, 409)  # HTTP: the repository already exists, or this token may not create any
 WAIT = 5  # seconds for which a process waits at a time, far less than a process group allows
 
 Result = TypeVar("Result")
@@ -42,7 +42,7 @@ def open_repository(name: str | None, output_dir: str, token: str | None, privat
         ) from error
     if private and is_public:
         raise UserError(
-            f"--hub_private_repo: repository {repository} stands there already and is public; make it private in its "
+            f"--hub_private_repo: repository {repository} already exists and is public; make it private in its "
             "settings on the hub, or give another --hub_model_id"
         )
     return repository
@@ -114,7 +114,7 @@ def upload_result(folder: str, repository: str, token: str | None, allowed: Sequ
         for pattern in allowed:
             words += ["--include", pattern]
         raise UserError(
-            f"the model stands in {folder}, but the upload failed ({hub_errors.hub_reason(error)}); "
+            f"the model is in {folder}, but the upload failed ({hub_errors.hub_reason(error)}); "
             f"{_push_later(shlex.join(words), token)}",
             exit_code=1,
         ) from error
@@ -203,8 +203,8 @@ class Uploads:
         except Exception as error:  # the client raises a dozen kinds
             words = ["hf", "upload", self._repository, str(checkpoint), checkpoint.name, "--revision", CHECKPOINTS]
             warn(
-                f"{checkpoint.name} stands in {checkpoint.parent}, but its upload failed "
-                f"({hub_errors.hub_reason(error)}); the run goes on; "
+                f"{checkpoint.name} is in {checkpoint.parent}, but its upload failed "
+                f"({hub_errors.hub_reason(error)}); the run continues; "
                 f"{_push_later(shlex.join(words), self._token)}"
             )
         else:
