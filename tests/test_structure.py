@@ -86,8 +86,6 @@ WORDS_NOT_DONE = (
     "training_utils/",
     "tools/",
     "train_text_to_image",
-    "docs/",
-    "README.md",
     "tests/",
     "benchmarks/streaming.py",
 )
