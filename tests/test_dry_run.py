@@ -47,7 +47,7 @@ def test_a_dry_run_leaves_nothing_behind(each, request, tmp_path, capsys, monkey
     assert each(out, "--dry_run", "--validation_split", "0.2", "--encoding_cache_dir", kept, *words) == 0
     assert list(tmp_path.iterdir()) == []
     report = capsys.readouterr().out
-    assert report.startswith("images      8 to train on, 2 held out\n")
+    assert report.startswith("images      8 to train on, 2 for validation\n")
     one = 4 * (2 if "--gradient_accumulation_steps" in words else 1)
     assert f"steps       6 of {one} images\n" in report and f"epochs      {6 * one / 8:.1f}, of {8 // one} " in report
     assert "time " in report and "s a step (2 timed, after the first one)" in report and " for 6 steps" in report
@@ -164,7 +164,7 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
         memory=MemoryUse("a GPU", parts={"weights": 2**30}, peak=3 * 2**30),
     )
     assert capsys.readouterr().out == (
-        "images      12 to train on, 0 held out\n"
+        "images      12 to train on, 0 for validation\n"
         "  512 x 512                5\n"
         "  576 x 448                7\n"
         "steps       10,000 of up to 4 images, 3 on average; 100 of them are made\n"

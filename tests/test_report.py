@@ -184,7 +184,7 @@ def test_the_summaries(finished, sd):
     begin, end = said.split("trained to step 24 in ")
     for words in (
         f"base model    {sd}",
-        "images        8, and 2 held out",
+        "images        8, and 2 for validation",
         "24 in 12.0 epochs",
         f"output        {out}",
     ):

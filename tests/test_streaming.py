@@ -394,7 +394,7 @@ def test_a_report_reads_a_stream_once(parquet, tmp_path, capsys, monkeypatch):
 def test_a_dry_run_tells_of_chunks(run, parquet, tmp_path, capsys):
     run(tmp_path / "out", "--dry_run", *FEW, "--cache_dir", tmp_path / "cache", "--train_data_dir", parquet)
     out = capsys.readouterr().out
-    assert out.startswith("images      30 to train on, 0 held out\nchunks      6 of 0.00")
+    assert out.startswith("images      30 to train on, 0 for validation\nchunks      6 of 0.00")
     assert not (tmp_path / "out").exists() and spools(tmp_path / "cache") == []
 
 

@@ -104,7 +104,7 @@ def description_of(run: RunFolder) -> list[Fact]:
     if not facts:
         return []
     device = f"{facts.device}, {facts.world_size} of them" if facts.world_size > 1 else facts.device
-    val_images = f", and {facts.validation_images:,} held out" if facts.validation_images else ""
+    val_images = f", and {facts.validation_images:,} for validation" if facts.validation_images else ""
     steps = f"{facts.steps:,} steps of {formats.number(facts.images_per_step, 3)} images"
     starts = len(run.log.runs)
     started = date(run.log.runs[0]["time"])

@@ -71,7 +71,7 @@ def print_report(
 
 
 def _data_lines(facts: RunFacts, dataset: ImageDataset) -> list[str]:
-    lines = [f"images      {facts.dataset_images:,} to train on, {facts.validation_images:,} held out"]
+    lines = [f"images      {facts.dataset_images:,} to train on, {facts.validation_images:,} for validation"]
     if dataset.stream is not None:
         lines.append(f"chunks      {dataset.source.describe_chunks()}")
     if dataset.sizes is not None:

@@ -18,7 +18,7 @@ def print_start_summary(facts: RunFacts, output_dir: str | Path) -> None:
     """Print the lines before the progress bar: what is about to be trained."""
     images = f"{facts.images:,}"
     if facts.validation_images:
-        images += f", and {facts.validation_images:,} held out"
+        images += f", and {facts.validation_images:,} for validation"
     steps = f"{facts.steps:,} in {facts.epochs:,.1f} epochs"
     if facts.first_step:
         steps += f", {facts.first_step:,} of them are made"

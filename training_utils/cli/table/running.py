@@ -29,7 +29,7 @@ VALIDATION = Group("Validation", (
     Flag("validation_num_inference_steps", integer(1), 20, "sampler steps of a validation image"),
     Flag("validation_guidance_scale", number(), 7.5, "guidance scale of the validation images; 1 or less means off",
          variants=(differs(KANDINSKY, default=4.0),)),
-    Flag("validation_split", number(0, 0.9), 0.0, "share of the images held out for val_loss", shapes_result=True),
+    Flag("validation_split", number(0, 0.9), 0.0, "share of the images kept for val_loss", shapes_result=True),
 ))
 CHECKPOINTS = Group("Checkpoints", (
     Flag("checkpointing_steps", integer(0), 500, "steps between checkpoints; one is written at the end too; 0: never",
