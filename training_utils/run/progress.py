@@ -115,7 +115,7 @@ class Progress:
         if self._overflows == MOST_OVERFLOWS:
             raise UserError(
                 f"the fp16 gradients overflowed {MOST_OVERFLOWS} times in a row after step {self.step}: the loss is "
-                f"not finite any more; {_where_saved(save(), 'the state before them')}. Use --mixed_precision bf16, "
+                f"not finite any more; {_where_saved(save(), 'them')}. Use --mixed_precision bf16, "
                 "or continue with a lower --learning_rate",
                 exit_code=1,
                 everywhere=True,
@@ -169,15 +169,15 @@ def report_not_finite(
     images = shortened(names, 8)
     what = f"the loss or the gradient of step {step} is not finite (loss {loss:.6g}; its images: {images})"
     if not stop:
-        warn(f"{what}; this step was left out")
+        warn(f"{what}; this step was skipped")
         return
     raise UserError(
-        f"{what}; {_where_saved(save(), 'the state before it')}. Look at these images; continue with a lower "
-        "--learning_rate or --mixed_precision no, or with --on_nan skip, which leaves such steps out",
+        f"{what}; {_where_saved(save(), 'it')}. Look at these images; continue with a lower "
+        "--learning_rate or --mixed_precision no, or with --on_nan skip, which skips such steps",
         exit_code=1,
         everywhere=True,
     )
 
 
-def _where_saved(folder: Path | None, what: str) -> str:
-    return f"{what} is in {folder}" if folder else f"{what} could not be written"
+def _where_saved(folder: Path | None, steps: str) -> str:
+    return f"the state before {steps} is in {folder}" if folder else f"the state before {steps} could not be written"
