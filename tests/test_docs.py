@@ -150,8 +150,11 @@ def is_parsed(monkeypatch, *words):
     else:
         monkeypatch.syspath_prepend(str((ROOT / words[0]).parent))
         name, words = Path(words[0]).stem, words[1:]
+    program = importlib.import_module(name)
+    if hasattr(program, "__path__"):  # a package, whose command is a module of it
+        program = importlib.import_module(f"{name}.command")
     with pytest.raises(Parsed):
-        importlib.import_module(name).main(list(words))
+        program.main(list(words))
 
 
 def inline(start):
@@ -345,8 +348,8 @@ def test_yaml(block, images, tmp_path):
     """A list is a --train_data_config, which is opened; what else there is, a command of the page names, and runs."""
     name, content = block.text.splitlines()[0].removeprefix("# "), yaml.safe_load(block.text)
     if not isinstance(content, list):
-        named = [command for command in commands() if command.page == block.page and name in command.words]
-        assert named and name in run_files()
+        users = [command for command in commands() if command.page == block.page and name in command.words]
+        assert users and name in run_files()
         return
     for source in content:
         if "path" in source:

@@ -115,7 +115,7 @@ class Progress:
         if self._overflows == MOST_OVERFLOWS:
             raise UserError(
                 f"the fp16 gradients overflowed {MOST_OVERFLOWS} times in a row after step {self.step}: the loss is "
-                f"not finite any more; {_where_saved(save(), 'them')}. Use --mixed_precision bf16, "
+                f"not finite any more; {_where_saved(save())}. Use --mixed_precision bf16, "
                 "or continue with a lower --learning_rate",
                 exit_code=1,
                 everywhere=True,
@@ -172,12 +172,12 @@ def report_not_finite(
         warn(f"{what}; this step was skipped")
         return
     raise UserError(
-        f"{what}; {_where_saved(save(), 'it')}. Look at these images; continue with a lower "
+        f"{what}; {_where_saved(save())}. Look at these images; continue with a lower "
         "--learning_rate or --mixed_precision no, or with --on_nan skip, which skips such steps",
         exit_code=1,
         everywhere=True,
     )
 
 
-def _where_saved(folder: Path | None, steps: str) -> str:
-    return f"the state before {steps} is in {folder}" if folder else f"the state before {steps} could not be written"
+def _where_saved(folder: Path | None) -> str:
+    return f"the last good state is in {folder}" if folder else "the last good state could not be written"
