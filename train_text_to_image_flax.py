@@ -319,21 +319,21 @@ def main(argv=None):
     )
     run.begin(training)
 
-    objective = {
+    fixed = {
         "unet": unet,
         "noise_schedule": parts.noise_schedule,
         "scaling_factor": pipeline.vae.config.scaling_factor,
     }
     bound_step = partial(
         train_step,
-        **objective,
+        **fixed,
         optimizer=optimizer,
         objective=args.objective,
         max_grad_norm=args.max_grad_norm,
         ema_decay=args.ema_decay,
     )
     step = processes.map_over_devices(bound_step, in_axes=(None, 0, None), donate=(0,))
-    evaluate = processes.map_over_devices(partial(validation_step, **objective), in_axes=(None, 0))
+    evaluate = processes.map_over_devices(partial(validation_step, **fixed), in_axes=(None, 0))
 
     def validate():
         """Validation loss and images with the weights that would be saved now."""

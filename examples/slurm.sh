@@ -3,10 +3,10 @@
 #
 #   sbatch examples/slurm.sh train_text_to_image.py --pretrained_model_name_or_path MODEL --output_dir OUT …
 #
-# Told to stop, by the queue or shortly before its time is up, it lets the script finish the step and write a
-# checkpoint, asks to be queued again, and continues there, with as many machines and GPUs as it is given then.
-# --output_dir must lie on a disk that all machines share. ACCELERATE_CONFIG=examples/fsdp2.yaml, set before sbatch,
-# launches as that file says.
+# Activate the environment before sbatch. When the queue stops the job, or shortly before its time limit, the script
+# finishes the step and writes a checkpoint. The job then queues itself again, and continues from that checkpoint on as
+# many machines and GPUs as it gets. --output_dir must be on a disk that all machines share. If ACCELERATE_CONFIG is set
+# before sbatch, for example to examples/fsdp2.yaml, the job launches as that file says.
 #
 #SBATCH --job-name=text-to-image
 #SBATCH --nodes=2
@@ -26,16 +26,17 @@ processes=$((machines * ${SLURM_GPUS_ON_NODE:-1}))
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a machine
 
-# Seconds that the launcher leaves the script for its checkpoint before it kills it; fewer than in --signal above.
+# After this many seconds the launcher kills the script. The script needs them for its checkpoint; --signal above gives
+# a few more.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280
 
 if [[ $1 == *flax* ]]; then
-    # One process drives all GPUs of a machine; asked by itself, JAX would give it the first one only.
+    # One process drives all GPUs of a machine. By itself, JAX would use only the first one under Slurm.
     export JAX_COORDINATOR_ADDRESS=$first:$port JAX_NUM_PROCESSES=$machines
-    # shellcheck disable=SC2016 # it is the task's shell that knows the machine's number
+    # shellcheck disable=SC2016 # only the shell of the task knows the machine's number
     launch=(bash -c 'JAX_PROCESS_ID=$SLURM_NODEID exec python "$@"' --)
 elif ((processes == 1)); then
-    # Without a launcher: accelerate's ends at SIGTERM before the script has, and Slurm then kills what is left.
+    # Without a launcher: accelerate's launcher ends at SIGTERM before the script does, and Slurm then kills the script.
     launch=(python "$1")
     [[ -n ${ACCELERATE_CONFIG:-} ]] || launch+=(--mixed_precision "${PRECISION:-bf16}")
     shift
