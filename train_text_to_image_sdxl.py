@@ -264,7 +264,7 @@ def timestep_probabilities(args, timesteps):
             args.timestep_bias_end,
         )
     except ValueError as error:
-        raise UserError(f"--timestep_bias_strategy {args.timestep_bias_strategy}: {error}") from None
+        raise UserError(f"--timestep_bias_strategy {args.timestep_bias_strategy}: {error}") from error
 
 
 def save_result(args, base, unet, sampler):
