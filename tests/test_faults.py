@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import build_sd
 
 from training_utils.cli.secrets import HANDED_ON, hide_secrets
-from training_utils.run import checkpoints, resume
+from training_utils.run import checkpoints, output_folder, resume
 
 # --- a loss that is not finite ---------------------------------------------------------------------------------------
 
@@ -244,6 +244,7 @@ def test_a_result_that_does_not_fit_and_has_no_checkpoint_finds_a_place(
 def test_a_disk_that_becomes_read_only(run, small_disk, monkeypatch, capsys):
     def before(step):
         if step == 4:
+            output_folder.release()  # a remount, unlike a disk that fails, is refused while a file is open for writing
             subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
 
     around_saves(monkeypatch, before)

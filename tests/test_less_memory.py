@@ -233,11 +233,11 @@ def test_prodigy_keeps_the_step_size_that_it_found(run, tmp_path, capsys):
     pytest.importorskip("prodigyopt")
     flags = ["--optimizer", "prodigy", "--checkpointing_steps", "40", "--max_train_steps", "45"]
     run(tmp_path / "complete", *flags, "--learning_rate", "1")
-    group = torch.load(tmp_path / "whole/checkpoint-40/optimizer.bin", weights_only=True)["param_groups"][0]
+    group = torch.load(tmp_path / "complete/checkpoint-40/optimizer.bin", weights_only=True)["param_groups"][0]
     assert group["d"] > 2 * group["d0"] and group["k"] == 40
     said = capsys.readouterr()
     assert "--learning_rate 1" not in said.err and "weight decay" not in said.out
-    shutil.copytree(tmp_path / "whole/checkpoint-40", tmp_path / "cut/checkpoint-40")
+    shutil.copytree(tmp_path / "complete/checkpoint-40", tmp_path / "cut/checkpoint-40")
     run(tmp_path / "cut", *flags, "--learning_rate", "1", "--resume_from_checkpoint", "latest")
     assert result_bytes(tmp_path / "cut") == result_bytes(tmp_path / "complete")
     run(tmp_path / "other", *flags, "--learning_rate", "0.1", "--max_train_steps", "1")

@@ -1,6 +1,7 @@
 """Batches of tensors on the device."""
 
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from training_utils.data.plan import BatchPlan
 from training_utils.data.samples import Samples, collate, note_skipped
 from training_utils.run import output_folder, signals
 from training_utils.run.state import RunState
+
+SECONDS_TO_LEARN_OF_A_WORKER = 2
 
 
 def _start_worker(_: int) -> None:
@@ -45,12 +48,23 @@ def load_batches(
         worker_init_fn=_start_worker,
         persistent_workers=False,  # the steps have no end, so its workers live as long as the run
     )
-    for batch in loader:
+    for batch in _fetched(loader):
         if isinstance(batch, UserError):
             batch.everywhere = False  # the other processes have other images
             raise batch
         note_skipped(samples.dataset, batch.pop("skipped", []))
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def _fetched(loader: Iterable[Any]) -> Iterator[Any]:
+    """What a DataLoader yields. Raises its RuntimeError about a worker that was killed, also where that shows first by
+    a connection that breaks off."""
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        # torch's handler of SIGCHLD raises its own error here as soon as the worker's end is known.
+        time.sleep(SECONDS_TO_LEARN_OF_A_WORKER)
+        raise RuntimeError(f"a DataLoader worker broke off its connection ({errors.reason_of(error)})") from error
 
 
 def training_batches(
