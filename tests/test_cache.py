@@ -329,7 +329,7 @@ class FewRows:
 
 
 class FewSamples:
-    """FewRows as data.Samples, mirrored and cropped at random."""
+    """FewRows as Samples, mirrored and cropped at random."""
 
     def __init__(self):
         self.dataset = FewRows()

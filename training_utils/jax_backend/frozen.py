@@ -1,8 +1,7 @@
 """The networks that are not trained: how they encode, and that they do it only once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 from training_utils.cache import captions, images
 from training_utils.cache.processes import Processes, find_processes
 from training_utils.cache.store import Store, network_digest
+from training_utils.cli.options import CacheOptions
 from training_utils.data.samples import Samples
 from training_utils.jax_backend import loader, processes, state
 from training_utils.jax_backend.processes import ArrayTree
@@ -83,7 +83,7 @@ class Encoder:
         return network_digest(words, self.network.config, parameters)
 
     def host_encoder(self, params: ArrayTree, size: int, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], dict]:
-        """A function that does the same from and to host memory for at most `size` samples a device, as `cache.fill`
+        """A function that does the same from and to host memory for at most `size` samples a device, as `fill`
         takes it. It holds the parameters on the devices."""
         params = processes.replicate(params, mesh)
 
@@ -106,30 +106,21 @@ class FrozenEncoders:
 
     `parameters` has those of each network by its part ("vae"): on the devices where each step runs it, else, as NumPy
     arrays, in host memory. A call with a batch returns it with what the networks make of it; caches have put it there
-    already.
+    already. In a dry run, which keeps nothing, networks whose outputs would be cached run when a sample is made.
     """
 
     def __init__(
         self,
         mesh: Mesh,
-        sets: list[Samples],
-        *,
+        sets: Sequence[Samples],
         batch_size: int,
-        cache_folder: str | Path | None,
-        cache_images: bool,
-        cache_captions: bool,
-        crops: int | None = None,
+        caches: CacheOptions,
     ) -> None:
-        """`crops` is how many crops are cached of each image that is cropped at random, None where none is; where the
-        folder is None (a dry run) nothing is kept on the disk, and the networks run when samples are made."""
         self.mesh = mesh
         self.sets = sets
         # On a CPU each sample is encoded by itself, see `encode_one_by_one`.
         self.batch_size = 1 if jax.default_backend() == "cpu" else batch_size
-        self.cache_folder = cache_folder
-        self.cache_images = cache_images
-        self.cache_captions = cache_captions
-        self.crops = crops
+        self.caches = caches
         self.parameters: dict[str, ArrayTree] = {}
         self.each_step: list[Encoder] = []
 
@@ -140,20 +131,20 @@ class FrozenEncoders:
         collective call. Raises UserError.
         """
         encoder = Encoder(encode, network, "pixels")
-        if not self.cache_images:
+        if not self.caches.images:
             self._run_at_each_step(encoder, params)
             return
         self.parameters[network.part] = params
         store = self._store("pictures", encoder, params, cache_key)
         host_encode = encoder.host_encoder(params, self.batch_size, self.mesh)
         total_size = self.batch_size * self.mesh.size
-        images.cache_images(store, self.sets, host_encode, self._processes(), total_size, self.crops or 1)
+        images.cache_images(store, self.sets, host_encode, self._processes(), total_size, self.caches.crops or 1)
 
     def captions(self, encode: Encode, network: Any, params: ArrayTree, *, with_empty: bool) -> None:
         """Run the text encoder, once for every caption, and for the empty one where that is trained as well
         (`with_empty`); or from now on at each step. A collective call. Raises UserError."""
         encoder = Encoder(encode, network, "tokens")
-        if not self.cache_captions:
+        if not self.caches.captions:
             self._run_at_each_step(encoder, params)
             return
         self.parameters[network.part] = params
@@ -172,9 +163,10 @@ class FrozenEncoders:
         self.each_step.append(encoder)
 
     def _store(self, kind: str, encoder: Encoder, params: ArrayTree, settings: list[Any] | None) -> Store | None:
-        if self.cache_folder is None:
+        if self.caches.folder is None:
             return None
-        return Store(self.cache_folder, kind, {"networks": ["jax", encoder.digest(params)], "settings": settings})
+        identity = {"networks": ["jax", encoder.digest(params)], "settings": settings}
+        return Store(self.caches.folder, kind, identity)
 
     def _processes(self) -> Processes:
         on_cpu = jax.default_backend() == "cpu"

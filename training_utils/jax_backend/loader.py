@@ -80,7 +80,7 @@ def training_batches(
 ) -> Iterator[DeviceBatch]:
     """The endless steps of this host from a RunState's position on: arrays (devices, micro-steps, batch_size, ...).
 
-    Each device is a process of data.BatchPlan. Every batch has the same shape, so a step compiles once; where an
+    Each device is a process of the BatchPlan. Every batch has the same shape, so a step compiles once; where an
     epoch's last step has fewer samples, it is filled up with samples of weight 0. Before an image that cannot be used
     ends a run of one process, `save_checkpoint()` writes what was trained until then.
     """

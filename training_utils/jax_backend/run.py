@@ -13,6 +13,7 @@ import optax
 from PIL.Image import Image
 
 from training_utils.base.console import say
+from training_utils.cli import Arguments
 from training_utils.data.samples import Samples
 from training_utils.jax_backend import dry_run, loader, optimizers, processes, trackers, validation
 from training_utils.jax_backend.frozen import FrozenEncoders
@@ -40,7 +41,7 @@ class Run(Session):
     processes: JaxProcesses
 
     def __init__(
-        self, args: Any, script: str, argv: Sequence[str] | None, *, base_model: str, pipeline: str | None = None
+        self, args: Arguments, script: str, argv: Sequence[str] | None, *, base_model: str, pipeline: str | None = None
     ) -> None:
         """Join the hosts; beside that as Session."""
         if args.compilation_cache_dir:
@@ -61,7 +62,7 @@ class Run(Session):
 
     def frozen_encoders(self) -> FrozenEncoders:
         """What runs the frozen networks on the samples: once into the cache, or at each step."""
-        return FrozenEncoders(self.mesh, **self.cache_settings())
+        return FrozenEncoders(self.mesh, self.sets, self.args.train_batch_size, self.args.caches)
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """The optimizer without its learning rate, which `learning_rate` gives for each step."""

@@ -10,7 +10,6 @@ from training_utils import cli
 from training_utils.base.console import warn
 from training_utils.data import buckets, checking, opening, selection
 from training_utils.data.captions import warn_of_long_captions
-from training_utils.data.dataset import ImageDataset
 from training_utils.data.plan import BatchPlan
 from training_utils.data.samples import Samples, say_skipped
 from training_utils.run import cadence, commands, output_folder, progress, resume, summary
@@ -58,7 +57,7 @@ class Session:
 
     def __init__(
         self,
-        args: Any,
+        args: cli.Arguments,
         script: str,
         argv: Sequence[str] | None,
         *,
@@ -104,8 +103,8 @@ class Session:
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def open_data(self, sized: bool = True) -> tuple[ImageDataset, ImageDataset | None]:
-        """The images to train on and those for validation, or None: checked, and the same in every process.
+    def open_data(self, sized: bool = True) -> None:
+        """Open the images to train on, and those for validation: checked, and the same in every process.
 
         Where they are `sized`, each image is trained at --resolution, or in its bucket.
         """
@@ -120,7 +119,6 @@ class Session:
                 lambda: buckets.training_sizes(usable, args.resolution, args.buckets)
             )
         self.dataset, self.val_dataset = selection.split_validation(usable, args.validation_split, seed)
-        return self.dataset, self.val_dataset
 
     def warn_of_long_captions(self, tokenizer: Any) -> None:
         """Name the captions that the tokenizer will cut."""
@@ -137,20 +135,13 @@ class Session:
             self.val_set = Samples(self.val_dataset, val_transform, seed, on_bad_sample="skip")
         return self.train_set, self.val_set
 
-    def cache_settings(self) -> dict[str, Any]:
-        """What the FrozenEncoders of a backend take beside its devices."""
-        args = self.args
-        return {
-            "sets": [samples for samples in (self.train_set, self.val_set) if samples is not None],
-            "batch_size": args.train_batch_size,
-            "cache_folder": args.caches.folder,
-            "cache_images": args.cache_latents,
-            "cache_captions": getattr(args, "cache_text_embeddings", False),
-            "crops": args.cached_crops,
-        }
+    @property
+    def sets(self) -> list[Samples]:
+        """The samples to train on, and those for validation where there are any."""
+        return [self.train_set] if self.val_set is None else [self.train_set, self.val_set]
 
-    def plan_batches(self) -> BatchPlan:
-        """Which samples each step takes. From here on the number of steps is known."""
+    def plan_batches(self) -> None:
+        """Decide which samples each step takes. From here on the number of steps is known."""
         args = self.args
         self.plan = BatchPlan.for_dataset(
             self.dataset,
@@ -164,12 +155,11 @@ class Session:
         self.last_step = args.max_train_steps
         if args.dry_run:
             self.last_step = min(args.max_train_steps, self.state.step + STEPS)
-        return self.plan
 
     # --- the start ---------------------------------------------------------------------------------------------------
 
-    def identify(self) -> Provenance:
-        """What a checkpoint says of this run; warns where the one that is continued differs. A collective call."""
+    def identify(self) -> None:
+        """Note what a checkpoint says of this run; warn where the one that is continued differs. A collective call."""
         self.provenance = Provenance(
             script=self.script,
             world_size=self.processes.world_size,
@@ -179,7 +169,6 @@ class Session:
         )
         if self.resume_from:
             self.processes.from_main(lambda: resume.warn_of_differences(self.resume_from, self.provenance))
-        return self.provenance
 
     def announce(self, parameters: Any, device: str, trackers: list[Any]) -> None:
         """Say what is about to be trained, write run.yaml, and add metrics.jsonl to the trackers."""

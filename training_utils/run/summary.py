@@ -93,7 +93,7 @@ def _validation_summary(log: Log) -> str | None:
 
 
 def _report_command() -> str:
-    """The words that start tools/report.py from the current folder."""
+    """The words that start the report from the current folder."""
     root = Path(__file__).parents[2]
     words = "python -m tools.report"
     return words if Path.cwd() == root else f"PYTHONPATH={shlex.quote(str(root))} {words}"

@@ -17,7 +17,7 @@ from training_utils.torch_backend.ema import EMAWeights
 def begin_dry_run(accelerator: Accelerator, batches: Iterator, samples: Any, batch_plan: Any) -> Iterator:
     """The batches for a dry run, whose use of memory is measured from here on.
 
-    Those of data.Samples that caches stand in for are made now: a run finds them on the disk.
+    Samples that caches stand in for are made now: a run finds them on the disk.
     """
     transform = samples.transform
     if transform.image_cache or getattr(transform, "caption_cache", None):

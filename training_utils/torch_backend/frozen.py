@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from accelerate.utils import gather_object
 from training_utils.cache import captions, images
 from training_utils.cache.processes import Processes, find_processes
 from training_utils.cache.store import Store, network_digest
+from training_utils.cli.options import CacheOptions
 from training_utils.data.samples import Samples
 
 Batch = dict[str, torch.Tensor]
@@ -113,29 +113,21 @@ class FrozenEncoders:
     `images` and `captions` are told the networks; called with a batch, it returns the batch with what the networks
     make of it, where no cache has put it there already.
 
-    Args: sets, the data.Samples that a cache is made for; cache_folder, None in a dry run, which keeps nothing, so
-    that the networks run when a sample is made; crops, how many are cached of each image that is cropped at random,
-    None where none is.
+    `sets` are the Samples that a cache is made for. In a dry run, which keeps nothing, the networks whose outputs
+    would be cached run when a sample is made.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         sets: Sequence[Samples],
-        *,
         batch_size: int,
-        cache_folder: str | None,
-        cache_images: bool,
-        cache_captions: bool,
-        crops: int | None,
+        caches: CacheOptions,
     ) -> None:
         self.accelerator = accelerator
         self.sets = sets
         self.batch_size = batch_size
-        self.cache_folder = cache_folder
-        self.caches_images = cache_images
-        self.caches_captions = cache_captions
-        self.crops = crops
+        self.caches = caches
         self.encode_images: Callable[[Batch], Batch] | None = None
         self.encode_captions: Callable[[Any, Batch], Batch] | None = None
         self.text_networks: Any = None
@@ -155,14 +147,15 @@ class FrozenEncoders:
         collective call. Raises UserError.
         """
         listed = _listed(networks)
-        if self.caches_images:
+        if self.caches.images:
             store = self._store("pictures", listed, cache_key)
             run = _over_arrays(listed, partial(encode, networks), self.accelerator.device, KEPT_AS_IT_IS)
             with temporarily_on(listed, self.accelerator.device):
-                images.cache_images(store, self.sets, run, self._processes(), self.batch_size, self.crops or 1, blank)
+                crops = self.caches.crops or 1
+                images.cache_images(store, self.sets, run, self._processes(), self.batch_size, crops, blank)
         else:
             self.encode_images = partial(encode, networks)
-        return self._placed(networks, self.caches_images, needed_again)
+        return self._placed(networks, self.caches.images, needed_again)
 
     def captions(
         self,
@@ -175,7 +168,7 @@ class FrozenEncoders:
         """Have `encode(networks, batch)` run on the captions, and `with_empty` on the empty one. Returns the networks
         as `place_frozen` does. A collective call. Raises UserError."""
         listed = _listed(networks)
-        if self.caches_captions:
+        if self.caches.captions:
             store = self._store("captions", listed)
             run = _over_arrays(listed, partial(encode, networks), self.accelerator.device)
             with temporarily_on(listed, self.accelerator.device):
@@ -183,7 +176,7 @@ class FrozenEncoders:
         else:
             self.encode_captions = encode
             self.text_networks = networks
-        return self._placed(networks, self.caches_captions, needed_again)
+        return self._placed(networks, self.caches.captions, needed_again)
 
     def __call__(self, batch: Batch, text_networks: Any = None) -> Batch:
         """A batch with what the networks make of it. `text_networks` stand in for those of the captions: the same, as
@@ -207,12 +200,12 @@ class FrozenEncoders:
         return find_processes(rank=self.accelerator.process_index, gather=gather_object, on_cpu=on_cpu)
 
     def _store(self, kind: str, networks: Sequence[Any], settings: Sequence[Any] | None = None) -> Store | None:
-        if self.cache_folder is None:
+        if self.caches.folder is None:
             return None
         exactness = [self.accelerator.device.type, torch.backends.cuda.matmul.allow_tf32]
         digests = [digest(network) for network in networks]
         identity = {"networks": digests, "settings": settings, "exactness": exactness}
-        return Store(Path(self.cache_folder), kind, identity)
+        return Store(self.caches.folder, kind, identity)
 
 
 def _over_arrays(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from training_utils.base import draws
+from training_utils.cli import Arguments
 from training_utils.data.samples import Samples
 from training_utils.run import dry_run as dry_run_report
 from training_utils.run import trackers
@@ -33,7 +34,7 @@ class Run(Session):
 
     def __init__(
         self,
-        args: Any,
+        args: Arguments,
         script: str,
         argv: Sequence[str] | None,
         *,
@@ -57,7 +58,7 @@ class Run(Session):
 
     def frozen_encoders(self) -> FrozenEncoders:
         """What runs the frozen networks on the samples: once into the cache, or at each step."""
-        return FrozenEncoders(self.accelerator, **self.cache_settings())
+        return FrozenEncoders(self.accelerator, self.sets, self.args.train_batch_size, self.args.caches)
 
     def make_optimizer(self, parameters: list[torch.nn.Parameter]) -> tuple[Any, Any]:
         """The optimizer of these parameters, and the schedule of its learning rate in steps."""
@@ -67,7 +68,7 @@ class Run(Session):
             args.optimization,
             learning_rate=args.optimization.peak_learning_rate(self.plan.samples_per_step),
             loss_scaling=self.accelerator.scaler is not None,
-            rounding_seed=self._rounding_seed if getattr(args, "full_bf16", False) else None,
+            rounding_seed=self._rounding_seed if args.get("full_bf16") else None,
         )
         return optimizer, optimizers.make_schedule(optimizer, args.lr_schedule, args.max_train_steps)
 
@@ -98,7 +99,7 @@ class Run(Session):
             parameters,
             max_norm=args.max_grad_norm,
             stop_on_nan=args.on_nan == "stop",
-            during_backward=getattr(args, "fused_backward_pass", False),
+            during_backward=args.get("fused_backward_pass", False),
         )
         self.progress = processes.start_progress(
             accelerator, self._stop_or_skip, self.plan, self.state, args.max_train_steps, args.logging_steps
