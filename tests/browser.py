@@ -64,6 +64,11 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return json.loads(found["result"]["value"])
 
+    def wait_for_frames(self):
+        """Wait until what was asked for is laid out and drawn: two frames."""
+        frames = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        self("Runtime.evaluate", expression=f"{frames}.then(() => 1)", awaitPromise=True)
+
     def __enter__(self):
         return self
 

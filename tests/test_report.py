@@ -369,19 +369,24 @@ def test_in_a_browser(finished, tmp_path):
         assert browser.value("[...document.images].every(i => i.complete && i.naturalWidth > 100)")
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
         browser("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
+        browser.wait_for_frames()
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
         browser("Emulation.clearDeviceMetricsOverride")
         assert "Segoe UI" in browser.value("getComputedStyle(document.body).fontFamily")
+        browser.wait_for_frames()
         browser.value("document.querySelector('svg').scrollIntoView({block: 'center'}) || 0")
+        browser.wait_for_frames()
         box = browser.value("document.querySelector('svg').getBoundingClientRect().toJSON()")
         left, _, right, _ = browser.value("document.querySelector('svg').dataset.frame.split(' ').map(Number)")
         middle = box["x"] + (left + right) / 2 / 460 * box["width"]  # where step 12 is
         before = browser.value("document.querySelector('.read').textContent")
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=middle, y=box["y"] + box["height"] / 2)
+        browser.wait_for_frames()
         shown = browser.value("document.querySelector('.read').textContent")
         assert f"loss\u00a0{formats.number(Log(out).curves['train_loss'][12])}" in shown and "step 12 " in shown
         assert browser.value("document.querySelectorAll('.cursor').length") == 6
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
+        browser.wait_for_frames()
         assert browser.value("document.querySelector('.read').textContent") == before
         asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
         assert [url for url in asked if not url.startswith("data:")] == [f"file://{tmp_path}/page.html"]
