@@ -205,10 +205,10 @@ def load_models(args: cli.Arguments, accelerator: Accelerator, seed: int) -> Par
     lora.add_adapter(unet, lora.UNET_LAYERS, *options)
     if args.train_text_encoder:
         lora.add_adapter(text_encoder.train(), lora.TEXT_LAYERS, *options)
+        if args.gradient_checkpointing:
+            text_encoder.gradient_checkpointing_enable()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        if args.train_text_encoder:
-            text_encoder.gradient_checkpointing_enable()
     if args.enable_xformers_memory_efficient_attention:
         models.enable_xformers(unet)
     return Parts(

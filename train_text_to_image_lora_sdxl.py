@@ -32,12 +32,11 @@ from PIL import ImageOps  # noqa: E402
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel  # noqa: E402
 
 from training_utils.base import draws, losses  # noqa: E402
-from training_utils.base.errors import UserError  # noqa: E402
 from training_utils.cli.options import PLAIN  # noqa: E402
 from training_utils.data import image_ops, inspection  # noqa: E402
 from training_utils.data.captions import choose_caption, shuffle_tags  # noqa: E402
 from training_utils.run import exit  # noqa: E402
-from training_utils.run.base_model import check_prediction_type  # noqa: E402
+from training_utils.run.base_model import check_prediction_type, timestep_probabilities  # noqa: E402
 from training_utils.run.hub import card  # noqa: E402
 from training_utils.torch_backend import frozen, lora, models, processes  # noqa: E402
 from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
@@ -214,9 +213,8 @@ def load_models(args: cli.Arguments, accelerator: Accelerator, seed: int) -> Par
     changes = args.schedule_changes
     noise_schedule = models.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(noise_schedule.config, zero_snr_asked=args.rescale_betas_zero_snr)
-    timestep_probabilities(
-        args, noise_schedule.config.num_train_timesteps
-    )  # what it refuses is refused before weights load
+    # Refused before weights are loaded.
+    timestep_probabilities(args.timestep_bias, noise_schedule.config.num_train_timesteps)
     sampler = models.sampling_scheduler(base, changes)
     half = processes.frozen_dtype(accelerator)
     tokenizers = [models.load_part(CLIPTokenizer, base, part) for part in ("tokenizer", "tokenizer_2")]
@@ -237,11 +235,10 @@ def load_models(args: cli.Arguments, accelerator: Accelerator, seed: int) -> Par
     if args.train_text_encoder:
         for text_encoder in text_encoders:
             lora.add_adapter(text_encoder.train(), lora.TEXT_LAYERS, *options)
+            if args.gradient_checkpointing:
+                text_encoder.gradient_checkpointing_enable()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        if args.train_text_encoder:
-            for text_encoder in text_encoders:
-                text_encoder.gradient_checkpointing_enable()
     if args.enable_xformers_memory_efficient_attention:
         models.enable_xformers(unet)
     if args.enable_npu_flash_attention:
@@ -258,21 +255,6 @@ def load_models(args: cli.Arguments, accelerator: Accelerator, seed: int) -> Par
         changed_sampler=sampler if changes else None,
         zero_dropped=config.get("force_zeros_for_empty_prompt", True),
     )
-
-
-def timestep_probabilities(args, timesteps):
-    """What --timestep_bias_* ask for. Raises UserError for a range beyond the schedule."""
-    try:
-        return losses.timestep_probabilities(
-            timesteps,
-            args.timestep_bias_strategy,
-            args.timestep_bias_multiplier,
-            args.timestep_bias_portion,
-            args.timestep_bias_begin,
-            args.timestep_bias_end,
-        )
-    except ValueError as error:
-        raise UserError(f"--timestep_bias_strategy {args.timestep_bias_strategy}: {error}") from error
 
 
 def save_result(args, adapted, sampler):
@@ -312,7 +294,7 @@ def main(argv=None):
         adapted |= {"text_encoder": parts.text_encoders[0], "text_encoder_2": parts.text_encoders[1]}
     run.warn_of_long_captions(parts.tokenizers[0])
     timesteps = noise_schedule.config.num_train_timesteps
-    probabilities = timestep_probabilities(args, timesteps)
+    probabilities = timestep_probabilities(args.timestep_bias, timesteps)
     transform = partial(SampleTransform, args, parts.tokenizers, latent_shape(parts.vae), probabilities, timesteps)
     train_set, val_set = run.samples(transform)
 

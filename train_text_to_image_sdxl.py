@@ -33,12 +33,11 @@ from PIL import ImageOps  # noqa: E402
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel  # noqa: E402
 
 from training_utils.base import draws, losses  # noqa: E402
-from training_utils.base.errors import UserError  # noqa: E402
 from training_utils.cli.options import PLAIN  # noqa: E402
 from training_utils.data import image_ops, inspection  # noqa: E402
 from training_utils.data.captions import choose_caption, shuffle_tags  # noqa: E402
 from training_utils.run import exit  # noqa: E402
-from training_utils.run.base_model import check_prediction_type  # noqa: E402
+from training_utils.run.base_model import check_prediction_type, timestep_probabilities  # noqa: E402
 from training_utils.torch_backend import frozen, models, optimizers, processes  # noqa: E402
 from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
 from training_utils.torch_backend.gradient import prepare_network  # noqa: E402
@@ -212,9 +211,8 @@ def load_models(args: cli.Arguments, accelerator: Accelerator) -> Parts:
     changes = args.schedule_changes
     noise_schedule = models.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(noise_schedule.config, zero_snr_asked=args.rescale_betas_zero_snr)
-    timestep_probabilities(
-        args, noise_schedule.config.num_train_timesteps
-    )  # what it refuses is refused before weights load
+    # Refused before weights are loaded.
+    timestep_probabilities(args.timestep_bias, noise_schedule.config.num_train_timesteps)
     sampler = models.sampling_scheduler(base, changes)
     half = processes.frozen_dtype(accelerator)
     tokenizers = [models.load_part(CLIPTokenizer, base, part) for part in ("tokenizer", "tokenizer_2")]
@@ -252,21 +250,6 @@ def load_models(args: cli.Arguments, accelerator: Accelerator) -> Parts:
     )
 
 
-def timestep_probabilities(args, timesteps):
-    """What --timestep_bias_* ask for. Raises UserError for a range beyond the schedule."""
-    try:
-        return losses.timestep_probabilities(
-            timesteps,
-            args.timestep_bias_strategy,
-            args.timestep_bias_multiplier,
-            args.timestep_bias_portion,
-            args.timestep_bias_begin,
-            args.timestep_bias_end,
-        )
-    except ValueError as error:
-        raise UserError(f"--timestep_bias_strategy {args.timestep_bias_strategy}: {error}") from error
-
-
 def save_result(args, base, unet, sampler):
     """Write the pipeline into --output_dir; frozen parts are read again, to be saved in the precision they have."""
     vae = {}
@@ -298,7 +281,7 @@ def main(argv=None):
     noise_schedule = parts.noise_schedule
     run.warn_of_long_captions(parts.tokenizers[0])
     timesteps = noise_schedule.config.num_train_timesteps
-    probabilities = timestep_probabilities(args, timesteps)
+    probabilities = timestep_probabilities(args.timestep_bias, timesteps)
     transform = partial(SampleTransform, args, parts.tokenizers, latent_shape(parts.vae), probabilities, timesteps)
     train_set, val_set = run.samples(transform)
 

@@ -27,7 +27,6 @@ SAME = [
         train_text_to_image_lora_sdxl,
         [
             *("encode_images", "encode_captions", "text_of", "training_loss"),
-            "timestep_probabilities",
         ],
     ),
     (

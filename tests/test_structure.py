@@ -252,9 +252,7 @@ def test_there_is_no_circle_of_imports():
 
 
 def test_files_are_short():
-    files = files_under(*CODE)
-    scripts = {path for path in files if path.startswith("train_")}
-    assert long_files({path: text for path, text in files.items() if path not in scripts}) == []
+    assert long_files(files_under(*CODE)) == []
 
 
 def test_main_and_its_loop_are_short():

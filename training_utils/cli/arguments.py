@@ -13,6 +13,7 @@ from training_utils.cli.options import (
     MachineOptions,
     ObjectiveOptions,
     OptimizerOptions,
+    TimestepOptions,
     ValidationOptions,
 )
 from training_utils.cli.scripts import Script
@@ -136,6 +137,12 @@ class Arguments(argparse.Namespace):
         """How the loss is computed."""
         dream_p = self.dream_detail_preservation if self.get("dream_training") else None
         return ObjectiveOptions(snr_gamma=self.snr_gamma, dream_p=dream_p)
+
+    @property
+    def timestep_bias(self) -> TimestepOptions:
+        """Which timesteps are drawn more often."""
+        names = ("strategy", "multiplier", "portion", "begin", "end")
+        return TimestepOptions(**{name: getattr(self, f"timestep_bias_{name}") for name in names})
 
     @property
     def validation(self) -> ValidationOptions:

@@ -89,6 +89,17 @@ class ObjectiveOptions:
     dream_p: float | None = None  # DREAM's exponent; None: plain training
 
 
+@dataclass(frozen=True)
+class TimestepOptions:
+    """Which timesteps are drawn more often, as `losses.timestep_probabilities` takes it."""
+
+    strategy: str = "none"
+    multiplier: float = 1.0
+    portion: float = 0.25  # of the schedule, for `earlier` and `later`
+    begin: int = 0  # of `range`
+    end: int = 1000  # one past the last
+
+
 PLAIN = ObjectiveOptions()  # as the validation loss is, whatever is trained
 
 

@@ -1,11 +1,16 @@
 """The folder of a base model before anything of it is loaded: which pipeline it is for."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from training_utils.base import losses
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
+from training_utils.cli.options import TimestepOptions
 
 # Words in the name of a pipeline's class that tell apart what the scripts train, and the scripts that train it.
 SCRIPTS = {
@@ -60,3 +65,12 @@ def check_prediction_type(config: Any, *, zero_snr_asked: bool, dream: bool = Fa
         if zero_snr_asked:
             raise UserError(f"{problem}; add --prediction_type v_prediction")
         warn(f"{problem}, and this base model has such a schedule; --prediction_type v_prediction goes with it")
+
+
+def timestep_probabilities(bias: TimestepOptions, timesteps: int) -> np.ndarray | None:
+    """How likely each timestep of a noise schedule is to be drawn, float64, shape (timesteps,); None where all are
+    equally likely. Raises UserError for a range beyond the schedule."""
+    try:
+        return losses.timestep_probabilities(timesteps, **asdict(bias))
+    except ValueError as error:
+        raise UserError(f"--timestep_bias_strategy {bias.strategy}: {error}") from error
