@@ -183,9 +183,8 @@ class Parts:
 def load_models(args: cli.Arguments, accelerator: Accelerator) -> Parts:
     """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     name, variant = args.pretrained_model_name_or_path, args.variant
-    base = models.model_folder(
-        name, StableDiffusionPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
-    )
+    source = (args.revision, variant, args.cache_dir)
+    base = models.model_folder(name, StableDiffusionPipeline, *source, saved=True, config=args.single_file_config)
     unet_base = base
     if args.non_ema_revision is not None:
         unet_base = models.model_folder(name, StableDiffusionPipeline, args.non_ema_revision, variant, args.cache_dir)

@@ -200,7 +200,7 @@ def load_models(args: cli.Arguments, accelerator: Accelerator, prompts: list[str
         trained=False,
     )
     base = models.model_folder(
-        args.pretrained_decoder_model_name_or_path, KandinskyV22Pipeline, args.decoder_revision, *options
+        args.pretrained_decoder_model_name_or_path, KandinskyV22Pipeline, args.decoder_revision, *options, saved=True
     )
     noise_schedule = models.load_part(DDPMScheduler, base, "scheduler")
     if noise_schedule.config.prediction_type not in ("epsilon", "v_prediction"):

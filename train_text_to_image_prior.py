@@ -179,7 +179,8 @@ class Parts:
 def load_models(args: cli.Arguments, accelerator: Accelerator, draws_images: bool) -> Parts:
     """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     name, variant = args.pretrained_prior_model_name_or_path, args.variant
-    base = models.model_folder(name, KandinskyV22PriorPipeline, args.prior_revision, variant, args.cache_dir)
+    source = (args.prior_revision, variant, args.cache_dir)
+    base = models.model_folder(name, KandinskyV22PriorPipeline, *source, saved=True)
     sampler = models.load_part(UnCLIPScheduler, base, "scheduler")
     kandinsky.check_prediction_type(sampler.config)
     noise_schedule = DDPMScheduler(

@@ -41,7 +41,6 @@ from training_utils.run.base_model import check_prediction_type, timestep_probab
 from training_utils.torch_backend import frozen, models, optimizers, processes  # noqa: E402
 from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
 from training_utils.torch_backend.gradient import prepare_network  # noqa: E402
-from training_utils.torch_backend.models import latent_shape  # noqa: E402
 from training_utils.torch_backend.run import Run  # noqa: E402
 from training_utils.torch_backend.state import FullWeights  # noqa: E402
 from training_utils.torch_backend.validation import stable_diffusion_image  # noqa: E402
@@ -133,7 +132,8 @@ class SampleTransform:
 def encode_images(vae, batch):
     """Mean and standard deviation of what the VAE makes of a batch's images, each (B, C, h, w)."""
     moments = vae.encode(frozen.cast_for(vae, batch["pixels"])).latent_dist
-    return {"latent_mean": moments.mean, "latent_std": moments.std}
+    mean, std = models.standardize_latents(vae, moments.mean, moments.std)
+    return {"latent_mean": mean, "latent_std": std}
 
 
 @frozen.encoder
@@ -204,9 +204,10 @@ class Parts:
 
 def load_models(args: cli.Arguments, accelerator: Accelerator) -> Parts:
     """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
-    name, variant = args.pretrained_model_name_or_path, args.variant
+    name, variant, other_vae = args.pretrained_model_name_or_path, args.variant, args.pretrained_vae_model_name_or_path
+    source = (args.revision, variant, args.cache_dir)
     base = models.model_folder(
-        name, StableDiffusionXLPipeline, args.revision, variant, args.cache_dir, config=args.single_file_config
+        name, StableDiffusionXLPipeline, *source, saved=True, config=args.single_file_config, other_vae=other_vae
     )
     changes = args.schedule_changes
     noise_schedule = models.load_part(DDPMScheduler, base, "scheduler", **changes)
@@ -220,7 +221,7 @@ def load_models(args: cli.Arguments, accelerator: Accelerator) -> Parts:
         models.load_part(CLIPTextModel, base, "text_encoder", variant, dtype=half),
         models.load_part(CLIPTextModelWithProjection, base, "text_encoder_2", variant, dtype=half),
     ]
-    vae = models.load_sdxl_vae(base, variant, half, args.pretrained_vae_model_name_or_path, args.cache_dir)
+    vae = models.load_sdxl_vae(base, variant, half, other_vae, args.cache_dir)
     unet = models.load_part(UNet2DConditionModel, base, "unet", variant, dtype=torch.float32)
 
     noise_schedule.alphas_cumprod = noise_schedule.alphas_cumprod.to(accelerator.device)
@@ -282,13 +283,15 @@ def main(argv=None):
     run.warn_of_long_captions(parts.tokenizers[0])
     timesteps = noise_schedule.config.num_train_timesteps
     probabilities = timestep_probabilities(args.timestep_bias, timesteps)
-    transform = partial(SampleTransform, args, parts.tokenizers, latent_shape(parts.vae), probabilities, timesteps)
+    transform = partial(
+        SampleTransform, args, parts.tokenizers, models.latent_shape(parts.vae), probabilities, timesteps
+    )
     train_set, val_set = run.samples(transform)
 
     # --- frozen networks: cached on disk, or run at each step --------------------------------------------------------
     encode = run.frozen_encoders()
     draws_images = bool(run.prompts)
-    image_key = ["sdxl", args.resolution, args.image_interpolation_mode]
+    image_key = ["sdxl", args.resolution, args.image_interpolation_mode, *models.latent_statistics(parts.vae)]
     parts.vae = encode.images(encode_images, parts.vae, cache_key=image_key, needed_again=draws_images)
     parts.text_encoders = encode.captions(
         encode_captions, parts.text_encoders, needed_again=draws_images, with_empty=bool(args.caption_dropout)

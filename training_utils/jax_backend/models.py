@@ -45,9 +45,9 @@ def model_folder(
     except ModelError as error:
         reason = hub_errors.not_found(name, error.__context__ or error)
         raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from error
-    base_model.refuse_another_family(name, folder, "StableDiffusionPipeline")
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(f"base model {name} has no weights of --variant {variant}")
+    base_model.check_base_model(name, folder, "StableDiffusionPipeline", variant)
     return folder
 
 
@@ -79,7 +79,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
     from transformers import CLIPTokenizer
 
-    return _load(folder, "tokenizer", lambda: CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer"))
+    tokenizer = _load(folder, "tokenizer", lambda: CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer"))
+    base_model.check_tokenizer(tokenizer, folder)
+    return tokenizer
 
 
 def load_scheduler_config(folder: str | Path) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,12 @@ from training_utils.cli import folders
 
 FORMAT = 1  # part of a folder's name; raise it when the conversion changes
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# Keys without weights, by which WebUI and ComfyUI know what a model predicts and that its schedule ends in pure noise.
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+# Keys of models in another formulation (Karras et al. 2022, arXiv 2206.00364), which no script here trains.
+EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max")
+# Samplers of single files that can start from pure noise; another is replaced by DDIM.
+START_FROM_PURE_NOISE = ("EulerDiscreteScheduler", "DDIMScheduler", "EulerAncestralDiscreteScheduler")
 
 
 def convert_single_file(
@@ -34,7 +43,8 @@ def convert_single_file(
             "where you trust it, load it with diffusers' from_single_file and save it as a folder"
         )
     root = Path(folders.downloads(cache_dir)) / "text-to-image-models"
-    folder = root / f"{pipeline_class.__name__}-{_digest(path, config)}"
+    schedule = _schedule_told(path)
+    folder = root / f"{pipeline_class.__name__}-{_digest(path, config, schedule)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         # Of several processes one converts, and the others find what it has made.
@@ -43,7 +53,7 @@ def convert_single_file(
                 for unfinished in root.glob(f"unfinished-{folder.name}-*"):  # what a killed process left
                     shutil.rmtree(unfinished, ignore_errors=True)
                 say(f"converting {path}, once, into {folder}")
-                _convert(path, pipeline_class, config, cache_dir, folder)
+                _convert(path, pipeline_class, config, cache_dir, folder, schedule)
     except OSError as error:
         raise UserError(
             f"base model {path} cannot be kept as {folder} ({reason_of(error)}); --cache_dir names another place"
@@ -51,7 +61,7 @@ def convert_single_file(
     return folder
 
 
-def _digest(path: str, config: str | None) -> str:
+def _digest(path: str, config: str | None, schedule: dict[str, Any]) -> str:
     """What tells one conversion from another: the file's content and the settings'."""
     try:
         with open(path, "rb") as file:
@@ -59,6 +69,8 @@ def _digest(path: str, config: str | None) -> str:
     except OSError as error:
         raise UserError(f"base model {path} cannot be read: {error.strerror}") from error
     digest.update(str(FORMAT).encode())
+    if schedule:
+        digest.update(json.dumps(schedule, sort_keys=True).encode())
     if config:
         for setting in _settings(config):
             digest.update(str(setting.relative_to(config)).encode() + b"\0" + setting.read_bytes())
@@ -70,7 +82,14 @@ def _settings(config: str) -> list[Path]:
     return sorted(file for ending in ("json", "txt") for file in Path(config).rglob(f"*.{ending}"))
 
 
-def _convert(path: str, pipeline_class: type[Any], config: str | None, cache_dir: str | None, folder: Path) -> None:
+def _convert(
+    path: str,
+    pipeline_class: type[Any],
+    config: str | None,
+    cache_dir: str | None,
+    folder: Path,
+    schedule: dict[str, Any],
+) -> None:
     """Write the model in a file as a folder, by way of one beside it. Raises UserError or OSError."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"unfinished-{folder.name}-") as place:
         settings = None
@@ -88,6 +107,7 @@ def _convert(path: str, pipeline_class: type[Any], config: str | None, cache_dir
         _check_parts(path, pipeline)
         complete = os.path.join(place, "model")
         pipeline.save_pretrained(complete)
+        _change_schedule(Path(complete, "scheduler", "scheduler_config.json"), schedule)
         os.replace(complete, folder)
 
 
@@ -99,15 +119,56 @@ def _copy_settings(config: str, target: str) -> None:
         shutil.copyfile(file, copy)
 
 
-def _widest_type(path: str) -> Any:
-    """The torch.dtype of the most exact weights in a safetensors file. Raises UserError where it cannot be read."""
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """A safetensors file, open. Raises UserError where it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            types = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
-    except SafetensorError as error:
+            yield file
+    except (SafetensorError, OSError) as error:
         raise UserError(f"base model {path} cannot be read: {reason_of(error)}") from error
+
+
+def _schedule_told(path: str) -> dict[str, Any]:
+    """What a file tells about its noise schedule, as changes to a scheduler's settings: by keys of WebUI and ComfyUI,
+    or by the metadata of the ModelSpec standard. Raises UserError for a schedule that no script trains."""
+    with _opened(path) as file:
+        names = set(file.keys())
+        metadata = file.metadata() or {}
+    edm = [name for name in EDM if name in names]
+    if edm:
+        raise UserError(
+            f"base model {path} has the key {edm[0]}: its noise is that of EDM, which this script does not train"
+        )
+    if V_PREDICTION not in names and metadata.get("modelspec.prediction_type") not in ("v", "v_prediction"):
+        return {}
+    changes: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if ZERO_SNR in names:
+        # Sampling must begin at the noisy end (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return changes
+
+
+def _change_schedule(path: Path, changes: dict[str, Any]) -> None:
+    """Change settings in a scheduler_config.json."""
+    if not changes:
+        return
+    config = json.loads(path.read_text()) | changes
+    if "rescale_betas_zero_snr" in changes and config["_class_name"] not in START_FROM_PURE_NOISE:
+        config = {name: value for name, value in config.items() if name != "skip_prk_steps"}
+        # DDIM's default is for pixels: it would cut latents at 1.
+        config |= {"_class_name": "DDIMScheduler", "clip_sample": False}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _widest_type(path: str) -> Any:
+    """The torch.dtype of the most exact weights in a safetensors file; keys without weights do not count. Raises
+    UserError where it cannot be read."""
+    with _opened(path) as file:
+        names = [name for name in file.keys() if 0 not in file.get_slice(name).get_shape()]  # noqa: SIM118
+        types = {file.get_tensor(name).dtype for name in names}
     floating = [dtype for dtype in types if dtype.is_floating_point]
     if not floating:
         raise UserError(f"base model {path} cannot be converted: it holds no weights")

@@ -2,23 +2,28 @@
 
 import inspect
 import json
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
 import torch.utils.checkpoint
+import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from training_utils.base import hub_errors
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
-from training_utils.run import base_model, single_file
+from training_utils.run import base_model, model_files, single_file
 
 
 def model_folder(
@@ -29,12 +34,16 @@ def model_folder(
     cache_dir: str | None = None,
     left_out: Iterable[str] = (),
     trained: bool = True,
+    saved: bool = False,
+    other_vae: str | None = None,
     config: str | None = None,
 ) -> Path:
-    """The local folder of a base model, fetched from the hub where `name` is an id. Raises UserError.
+    """The local folder of a base model, fetched from the hub where `name` is an id, with all that is needed of it.
+    Raises UserError, also for one that this script cannot train, or cannot save where it is `saved` as a whole.
 
     A model in one file is converted, as convert_single_file says, which takes `config`. Parts `left_out` are
-    not fetched; of a model that is not `trained`, `variant` is read where there is one.
+    not fetched; of a model that is not `trained`, `variant` is read where there is one. Its own VAE is not needed
+    where there is an `other_vae`.
     """
     if os.path.isdir(name):
         folder = Path(name)
@@ -50,10 +59,28 @@ def model_folder(
                 raise UserError(f"base model {name} has no weights of --variant {variant}") from error
             reason = hub_errors.not_found(name, error)
             raise UserError(f"base model {name} is neither a folder nor found on the hub: {reason}") from error
-    base_model.refuse_another_family(name, folder, pipeline_class.__name__)
     if trained and variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(f"base model {name} has no weights of --variant {variant}")
+    pipeline = pipeline_class.__name__
+    not_needed = [*left_out, "vae"] if other_vae is not None else left_out
+    base_model.check_base_model(name, folder, pipeline, variant, not_needed)
+    if saved:
+        base_model.check_saved_parts(folder, pipeline, variant, _known_classes(base_model.read_index(folder)))
     return folder
+
+
+def _known_classes(index: dict[str, Any]) -> dict[str, bool]:
+    """Of each part that a model's index names, whether the installed libraries have its class."""
+    known = {}
+    for part, entry in index.items():
+        if part.startswith("_") or not isinstance(entry, list) or None in entry:
+            continue
+        library, name = entry
+        module = getattr(diffusers.pipelines, library, None) or {"diffusers": diffusers}.get(library, transformers)
+        # An old name, which diffusers reads as the new one.
+        names = (name, name.replace("FeatureExtractor", "ImageProcessor"))
+        known[part] = any(hasattr(module, candidate) for candidate in names)
+    return known
 
 
 def load_part(
@@ -67,38 +94,63 @@ def load_part(
     if not part.is_dir():
         raise UserError(f"base model {folder} has no part '{subfolder}'; there must be a folder of that name")
     title = f"part '{subfolder}' of base model {folder}" if subfolder else f"model {folder}"
-    pickles = sorted(part.glob("*.bin"))
-    weights = sorted(part.glob("*.safetensors"))
-    if pickles and not weights:
-        raise UserError(
-            f"{title} has its weights as a pickle only ({pickles[0].name}), which could run code; where you trust it, "
-            "load the model with diffusers and save it again, as safetensors"
-        )
-    if issubclass(part_class, torch.nn.Module):
-        missing = None
-        if not (part / "config.json").is_file():
-            missing = "settings, config.json"
-        elif not weights:
-            missing = "weights"
-        if missing is not None:
-            raise UserError(f"{title} has no {missing}; {part} must hold config.json and .safetensors files")
+    model_files.check_part(part, title, part_class.__name__, variant)
     if variant is not None and any(part.glob(f"*.{variant}*")):
         options["variant"] = variant
+    is_network = issubclass(part_class, torch.nn.Module)
     try:
-        return part_class.from_pretrained(folder, subfolder=subfolder, **options)
+        with _without_reports():
+            loaded = part_class.from_pretrained(
+                folder, subfolder=subfolder, **options, **({"output_loading_info": True} if is_network else {})
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        damages = [damage for damage in map(_damage_of, weights) if damage is not None]
-        reason = damages[0] if damages else reason_of(error)
-        raise UserError(f"{title} cannot be loaded: {reason}") from error
+        raise UserError(f"{title} cannot be loaded: {reason_of(error)}") from error
+    if is_network:
+        network, info = loaded
+        _check_complete(title, network, info)
+        return network
+    if issubclass(part_class, CLIPTokenizer):
+        base_model.check_tokenizer(loaded, folder, subfolder)
+    return loaded
 
 
-def _damage_of(path: Path) -> str | None:
-    """What is wrong with a .safetensors file as far as its header tells, as a clause, or None."""
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Within this context the libraries do not list the weights that they miss: `_check_complete` speaks of them."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with safe_open(path, framework="pt"):
-            return None
-    except SafetensorError as error:
-        return f"{path.name} is damaged or cut off at {path.stat().st_size:,} bytes ({reason_of(error)})"
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _check_complete(title: str, network: torch.nn.Module, info: dict[str, Any]) -> None:
+    """Raise UserError where weights of a network are not stored, by the `info` that its library gives on loading."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    missing += sorted(name for name, weight in network.named_parameters() if weight.is_meta and name not in missing)
+    if not missing:
+        if unexpected:
+            warn(f"{title} has no place for {_some(unexpected)}, which its file holds; they are left out")
+        return
+    reason = f"{title} lacks {_some(missing)}"
+    if any("lora" in name or ".base_layer." in name for name in unexpected):
+        raise UserError(f"{reason}: it was saved with a LoRA loaded in it; unload or fuse that, and save it again")
+    if all(name.startswith("module.") for name in unexpected) and unexpected:
+        raise UserError(
+            f"{reason}: they are stored with `module.` before their names, as DistributedDataParallel does"
+        )
+    if unexpected:
+        reason += f"; instead its file holds {_some(unexpected)}"
+    raise UserError(f"{reason}; it must hold every weight of the network")
+
+
+def _some(names: list[str]) -> str:
+    """How many weights there are, with the name of the first."""
+    return f"1 weight, {names[0]}" if len(names) == 1 else f"{len(names)} weights, such as {names[0]}"
 
 
 def load_replacement(
@@ -119,10 +171,12 @@ def load_replacement(
         try:
             with safe_open(name, framework="pt") as file:
                 stored = file.get_tensor(next(iter(file.keys()))).dtype
-            return part_class.from_single_file(name, dtype=dtype or stored, **options)
+            network = part_class.from_single_file(name, dtype=dtype or stored, **options)
         except Exception as error:
             # No .safetensors, or weights of something else, for which diffusers has kinds of its own.
             raise UserError(f"{name} cannot be loaded as a '{subfolder}': {reason_of(error)}") from error
+        _check_complete(f"model {name}", network, {"missing_keys": (), "unexpected_keys": ()})
+        return network
     folder = other_model_folder(name, cache_dir)
     is_complete_model = (folder / subfolder).is_dir() and not (folder / "config.json").is_file()
     inner = subfolder if is_complete_model else ""
@@ -206,6 +260,11 @@ def sampling_scheduler(folder: Path, changes: dict[str, Any]) -> SchedulerMixin:
     scheduler_class = getattr(diffusers, name, None)
     if scheduler_class is None:
         raise UserError(f"part 'scheduler' of base model {folder} is a {name}, which this diffusers does not have")
+    # diffusers has a stand-in for a class whose packages are missing, which names all that it needs.
+    missing = [package for package in getattr(scheduler_class, "_backends", ()) if find_spec(package) is None]
+    if missing:
+        packages = " ".join(missing)
+        raise UserError(f"part 'scheduler' of base model {folder} is a {name}, which needs: pip install {packages}")
     settings = inspect.signature(scheduler_class.__init__).parameters
     if name != "UnCLIPScheduler" and "beta_schedule" not in settings:
         raise UserError(
@@ -280,6 +339,25 @@ def latent_shape(autoencoder: torch.nn.Module) -> LatentShape:
     """The shape of the latents of a VAE or MOVQ."""
     config = autoencoder.config
     return LatentShape(config.latent_channels, 2 ** (len(config.block_out_channels) - 1))
+
+
+def latent_statistics(vae: torch.nn.Module) -> list[list[float]]:
+    """The mean and the standard deviation of each channel of a VAE's latents, by which SDXL's pipeline scales them;
+    an empty list where its settings do not name both, as most do not."""
+    statistics = [vae.config.get(name) for name in ("latents_mean", "latents_std")]
+    return [] if None in statistics else [list(values) for values in statistics]
+
+
+def standardize_latents(
+    vae: torch.nn.Module, mean: torch.Tensor, std: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The moments of latents, each (B, C, h, w), once the statistics of `latent_statistics` are taken out, in float32;
+    as they are where there are none. The scaling factor comes after it."""
+    statistics = latent_statistics(vae)
+    if not statistics:
+        return mean, std
+    centre, spread = (torch.tensor(values, device=mean.device).view(1, -1, 1, 1) for values in statistics)
+    return (mean.float() - centre) / spread, std.float() / spread
 
 
 def check_channels(unet: torch.nn.Module, autoencoder: torch.nn.Module) -> None:
