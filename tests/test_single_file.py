@@ -1,6 +1,8 @@
 """A base model in one file, as WebUI keeps it, trains to the same weights as its folder."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,7 +130,7 @@ def test_one_file_trains_as_its_folder(run, sd, one_file, tmp_path, monkeypatch)
 
 
 def test_what_a_killed_conversion_left_goes(sd, one_file, tmp_path, monkeypatch):
-    def killed(path, cls, config, cache_dir, folder):
+    def killed(path, cls, config, cache_dir, folder, schedule):
         (folder.parent / f"unfinished-{folder.name}-x").mkdir()
         raise KeyboardInterrupt
 
@@ -208,3 +210,72 @@ def test_the_precision_of_the_file_is_kept(sd, one_file, tmp_path):
     )
     stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+
+
+def add_keys(one_file, path, *names, metadata=None):
+    """A copy of a file with some keys that hold no weights, in float16 otherwise."""
+    weights = {name: tensor.half() for name, tensor in load_file(one_file).items()}
+    save_file(weights | {name: torch.tensor([]) for name in names}, path, metadata)
+    return path
+
+
+def schedule_of(folder):
+    return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("names", "metadata", "zero_snr"),
+    [
+        (["v_pred"], None, False),
+        (["v_pred", "ztsnr"], None, True),
+        ([], {"modelspec.prediction_type": "v"}, False),
+        (["ztsnr"], {"modelspec.prediction_type": "v"}, True),
+    ],
+)
+def test_a_file_that_says_that_it_predicts_v(sd, one_file, tmp_path, names, metadata, zero_snr):
+    """NoobAI's files say so by keys, others by metadata; an empty float32 key does not make them twice as large."""
+    path = add_keys(one_file, tmp_path / "v.safetensors", *names, metadata=metadata)
+    folder = single_file.convert_single_file(str(path), StableDiffusionPipeline, sd, tmp_path)
+    config = schedule_of(folder)
+    assert config["prediction_type"] == "v_prediction"
+    assert config.get("rescale_betas_zero_snr", False) is zero_snr
+    assert (config.get("timestep_spacing") == "trailing") is zero_snr
+    # PNDM, which this base samples with, cannot start from pure noise.
+    assert config["_class_name"] == ("DDIMScheduler" if zero_snr else "PNDMScheduler")
+    assert {tensor.dtype for tensor in load_file(next(folder.glob("unet/*.safetensors"))).values()} == {torch.float16}
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline("a one", num_inference_steps=5, height=16, width=16)
+
+
+def test_a_file_that_says_nothing_keeps_its_schedule_and_its_folder(sd, one_file, tmp_path):
+    """Caches and checkpoints of earlier runs belong to that folder."""
+    folder = single_file.convert_single_file(str(one_file), StableDiffusionPipeline, sd, tmp_path)
+    assert schedule_of(folder)["prediction_type"] == "epsilon"
+    save_file(load_file(one_file), tmp_path / "e.safetensors", {"modelspec.prediction_type": "epsilon"})
+    told = single_file.convert_single_file(str(tmp_path / "e.safetensors"), StableDiffusionPipeline, sd, tmp_path)
+    assert schedule_of(told) == schedule_of(folder)
+
+
+@pytest.mark.parametrize("name", ["edm_mean", "edm_vpred.sigma_max"])
+def test_a_file_of_another_formulation_is_refused(run_lora, sd, one_file, tmp_path, name):
+    path = add_keys(one_file, tmp_path / "edm.safetensors", name)
+    flags = ["--pretrained_model_name_or_path", path, "--single_file_config", sd]
+    sentence, code = run_lora.fails(tmp_path / "out", *flags, "--cache_dir", tmp_path)
+    assert f"has the key {name}" in sentence and "EDM" in sentence and code == 2
+
+
+def test_v_prediction_is_trained_and_drawn(run_lora, sd, one_file, tmp_path):
+    """As from a folder whose scheduler predicts v."""
+    path = add_keys(one_file, tmp_path / "v.safetensors", "v_pred")
+    folder = Path(shutil.copytree(sd, tmp_path / "folder"))
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (folder / part).glob("*.safetensors")
+        save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    shared = ["--max_train_steps", "2"]
+    run_lora(tmp_path / "a", *shared, "--pretrained_model_name_or_path", folder)
+    cache = ["--cache_dir", tmp_path / "cache"]
+    run_lora(tmp_path / "b", *shared, "--pretrained_model_name_or_path", path, "--single_file_config", sd, *cache)
+    assert result_bytes(tmp_path / "a") == result_bytes(tmp_path / "b")

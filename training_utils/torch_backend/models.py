@@ -132,10 +132,16 @@ def _check_complete(title: str, network: torch.nn.Module, info: dict[str, Any]) 
     """Raise UserError where weights of a network are not stored, by the `info` that its library gives on loading."""
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     missing += sorted(name for name, weight in network.named_parameters() if weight.is_meta and name not in missing)
-    if not missing:
-        if unexpected:
-            warn(f"{title} has no place for {_some(unexpected)}, which its file holds; they are left out")
+    if not missing and not unexpected:
         return
+    if not missing and isinstance(network, transformers.PreTrainedModel):
+        # Such as layers that its settings leave out on purpose, or the image encoder of a complete CLIP.
+        warn(f"{title} has no place for {_some(unexpected)}, which its file holds; they are left out")
+        return
+    if not missing:
+        raise UserError(
+            f"{title} has no place for {_some(unexpected)}, which its file holds: its config.json is another's"
+        )
     reason = f"{title} lacks {_some(missing)}"
     if any("lora" in name or ".base_layer." in name for name in unexpected):
         raise UserError(f"{reason}: it was saved with a LoRA loaded in it; unload or fuse that, and save it again")
