@@ -31,7 +31,6 @@ from accelerate import Accelerator  # noqa: E402
 from diffusers import (  # noqa: E402
     DDPMScheduler,
     KandinskyV22Pipeline,
-    KandinskyV22PriorPipeline,
     SchedulerMixin,
     UNet2DConditionModel,
     VQModel,
@@ -191,13 +190,8 @@ class Parts:
 def load_models(args: cli.Arguments, accelerator: Accelerator, prompts: list[str], seed: int) -> Parts:
     """Load, freeze, cast. Raises UserError for a base model that this script cannot train."""
     variant, options = args.variant, (args.variant, args.cache_dir)
-    prior_base = models.model_folder(
-        args.pretrained_prior_model_name_or_path,
-        KandinskyV22PriorPipeline,
-        args.prior_revision,
-        *options,
-        left_out=[] if prompts else ["prior", "scheduler", "text_encoder", "tokenizer"],
-        trained=False,
+    prior_base = kandinsky.prior_folder(
+        args.pretrained_prior_model_name_or_path, args.prior_revision, *options, draws_images=bool(prompts)
     )
     base = models.model_folder(
         args.pretrained_decoder_model_name_or_path, KandinskyV22Pipeline, args.decoder_revision, *options, saved=True

@@ -42,6 +42,7 @@ from training_utils.torch_backend import frozen, lora, models, processes  # noqa
 from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
 from training_utils.torch_backend.gradient import prepare_network  # noqa: E402
 from training_utils.torch_backend.lora import AdapterWeights  # noqa: E402
+from training_utils.torch_backend.models import latent_shape  # noqa: E402
 from training_utils.torch_backend.run import Run  # noqa: E402
 from training_utils.torch_backend.validation import stable_diffusion_image  # noqa: E402
 
@@ -214,7 +215,6 @@ def load_models(args: cli.Arguments, accelerator: Accelerator, seed: int) -> Par
     changes = args.schedule_changes
     noise_schedule = models.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(noise_schedule.config, zero_snr_asked=args.rescale_betas_zero_snr)
-    # Refused before weights are loaded.
     timestep_probabilities(args.timestep_bias, noise_schedule.config.num_train_timesteps)
     sampler = models.sampling_scheduler(base, changes)
     half = processes.frozen_dtype(accelerator)
@@ -296,9 +296,7 @@ def main(argv=None):
     run.warn_of_long_captions(parts.tokenizers[0])
     timesteps = noise_schedule.config.num_train_timesteps
     probabilities = timestep_probabilities(args.timestep_bias, timesteps)
-    transform = partial(
-        SampleTransform, args, parts.tokenizers, models.latent_shape(parts.vae), probabilities, timesteps
-    )
+    transform = partial(SampleTransform, args, parts.tokenizers, latent_shape(parts.vae), probabilities, timesteps)
     train_set, val_set = run.samples(transform)
 
     # --- frozen networks: cached on disk, or run at each step --------------------------------------------------------
@@ -368,8 +366,7 @@ def main(argv=None):
                 optimizer.step()
                 optimizer.zero_grad()
             if args.debug_loss:
-                names = [f"loss_for_{run.dataset.name(index)}" for index in batch["index"].tolist()]
-                run.progress.log_with_next_step(dict(zip(names, sample_losses.tolist(), strict=True)))
+                run.log_sample_losses(batch["index"].tolist(), sample_losses.tolist())
             if not accelerator.sync_gradients:
                 continue
             # Same in every script: the end of a step.

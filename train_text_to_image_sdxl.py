@@ -41,6 +41,7 @@ from training_utils.run.base_model import check_prediction_type, timestep_probab
 from training_utils.torch_backend import frozen, models, optimizers, processes  # noqa: E402
 from training_utils.torch_backend.ema import EMAWeights  # noqa: E402
 from training_utils.torch_backend.gradient import prepare_network  # noqa: E402
+from training_utils.torch_backend.models import latent_shape  # noqa: E402
 from training_utils.torch_backend.run import Run  # noqa: E402
 from training_utils.torch_backend.state import FullWeights  # noqa: E402
 from training_utils.torch_backend.validation import stable_diffusion_image  # noqa: E402
@@ -212,7 +213,6 @@ def load_models(args: cli.Arguments, accelerator: Accelerator) -> Parts:
     changes = args.schedule_changes
     noise_schedule = models.load_part(DDPMScheduler, base, "scheduler", **changes)
     check_prediction_type(noise_schedule.config, zero_snr_asked=args.rescale_betas_zero_snr)
-    # Refused before weights are loaded.
     timestep_probabilities(args.timestep_bias, noise_schedule.config.num_train_timesteps)
     sampler = models.sampling_scheduler(base, changes)
     half = processes.frozen_dtype(accelerator)
@@ -283,9 +283,7 @@ def main(argv=None):
     run.warn_of_long_captions(parts.tokenizers[0])
     timesteps = noise_schedule.config.num_train_timesteps
     probabilities = timestep_probabilities(args.timestep_bias, timesteps)
-    transform = partial(
-        SampleTransform, args, parts.tokenizers, models.latent_shape(parts.vae), probabilities, timesteps
-    )
+    transform = partial(SampleTransform, args, parts.tokenizers, latent_shape(parts.vae), probabilities, timesteps)
     train_set, val_set = run.samples(transform)
 
     # --- frozen networks: cached on disk, or run at each step --------------------------------------------------------

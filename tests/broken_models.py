@@ -124,8 +124,8 @@ BROKEN = {
     "an added embedding": (setting(UNET, addition_embed_type="text_time"), "has addition_embed_type 'text_time'"),
     "an image adapter": (setting(UNET, encoder_hid_dim_type="ip_image_proj"), "has encoder_hid_dim_type"),
     "another width": (setting(UNET, cross_attention_dim=24), "do not belong together: its UNet takes 24 .* given 16"),
-    "no vocabulary": (without_file("vocab.json"), "'tokenizer' .* lacks vocab.json"),
-    "no merges": (without_file("merges.txt"), "'tokenizer' .* lacks merges.txt"),
+    "no vocabulary": (without_file("vocab.json"), "'tokenizer' .* is missing vocab.json"),
+    "no merges": (without_file("merges.txt"), "'tokenizer' .* is missing merges.txt"),
     "empty merges": (with_text("merges.txt", "#version: 0.2\n"), "merges.txt is empty"),
     "empty vocabulary": (with_text("vocab.json", "{}"), "has no vocabulary: .*vocab.json is empty"),
     "pointer as vocabulary": (with_text("vocab.json", POINTER), "vocab.json is a pointer of git-lfs"),
@@ -139,18 +139,24 @@ BROKEN = {
     "a pointer as settings": (pointer(UNET), "git lfs pull"),
     "only fp16": (only_variant("fp16"), "'unet' .* has weights of a variant only; add --variant fp16"),
     "two variants": (only_variant("fp16", "non_ema"), "add --variant fp16 or --variant non_ema"),
-    "a missing shard": (missing_shard, "'vae' .* lacks part-1-of-1.safetensors, which its .*index.json lists"),
+    "a missing shard": (missing_shard, "'vae' .* is missing part-1-of-1.safetensors, which its .*index.json lists"),
 }
-# Networks whose files lack weights: the words are torch's, JAX's networks have their own.
+# Networks whose files are not complete: the words are torch's, JAX's networks have their own.
 INCOMPLETE = {
     "a layer of the text encoder": (
         lambda base: lose(base, "text_encoder", "layers.0"),
-        "'text_encoder' .* lacks 1 weight",
+        "'text_encoder' .* is missing 1 weight",
     ),
-    "a weight of the UNet": (lambda base: lose(base, "unet", "conv_in"), "'unet' .* lacks 1 weight, conv_in"),
-    "a weight of the VAE": (lambda base: lose(base, "vae", "quant_conv"), "'vae' .* lacks 1 weight"),
-    "DDP's names": (lambda base: under_module(base, "text_encoder"), "lacks .* weights, .* stored with `module.`"),
-    "DDP's names of a UNet": (lambda base: under_module(base, "unet"), "lacks .* weights, .* stored with `module.`"),
+    "a weight of the UNet": (lambda base: lose(base, "unet", "conv_in"), "'unet' .* is missing 1 weight, conv_in"),
+    "a weight of the VAE": (lambda base: lose(base, "vae", "quant_conv"), "'vae' .* is missing 1 weight"),
+    "DDP's names": (
+        lambda base: under_module(base, "text_encoder"),
+        "is missing .* weights, .* stored with `module.`",
+    ),
+    "DDP's names of a UNet": (
+        lambda base: under_module(base, "unet"),
+        "is missing .* weights, .* stored with `module.`",
+    ),
     "a weight too many": (
         lambda base: change_weights(base, "unet", lambda tensors: tensors | {"add_embedding.bias": torch.ones(9)}),
         "'unet' .* has no place for 1 weight, add_embedding.bias",

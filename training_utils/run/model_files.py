@@ -119,7 +119,7 @@ def _indexed_files(index: Path, title: str) -> list[Path]:
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise UserError(
-            f"{title} lacks {', '.join(missing)}, which its {index.name} lists: the download is incomplete"
+            f"{title} is missing {', '.join(missing)}, which its {index.name} lists: the download is incomplete"
         )
     return files
 
@@ -192,7 +192,9 @@ def _check_tokenizer_files(folder: Path, title: str) -> None:
         return
     missing = [path.name for path in (vocabulary, merges) if not path.is_file()]
     if missing:
-        raise UserError(f"{title} lacks {' and '.join(missing)}: {folder} must hold tokenizer.json, or both of them")
+        raise UserError(
+            f"{title} is missing {' and '.join(missing)}: {folder} must hold tokenizer.json, or both of them"
+        )
     if is_lfs_pointer(merges):
         raise UserError(f"{merges} is a pointer of git-lfs, not the file; `git lfs pull` fetches it")
     if not read_json(vocabulary):

@@ -118,6 +118,23 @@ def load_decoder(
         return KandinskyV22Pipeline(unet, models.sampling_scheduler(folder, {}), movq)
 
 
+# What of a prior only the drawing of validation images takes, where a decoder is trained.
+TEXT_PARTS = ("prior", "scheduler", "text_encoder", "tokenizer")
+
+
+def prior_folder(
+    name: str, revision: str | None, variant: str | None, cache_dir: str | None, *, draws_images: bool
+) -> Path:
+    """The local folder of the prior whose image encoder a decoder is trained with, fetched where `name` is an id of
+    the hub; complete where it also `draws_images`. Raises UserError."""
+    source = (name, KandinskyV22PriorPipeline, revision, variant, cache_dir)
+    folder = models.model_folder(*source, left_out=TEXT_PARTS, trained=False)
+    if draws_images:
+        with _explained_by_validation_images():
+            folder = models.model_folder(*source, trained=False)
+    return folder
+
+
 def embed_prompts(
     folder: Path,
     variant: str | None,

@@ -142,7 +142,7 @@ def _check_complete(title: str, network: torch.nn.Module, info: dict[str, Any]) 
         raise UserError(
             f"{title} has no place for {_some(unexpected)}, which its file holds: its config.json is another's"
         )
-    reason = f"{title} lacks {_some(missing)}"
+    reason = f"{title} is missing {_some(missing)}"
     if any("lora" in name or ".base_layer." in name for name in unexpected):
         raise UserError(f"{reason}: it was saved with a LoRA loaded in it; unload or fuse that, and save it again")
     if all(name.startswith("module.") for name in unexpected) and unexpected:

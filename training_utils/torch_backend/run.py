@@ -175,6 +175,11 @@ class Run(Session):
         batch_size = self.args.train_batch_size
         validation.log_validation_loss(self.accelerator, val_set, batch_size, loss_of, self.state.step)
 
+    def log_sample_losses(self, indices: Sequence[int], sample_losses: Sequence[float]) -> None:
+        """Log the loss of each sample, under the name of its image, with the metrics of the next step."""
+        names = [f"loss_for_{self.dataset.name(index)}" for index in indices]
+        self.progress.log_with_next_step(dict(zip(names, sample_losses, strict=True)))
+
     def log_images(self, draw: Callable[[Any, torch.Generator], Any], inputs: Sequence[Any] | None = None) -> None:
         """Save and log the image that `draw(prompt, noise)` makes for each prompt, as one grid. A collective call.
 
