@@ -203,8 +203,8 @@ def text_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_tokenizer(tokenizer: Any, folder: str | Path, part: str = "tokenizer") -> None:
-    """Raise UserError where a tokenizer that has been loaded is not the one of its text encoder, of which the
-    settings are read; `part` is its folder in the base model `folder`."""
+    """Raise UserError where a tokenizer that has been loaded does not belong to its text encoder, by the latter's
+    settings; `part` is its folder in the base model `folder`."""
     title = f"part '{part}' of base model {folder}"
     encoder = Path(folder) / part.replace("tokenizer", "text_encoder")
     if not (encoder / "config.json").is_file():
