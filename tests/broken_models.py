@@ -145,21 +145,21 @@ BROKEN = {
 INCOMPLETE = {
     "a layer of the text encoder": (
         lambda base: lose(base, "text_encoder", "layers.0"),
-        "'text_encoder' .* is missing 1 weight",
+        "'text_encoder' .* is missing weights: ",
     ),
-    "a weight of the UNet": (lambda base: lose(base, "unet", "conv_in"), "'unet' .* is missing 1 weight, conv_in"),
-    "a weight of the VAE": (lambda base: lose(base, "vae", "quant_conv"), "'vae' .* is missing 1 weight"),
+    "a weight of the UNet": (lambda base: lose(base, "unet", "conv_in"), "'unet' .* is missing weights: conv_in"),
+    "a weight of the VAE": (lambda base: lose(base, "vae", "quant_conv"), "'vae' .* is missing weights: "),
     "DDP's names": (
         lambda base: under_module(base, "text_encoder"),
-        "is missing .* weights, .* stored with `module.`",
+        "is missing weights: .* stored with `module.`",
     ),
     "DDP's names of a UNet": (
         lambda base: under_module(base, "unet"),
-        "is missing .* weights, .* stored with `module.`",
+        "is missing weights: .* stored with `module.`",
     ),
     "a weight too many": (
         lambda base: change_weights(base, "unet", lambda tensors: tensors | {"add_embedding.bias": torch.ones(9)}),
-        "'unet' .* has no place for 1 weight, add_embedding.bias",
+        "'unet' .* has no place for weights of its file, .* another's: add_embedding.bias",
     ),
     "a LoRA that is loaded": (
         lambda base: change_weights(
@@ -167,6 +167,6 @@ INCOMPLETE = {
             "unet",
             lambda tensors: {name.replace("to_q.", "to_q.base_layer."): value for name, value in tensors.items()},
         ),
-        "saved with a LoRA loaded in it; unload or fuse that",
+        "saved with a LoRA loaded in it: unload or fuse that",
     ),
 }

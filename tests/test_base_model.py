@@ -176,7 +176,7 @@ def test_weights_that_settings_leave_out_are_named(run_lora, base, capsys):
     edit(base / "text_encoder" / "config.json", num_hidden_layers=1)
     run_lora(base.parent / "out", "--pretrained_model_name_or_path", base, "--max_train_steps", "1")
     assert "part 'text_encoder' of base model" in (said := capsys.readouterr().err)
-    assert "has no place for 16 weights, such as" in said and "they are left out" in said
+    assert "has no place for weights of its file, which are left out: 16, such as" in said
 
 
 def test_older_names_of_weights_are_read(run_lora, base, capsys):

@@ -129,7 +129,7 @@ def _why_no_weights(folder: Path, title: str, stem: str) -> str:
     variants = sorted({name.split(".")[1] for name in found if name.startswith(f"{stem}.") and name.count(".") == 2})
     if variants:
         flag = " or ".join(f"--variant {name}" for name in variants)
-        return f"{title} has weights of {'a variant' if len(variants) == 1 else 'variants'} only; add {flag}"
+        return f"{title} has weights of a variant only; add {flag}"
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if found:
         return f"{title} has no {stem}.safetensors, only {', '.join(found[:3])}"

@@ -136,18 +136,18 @@ def _check_complete(title: str, network: torch.nn.Module, info: dict[str, Any]) 
         return
     if not missing and isinstance(network, transformers.PreTrainedModel):
         # Such as layers that its settings leave out on purpose, or the image encoder of a complete CLIP.
-        warn(f"{title} has no place for {_some(unexpected)}, which its file holds; they are left out")
+        warn(f"{title} has no place for weights of its file, which are left out: {_some(unexpected)}")
         return
     if not missing:
         raise UserError(
-            f"{title} has no place for {_some(unexpected)}, which its file holds: its config.json is another's"
+            f"{title} has no place for weights of its file, so its config.json is another's: {_some(unexpected)}"
         )
-    reason = f"{title} is missing {_some(missing)}"
+    reason = f"{title} is missing weights: {_some(missing)}"
     if any("lora" in name or ".base_layer." in name for name in unexpected):
-        raise UserError(f"{reason}: it was saved with a LoRA loaded in it; unload or fuse that, and save it again")
-    if all(name.startswith("module.") for name in unexpected) and unexpected:
+        raise UserError(f"{reason}; it was saved with a LoRA loaded in it: unload or fuse that, and save it again")
+    if unexpected and all(name.startswith("module.") for name in unexpected):
         raise UserError(
-            f"{reason}: they are stored with `module.` before their names, as DistributedDataParallel does"
+            f"{reason}; they are stored with `module.` before their names, as DistributedDataParallel does"
         )
     if unexpected:
         reason += f"; instead its file holds {_some(unexpected)}"
@@ -155,8 +155,8 @@ def _check_complete(title: str, network: torch.nn.Module, info: dict[str, Any]) 
 
 
 def _some(names: list[str]) -> str:
-    """How many weights there are, with the name of the first."""
-    return f"1 weight, {names[0]}" if len(names) == 1 else f"{len(names)} weights, such as {names[0]}"
+    """The name of a weight, or how many there are and the name of the first."""
+    return names[0] if len(names) == 1 else f"{len(names)}, such as {names[0]}"
 
 
 def load_replacement(
