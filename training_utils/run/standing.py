@@ -53,7 +53,9 @@ class Standing:
 
     def _unsaved(self) -> str:
         count = self.state.step - (self.saved_step or 0)
-        steps = "step" if count == 1 else "steps"
+        if count == 0:
+            return "no finished step"
+        steps = f"the {count} {'step' if count == 1 else 'steps'}"
         if self.saved_step is None:
-            return f"all there is, {count} {steps} without a checkpoint"
-        return f"{count or 'no'} {steps} since checkpoint-{self.saved_step}"
+            return f"{steps} so far, as there is no checkpoint yet"
+        return f"{steps} since checkpoint-{self.saved_step}"
