@@ -95,9 +95,12 @@ def save_checkpoint(
             failure = "another process could not write its part"
     if failure is not None:
         advised = "" if advice is None else f"; {advice}"
-        warn(f"{paths.final} could not be written ({failure}{_space_left(root)}); {_what_remains(root)}{advised}")
-        if is_main and not _is_being_moved(paths):
+        remains = _what_remains(root)
+        if _is_being_moved(paths):
+            remains = "what is left of it is moved before the next one is written"
+        elif is_main:
             shutil.rmtree(paths.partial, ignore_errors=True)
+        warn(f"{paths.final} could not be written ({failure}{_space_left(root)}); {remains}{advised}")
         return None
     if is_main:
         shutil.rmtree(paths.old, ignore_errors=True)
@@ -258,9 +261,10 @@ def remove_unfinished(root: str | Path) -> None:
     for path in sorted(root.iterdir(), reverse=True):  # .partial before .old
         match = UNFINISHED.fullmatch(path.name)
         if match is None:
-            if has_checkpoint_name(path) and read_manifest(path) == REMOVED:
+            if has_checkpoint_name(path) and path.is_dir():
                 with suppress(OSError):
-                    _remove_in_place(path)
+                    if read_manifest(path) == REMOVED or not any(path.iterdir()):
+                        _remove_in_place(path)
             continue
         paths = CheckpointPaths.of(root, int(match[1]))
         # One that is half deleted may have lost its manifest, and would then look like another program's.
