@@ -45,9 +45,9 @@ def test_every_flag_that_takes_a_path_is_known_as_one():
     """By its name, or by what the help says."""
     texts = [flag for flag in table.rows() if flag.type in (str,) or isinstance(flag.type, PathValue)]
     words = ("_dir", "_path", "config")
-    named = {flag.name for flag in texts if any(word in flag.name for word in words)}
-    told = {flag.name for flag in texts if "folder" in flag.help.split(";")[0] or "local path" in flag.help}
-    expected = named | told | {"resume_from_checkpoint"}
+    by_name = {flag.name for flag in texts if any(word in flag.name for word in words)}
+    by_help = {flag.name for flag in texts if "folder" in flag.help.split(";")[0] or "local path" in flag.help}
+    expected = by_name | by_help | {"resume_from_checkpoint"}
     assert expected - {"dataset_config_name", "hub_model_id"} == set(PATHS)
 
 
