@@ -65,9 +65,19 @@ def save_tokenizer(tokenizer: "CLIPTokenizer", source: Path | None, folder: Path
     if source and tokenizer.name_or_path == str(source / "tokenizer") and Path(tokenizer.name_or_path).is_dir():
         # A pipeline may be saved where it came from.
         if source.resolve() != folder.resolve():
-            shutil.copytree(source / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+            copy_folder(source / "tokenizer", folder / "tokenizer")
     else:
         tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder into another one, with the permissions of new files: shutil's copytree would give
+    them those of the source, which may be private or not writable."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -56,7 +56,10 @@ def save_part(
     if "_class_name" in settings:
         settings["_class_name"] = settings["_class_name"].removeprefix("Flax")
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, folder / f"{STEMS[part]}.safetensors", metadata={"format": "pt"})
+    weights = folder / f"{STEMS[part]}.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    # safetensors writes for the owner alone; the file beside it has the permissions of the umask.
+    shutil.copymode(folder / "config.json", weights)
 
 
 def copy_part(

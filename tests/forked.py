@@ -66,7 +66,8 @@ class Forked:
     def send_signal(self, number):
         for process in self.processes:
             if process.exitcode is None:
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import importlib
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -620,13 +621,17 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(run, tmp_path, monkeypa
     sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "file"))
     assert "--encoding_cache_dir" in sentence and code == 2
 
-    def full(path, *_):
-        raise OSError(28, "No space left on device")
+    real = os.fsync
+
+    def full(descriptor):
+        if str(tmp_path / "kept") in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         sentence, code = run.fails(tmp_path / "out", *switches(run, tmp_path / "kept"))
-    assert "No space left on device" in sentence and code == 1
+    assert "No space left on device); make room, or name another folder" in sentence and code == 1
     assert not list((tmp_path / "kept").rglob("*.unfinished"))
 
 

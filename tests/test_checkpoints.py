@@ -152,6 +152,7 @@ from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_checkpoints as t
 root = Path({folder!r})
+{refuse}
 t.save(root, 1, limit=1)
 calls = 0
 def counted(name, real):
@@ -162,37 +163,48 @@ def counted(name, real):
             os.kill(os.getpid(), 9)
         return real(*args, **kw)
     return call
-for name in ("rename", "fsync", "open", "mkdir", "rmdir", "unlink"):
+for name in ("rename", "replace", "fsync", "open", "mkdir", "rmdir", "unlink"):
     setattr(os, name, counted(name, getattr(os, name)))
-t.save(root, 2, limit=1)
+t.save(root, {step}, limit=1)
 print("done", calls)
 """
 
 
-def test_killed_before_any_single_operation(tmp_path):
-    """SIGKILL before each file-system operation of a save with rotation, one after the other."""
+def killed_before_each_operation(tmp_path, step, refuse=""):
+    """Folders with a checkpoint after step 1, each with what a kill left of the save after `step`: before its first
+    operation in the file system, before its second, ..., and after all of them. `refuse` is code that runs first."""
     at, finished = 0, False
     while not finished:
         folder = tmp_path / str(at)
         folder.mkdir()
-        code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), at=at)
+        paths = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(folder)}
+        code = KILLED.format(**paths, at=at, step=step, refuse=refuse)
         # In a fork, since a fresh interpreter would import torch each time.
         child = os.fork()
         if child == 0:
             try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                for standard in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), standard)
                 exec(code, {})
                 os._exit(0)
             except BaseException:
                 os._exit(1)
-        finished = os.waitpid(child, 0)[1] == 0
+        status = os.waitpid(child, 0)[1]
+        finished = status == 0
+        assert finished or os.waitstatus_to_exitcode(status) == -9
+        yield at, folder
+        at += 1
+
+
+def test_killed_before_any_single_operation(tmp_path):
+    """SIGKILL before each file-system operation of a save with rotation, one after the other."""
+    for at, folder in killed_before_each_operation(tmp_path, 2):
         complete = [path for path in checkpoints.list_checkpoints(folder) if checkpoints.damage_of(path) is None]
         assert complete == checkpoints.list_checkpoints(folder), f"operation {at}: one that is not whole"
         assert complete, f"operation {at}: none left"
         latest = resume.find_checkpoint(folder, "latest")
         assert save(folder, 3, limit=1), f"operation {at}: the next save"
         assert latest is not None and names(folder) == ["checkpoint-3"], f"operation {at}: left-overs"
-        at += 1
     assert at > 15
 
 
@@ -409,7 +421,7 @@ def test_a_full_disk_does_not_end_the_run(run, tmp_path, monkeypatch, capfd):
         patch.setattr(TrainingState, "write", limited)
         assert run(tmp_path / "full", "--checkpointing_steps", "3") == 0
     said = capfd.readouterr().err
-    assert said.count("could not be written") == 2 and "earlier checkpoints remain" in said
+    assert said.count("could not be written") == 2 and "there is no earlier checkpoint" in said
     assert checkpoints.list_checkpoints(tmp_path / "full") == []
     run(tmp_path / "complete")
     assert result_bytes(tmp_path / "full") == result_bytes(tmp_path / "complete")

@@ -1,11 +1,17 @@
 """The promises of test_faults.py, test_security.py, test_fuzz.py and test_bad_samples.py for the JAX script."""
 
+import errno
+import shutil
+import stat
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import result_bytes, result_weights
 from flax_runs import FlaxRunner, compiled_once
 from safetensors.numpy import load_file
 from test_bad_samples import spoiled, test_every_script_checks_data_without_a_model  # noqa: F401
+from test_disks import private, refuse_to_flush, refuse_to_rename, umask  # noqa: F401
 from test_faults import (  # noqa: F401
     small_disk,
     test_a_folder_that_is_removed_meanwhile,
@@ -31,6 +37,22 @@ def compiled():
 def each(sd, images):
     """The one script that the promises are tested for here."""
     return FlaxRunner("train_text_to_image_flax", sd, images)
+
+
+def test_what_is_written_follows_the_umask_on_a_disk_without_renames(each, sd, tmp_path, monkeypatch, umask):  # noqa: F811
+    """The frozen parts are copies of files that only their owner may read."""
+    base = Path(shutil.copytree(sd, tmp_path / "base"))
+    for path in base.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    refuse_to_rename(monkeypatch, errno.ENOSYS)
+    refuse_to_flush(monkeypatch, errno.EINVAL)
+    flags = ["--max_train_steps", "2", "--checkpointing_steps", "1", "--checkpoints_total_limit", "1", "--use_ema"]
+    each(tmp_path / "out", *flags, "--pretrained_model_name_or_path", base)
+    assert private(tmp_path / "out", umask) == []
+    folders = [path for path in (tmp_path / "out").rglob("*") if path.is_dir()]
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o777 & ~umask for path in folders)
+    (folder,) = checkpoints.list_checkpoints(tmp_path / "out")
+    assert folder.name == "checkpoint-2" and checkpoints.damage_of(folder) is None
 
 
 def poison(monkeypatch, *steps):

@@ -318,7 +318,7 @@ def test_sigkill_then_resume(run_flax, tmp_path):
     assert result_bytes(tmp_path / "killed") == result_bytes(tmp_path / "complete")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(
     run_flax, plain, tmp_path, monkeypatch, capsys, number
 ):

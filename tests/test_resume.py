@@ -4,14 +4,18 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import EACH, RUNNERS, logged, relative_difference, result_bytes
+from conftest import EACH, ROOT, RUNNERS, logged, relative_difference, result_bytes
 from processes import launcher, wait_for
 
 from training_utils.run import signals
 from training_utils.run.signals import Interruption
+from training_utils.run.standing import Standing
+from training_utils.run.state import RunState
 from training_utils.torch_backend.state import TrainingState
 
 SETTINGS = {
@@ -181,7 +185,7 @@ def test_sigkill_then_resume(request, name, tmp_path, capsys):
     assert result_bytes(out) == result_bytes(tmp_path / "complete")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(run, tmp_path, number):
     flags = ["--max_train_steps", "900", "--dataloader_num_workers", "1", "--report_to", "tensorboard"]
     flags += ["--checkpointing_steps", "20", "--hub_token", "hf_secret"]
@@ -190,6 +194,8 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_continues(run, tmp_pa
     assert code == 128 + number, said
     stopped_after = int(re.search(r"stopped after step (\d+)", said)[1])
     assert 20 <= stopped_after < 900
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    assert said.count(f"{name}: finishing ") == 1 and f"a second {name} ends the run at once and loses " in said
     assert (out / f"checkpoint-{stopped_after}").is_dir()
     command = said.strip().splitlines()[-1].strip()
     assert command.startswith("python ") and command.endswith("--resume_from_checkpoint latest")
@@ -261,6 +267,129 @@ def test_a_single_process_follows_its_launcher(run, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)  # until the last process that holds its output has ended
     assert "stopped after step" in said, said
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(run, tmp_path):
+    """As nohup has it."""
+    wrapper, out = tmp_path / "nohup.py", tmp_path / "out"
+    wrapper.write_text(
+        "import runpy, signal, sys\nsys.argv = sys.argv[1:]\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    process = run.fork(out, "--max_train_steps", "60", "--checkpointing_steps", "20", through=[wrapper])
+    code, said = kill_when(process, out, "checkpoint-20", signal.SIGHUP)
+    assert code == 0 and "SIGHUP" not in said and (out / "checkpoint-60").is_dir()
+
+
+def test_two_processes_speak_once(run, tmp_path):
+    """Of a signal that reaches both, and of one that reaches the one that is silent."""
+    flags = ["--max_train_steps", "3000", "--checkpointing_steps", "20", "--train_batch_size", "2"]
+    flags += ["--dataloader_num_workers", "1"]
+    for whom in (slice(0, 2), slice(1, 2)):
+        out = tmp_path / str(whom.start)
+        process = run.fork(out, *flags, processes=2)
+        wait_for([process], out / "checkpoint-20")
+        for one in process.processes[whom]:
+            os.kill(one.pid, signal.SIGHUP)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 129 and said.count("SIGHUP: finishing ") == 1, said
+
+
+SIGNALLED = """
+import ctypes, os, sys, threading, time
+sys.path.insert(0, {root!r})
+from training_utils.run import signals
+from training_utils.run.signals import Interruption
+signals.SAME_REQUEST = 0.2
+def send():
+    for number in {numbers}:
+        time.sleep(0.5)
+        os.kill(os.getpid(), number)
+threading.Thread(target=send, daemon=True).start()
+with Interruption(lambda number: number, "{{}} first".format, "{{}} last".format) as interruption:
+    began = time.monotonic()
+    libc = ctypes.CDLL(None)
+    while time.monotonic() - began < 1.9:
+        libc.usleep(100000)
+    print("noted", interruption.signal(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "said"),
+    [
+        ([2], 0, ["Ctrl-C first", "noted 2"]),
+        ([1], 0, ["SIGHUP first", "noted 1"]),
+        ([15, 15], 143, ["SIGTERM first", "SIGTERM last"]),
+        ([2, 1], 129, ["Ctrl-C first", "SIGHUP last"]),
+        ([10, 10], 0, ["SIGTERM first", "noted 15"]),
+        ([2, 10, 10], 0, ["Ctrl-C first", "noted 2"]),
+        ([10, 2], 130, ["SIGTERM first", "Ctrl-C last"]),
+    ],
+)
+def test_words_and_end_come_at_once(numbers, code, said):
+    """SIGUSR1, 10, is what the end of the launcher sends."""
+    words = SIGNALLED.format(root=str(ROOT), numbers=numbers)
+    ended = subprocess.run([sys.executable, "-c", words], stdout=-1, stderr=subprocess.STDOUT, text=True, timeout=20)
+    assert (ended.returncode, ended.stdout.splitlines()) == (code, said)
+
+
+def test_words_come_while_no_handler_runs(capfd):
+    """A backward pass is one call into C; the words do not wait for its end."""
+    import ctypes
+    import threading
+
+    at = []
+
+    def first_words(name):
+        at.append(time.monotonic())
+        return name
+
+    def send():
+        time.sleep(0.2)
+        signal.pthread_kill(sender.ident, signal.SIGTERM)  # so that the long call is not interrupted
+
+    sender = threading.Thread(target=send)
+    with Interruption(lambda number: number, first_words) as interruption:
+        sender.start()
+        ctypes.CDLL(None).usleep(900_000)
+        returned = time.monotonic()
+        assert interruption.signal() == signal.SIGTERM
+        sender.join()
+    assert len(at) == 1 and at[0] < returned - 0.3
+    assert "SIGTERM" in capfd.readouterr().err
+
+
+def test_signals_of_a_fork_are_its_own():
+    """A data worker that is ended does not end the run."""
+    with Interruption(lambda number: number, lambda name: pytest.fail(name)) as interruption:
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(0.1)
+        assert interruption.signal() == 0 and interruption._said_at is None
+
+
+@pytest.mark.parametrize("saved", [None, 500])
+@pytest.mark.parametrize("step", [500, 501, 523])
+def test_what_a_second_signal_costs(saved, step, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    standing = Standing(RunState(1, step=step), ["--seed", "1"], writes=True, saved_step=saved)
+    first, last = standing.first_words("Ctrl-C"), standing.last_words("Ctrl-C")
+    cost = {500: "no finished step", 501: "the 1 step since checkpoint-500", 523: "the 23 steps since checkpoint-500"}
+    cost = cost[step] if saved else f"the {step} steps so far, as there is no checkpoint yet"
+    begin = "Ctrl-C: finishing this step, then writing a checkpoint"
+    assert first == f"{begin}; a second Ctrl-C ends the run at once and loses {cost}"
+    command = "; continue with:\n  python train.py --seed 1 --resume_from_checkpoint latest" if saved else ""
+    assert last == f"Ctrl-C again: ended at once, and lost {cost}{command}"
+    with standing.during(f"checkpoint-{step}"):
+        assert standing.first_words("SIGHUP").startswith(f"SIGHUP: finishing checkpoint-{step}; a second SIGHUP")
+    dry = Standing(RunState(1), [], writes=False)
+    assert dry.first_words("SIGTERM") == "SIGTERM: finishing this step; a second SIGTERM ends this dry run at once"
 
 
 def test_the_end_of_the_launcher_is_no_second_request(monkeypatch):

@@ -11,7 +11,7 @@ from test_command_line import SCRIPTS, flags_of
 
 import train_text_to_image
 import train_text_to_image_sdxl
-from training_utils.cli import run_file, table
+from training_utils.cli import paths, run_file, table
 from training_utils.cli.flag import Flag
 from training_utils.run import output_folder
 
@@ -162,6 +162,12 @@ WORDS = [
     "é",
     "😀",
     "\x85",
+    "$",
+    "$a",
+    "${a}",
+    "$$",
+    "$$$a",
+    "$5${",
 ]
 
 
@@ -178,11 +184,13 @@ def test_any_value_is_read_as_it_was_written(text, number, prompts):
     args.validation_prompts = prompts
     written = run_file.as_file(args, 7)
     known = {name: Flag(name, nargs="+" if name == "validation_prompts" else None) for name in vars(args)}
+    known["cache_dir"] = table.flags_of("train_text_to_image")["cache_dir"]
     ours = run_file_values(written, known)
-    assert (ours["cache_dir"], float(ours["learning_rate"]), ours["validation_prompts"]) == (text, number, prompts)
+    folder = args.cache_dir  # with the home folder in place of ~
+    assert (ours["cache_dir"], float(ours["learning_rate"]), ours["validation_prompts"]) == (folder, number, prompts)
     theirs = yaml.safe_load(written)
     assert (theirs["cache_dir"], float(theirs["learning_rate"]), theirs["validation_prompts"]) == (
-        text,
+        paths.without_variables(folder),
         number,
         prompts,
     )

@@ -1,8 +1,11 @@
 """A base model in one file, as WebUI keeps it, trains to the same weights as its folder."""
 
+import errno
 import json
+import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from conftest import Runner, result_bytes
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from test_disks import private, refuse_to_rename
 
 from training_utils.base.errors import UserError
 from training_utils.run import single_file
@@ -139,6 +143,31 @@ def test_what_a_killed_conversion_left_goes(sd, one_file, tmp_path, monkeypatch)
         single_file.convert_single_file(one_file, StableDiffusionPipeline, sd, tmp_path)
     single_file.convert_single_file(one_file, StableDiffusionPipeline, sd, tmp_path)
     assert not list(tmp_path.rglob("unfinished-*"))
+
+
+@pytest.mark.parametrize("can_rename", [True, False])
+def test_a_conversion_is_complete_or_absent_and_follows_the_umask(sd, one_file, tmp_path, monkeypatch, can_rename):
+    """On a disk that does not rename folders too, where a kill may come between two files."""
+    before = os.umask(0o022)
+    try:
+        if not can_rename:
+            refuse_to_rename(monkeypatch, errno.ENOSYS)
+        with monkeypatch.context() as patch:
+            real = os.replace
+
+            def killed(source, target):
+                if Path(target).parent.name == "vae":
+                    raise KeyboardInterrupt
+                real(source, target)
+
+            patch.setattr(os, "replace", killed)
+            with nullcontext() if can_rename else pytest.raises(KeyboardInterrupt):
+                single_file.convert_single_file(one_file, StableDiffusionPipeline, sd, tmp_path)
+        folder = single_file.convert_single_file(one_file, StableDiffusionPipeline, sd, tmp_path)
+    finally:
+        os.umask(before)
+    StableDiffusionPipeline.from_pretrained(folder)
+    assert private(folder, 0o022) == [] and not list(tmp_path.rglob("unfinished-*"))
 
 
 def test_so_does_one_of_sdxl(sdxl, images, tmp_path):

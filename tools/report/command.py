@@ -9,6 +9,7 @@ from tools.report.folder import read_run_folders
 from tools.report.page import render_page
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
+from training_utils.cli.values import path
 from training_utils.run import metrics
 
 PROGRAM = "python -m tools.report"
@@ -24,7 +25,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line: `folders`, a list, and `output`, or None."""
     parser = _Parser(prog=PROGRAM, description="Write one page about a run, or about several.")
     parser.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="output folder of a run")
-    parser.add_argument("--output", metavar="FILE", help="the page; left out, report.html in the first folder")
+    parser.add_argument(
+        "--output", type=path, metavar="FILE", help="the page; left out, report.html in the first folder"
+    )
     return parser.parse_args(argv)
 
 

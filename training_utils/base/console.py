@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -28,6 +29,16 @@ def say(message: object, everywhere: bool = False) -> None:
 def warn(message: object, everywhere: bool = False) -> None:
     """Print a warning once, whatever the number of processes, or `everywhere`: what only one of them may know."""
     say(f"warning: {message}", everywhere)
+
+
+def say_at_once(message: str) -> None:
+    """Print a line from any thread, whatever another one is printing or waiting for; beside a progress bar it begins
+    on a new line. Only the main process says it."""
+    if is_main_process():
+        start = "\n" if sys.stderr.isatty() else ""
+        # The terminal may be gone.
+        with suppress(OSError):
+            os.write(2, f"{start}{message}\n".encode(errors="replace"))
 
 
 def bar(items: Iterable[Any] | None, what: str, total: int | None, delay: float = 1) -> tqdm:

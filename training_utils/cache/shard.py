@@ -1,10 +1,7 @@
 """A shard of a store: a safetensors file whose metadata says what it holds, with a checksum."""
 
-import contextlib
 import hashlib
 import json
-import os
-import uuid
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from training_utils.base import files
 from training_utils.base.errors import UserError, reason_of
 
 # What networks make of several samples: {name: (name of the type it was computed in, float32 array (samples, ...))}.
@@ -36,18 +34,7 @@ def write_shard(folder: Path, keys: list[str], arrays: Encoded) -> Path:
     header = ShardHeader(keys=keys, kinds=kinds, crc32=_crc32(packed))
     words = json.dumps(asdict(header), sort_keys=True)
     path = folder / f"{_name_of(words)}.safetensors"
-    unfinished = path.with_suffix(f".{uuid.uuid4().hex}.unfinished")
-    content = save(packed, {"about": words})
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise
+    files.write_file(path, save(packed, {"about": words}))
     return path
 
 

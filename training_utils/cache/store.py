@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from training_utils.base import files
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
 from training_utils.cache import shard
@@ -129,8 +130,8 @@ class Store:
 
     def _cannot_be_written(self, error: OSError, exit_code: int) -> UserError:
         return UserError(
-            f"the cache in {self.folder} cannot be written ({reason_of(error)}); make room there or name another "
-            "folder with --encoding_cache_dir",
+            f"the cache in {self.folder} cannot be written ({reason_of(error)}); "
+            f"{files.advice_for(error, self.folder)}, or name another folder with --encoding_cache_dir",
             exit_code,
             everywhere=False,
         )

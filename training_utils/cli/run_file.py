@@ -1,7 +1,8 @@
 """run.yaml: the flags of a run in one file. `--config` reads it, and every run writes its own.
 
 A value is the text that one would write on the command line, and goes through the same parser. So `1e-4` is a number
-and `no` a word, whatever YAML makes of them, and nothing that a file holds can run.
+and `no` a word, whatever YAML makes of them, and nothing that a file holds can run. In a path, ~ and variables stand
+for what a shell would put there.
 """
 
 import re
@@ -12,7 +13,9 @@ from typing import Any
 from training_utils.cli import table
 from training_utils.cli.arguments import Arguments
 from training_utils.cli.flag import Flag, Group
+from training_utils.cli.paths import expand_variables, without_variables
 from training_utils.cli.suggestion import suggestion
+from training_utils.cli.values import PathValue
 
 WIDTH = 44  # of a flag and its value, before the comment
 
@@ -106,7 +109,10 @@ def _value(node: Any, flag: Flag, convert: Callable[[str, str], Any]) -> Any:
         if node.value.lower() not in ("true", "false"):
             raise ValueError(f"must be true or false, not {node.value}")
         return True if node.value.lower() == "true" else None
-    values = [convert(flag.name, item.value) for item in items]
+    texts = [item.value for item in items]
+    if isinstance(flag.type, PathValue):
+        texts = [expand_variables(text) for text in texts]
+    values = [convert(flag.name, text) for text in texts]
     if flag.nargs:
         return values or None
     return values[0]
@@ -153,7 +159,10 @@ def text_of(
         lines += ["", f"# {group.title}"]
         for flag in group.flags:
             if flag.name in values:
-                first, *more = _lines(flag.name, values[flag.name])
+                value = values[flag.name]
+                if isinstance(flag.type, PathValue) and value is not None:
+                    value = without_variables(value)
+                first, *more = _lines(flag.name, value)
                 shown = f"# {first}" if flag.name in commented_out else first
                 lines += [f"{shown:<{WIDTH}}  # {flag.help.split(';')[0]}", *more]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from training_utils.cli.paths import expand_home
+
 
 @dataclass(frozen=True)
 class Number:
@@ -49,7 +51,20 @@ class Pixels:
         return value
 
 
-ValueType = type | Number | Pixels  # `bool` stands for a flag that is on or off and takes no text
+@dataclass(frozen=True)
+class PathValue:
+    """A parser for a path, or for what may be one, such as a hub id, which never begins with ~."""
+
+    type: ClassVar = str
+
+    def __call__(self, text: str) -> str:
+        try:
+            return expand_home(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+
+ValueType = type | Number | Pixels | PathValue  # `bool` stands for a flag that is on or off and takes no text
 
 
 def integer(low: int = 0, high: float = math.inf) -> Number:
@@ -64,6 +79,7 @@ def number(low: float = 0.0, high: float = math.inf) -> Number:
 
 above_zero = Number(float, 0.0, above=True)
 below_one = Number(float, 0, 1, below=True)
+path = PathValue()
 multiple_of_8 = Pixels(8)  # as the autoencoders need it
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from training_utils.base.errors import UserError, reason_of
+from training_utils.cli import paths
 from training_utils.cli.options import DataOptions
 from training_utils.cli.suggestion import suggestion
 from training_utils.data.dataset import ImageDataset, Source
@@ -89,12 +90,24 @@ def _entries(config: str | Path) -> list[dict[str, Any]]:
         )
     weighted = [isinstance(entry, dict) and "weight" in entry for entry in entries]
     for number, entry in enumerate(entries, start=1):
-        problem = _problem(entry, Path(config).parent)
+        problem = _expand_paths(entry) or _problem(entry, Path(config).parent)
         if not problem and any(weighted) and not weighted[number - 1]:
             problem = "it has no weight; give all sources one, or none"
         if problem:
             raise UserError(f"{config} source {number}: {problem}")
     return entries
+
+
+def _expand_paths(entry):
+    """Put the home folder and the values of variables into the paths of a source. Returns what is wrong with them, or
+    None."""
+    try:
+        for key in ("path", "dataset_name"):
+            if isinstance(entry, dict) and isinstance(entry.get(key), str):
+                entry[key] = paths.expand(entry[key])
+    except ValueError as error:
+        return f"{key}: {error}"
+    return None
 
 
 def _problem(entry, folder):

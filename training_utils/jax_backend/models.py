@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from flax_diffusion import FlaxStableDiffusionPipeline, ModelError, schedulers, weights
+from flax_diffusion.model_folder import copy_folder
 from flax_diffusion.pipeline import LATENTS, fetch
 from training_utils.base import hub_errors, startup
 from training_utils.base.console import warn
@@ -156,7 +156,7 @@ def save_pipeline(folder: str | Path, pipeline: FlaxStableDiffusionPipeline, par
     for name, entry in json.loads((base / INDEX).read_text()).items():
         not_run = index.get(name) == [None, None] and (base / name).is_dir()
         if not_run and not any((base / name).glob("*.msgpack")):
-            shutil.copytree(base / name, folder / name, dirs_exist_ok=True)
+            copy_folder(base / name, folder / name)
             index[name] = entry
     index["requires_safety_checker"] = index["safety_checker"] != [None, None]
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

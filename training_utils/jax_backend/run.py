@@ -156,16 +156,17 @@ class Run(Session):
     def save_checkpoint(self) -> Path | None:
         """Write a checkpoint and have it uploaded; None where it could not be written. A collective call."""
         self.progress.flush()
-        folder = self._write_checkpoint(self.state)
+        with self.standing.during(f"checkpoint-{self.state.step}"):
+            folder = self._write_checkpoint(self.state)
         self.progress.pause()
-        self.newest_checkpoint = self.uploads.add(folder)
-        return self.newest_checkpoint
+        return self.checkpoint_written(folder)
 
     @contextmanager
     def validating(self) -> Iterator[None]:
         """The context of a validation, whose time is no part of the steps'."""
         self.progress.flush()
-        yield
+        with self.standing.during("this validation and a step"):
+            yield
         self.progress.pause()
 
     def log_val_loss(self, val_set: Samples, sum_of_losses: Callable[[DeviceBatch], jax.Array]) -> None:

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from training_utils.base import environment
+from training_utils.base import environment, files
 from training_utils.base.console import warn
 from training_utils.base.errors import reason_of
+from training_utils.base.files import LITTLE_SPACE, flush
 from training_utils.base.formats import mebibytes
 from training_utils.run.provenance import Provenance
 from training_utils.run.state import RunState
@@ -26,8 +27,8 @@ from training_utils.run.weight_files import is_complete_safetensors, is_complete
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest
 NAME = re.compile(r"checkpoint-(\d+)")
-UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old)")
-LITTLE_SPACE = 2**30  # bytes left on a disk, below which a message about a failed write says how many
+UNFINISHED = re.compile(r"\.checkpoint-(\d+)\.(partial|old)")
+REMOVED = {"removed": True}  # the manifest of a checkpoint that is being removed where it stands
 
 
 @dataclass(frozen=True)
@@ -78,22 +79,28 @@ def save_checkpoint(
 
     def publish() -> None:
         if is_main:
+            files.follow_umask(paths.partial.rglob("*.safetensors"))
             _write_manifest(paths.partial, state, provenance)
             _move_into_place(paths)
 
-    failure = None
+    failure = advice = None
     for action in (prepare, lambda: write(paths.partial), publish):
         if failure is None:
             try:
                 action()
             except write_errors() as error:
                 failure = reason_of(error)
+                advice = files.advice_for(error, root)
         if any_process(failure is not None) and failure is None:
             failure = "another process could not write its part"
     if failure is not None:
-        warn(f"{paths.final} could not be written ({failure}{_space_left(root)}); earlier checkpoints remain")
-        if is_main:
+        advised = "" if advice is None else f"; {advice}"
+        remains = _what_remains(root)
+        if _is_being_moved(paths):
+            remains = "what is left of it is moved before the next one is written"
+        elif is_main:
             shutil.rmtree(paths.partial, ignore_errors=True)
+        warn(f"{paths.final} could not be written ({failure}{_space_left(root)}); {remains}{advised}")
         return None
     if is_main:
         shutil.rmtree(paths.old, ignore_errors=True)
@@ -102,16 +109,72 @@ def save_checkpoint(
 
 
 def _move_into_place(paths: CheckpointPaths) -> None:
-    """Rename what was written to what it is called; an earlier checkpoint of that name goes only after it."""
-    if paths.final.exists():
-        os.rename(paths.final, paths.old)
+    """Rename what was written to what it is called; an earlier checkpoint of that name goes only after it.
+
+    On a disk that does not rename folders the files are moved one by one.
+    """
+    can_rename = not _is_being_moved(paths)
+    if can_rename and paths.final.exists():
+        shutil.rmtree(paths.old, ignore_errors=True)
+        can_rename = files.rename_folder(paths.final, paths.old)
     try:
-        os.rename(paths.partial, paths.final)
+        can_rename = can_rename and files.rename_folder(paths.partial, paths.final)
     except OSError:
         if paths.old.exists():
-            os.rename(paths.old, paths.final)
+            files.rename_folder(paths.old, paths.final)
         raise
-    _flush(paths.final.parent)
+    if not can_rename:
+        _move_files(paths.partial, paths.final)
+    flush(paths.final.parent)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move a checkpoint file by file, also one whose move a kill has cut off.
+
+    The manifest comes first, as a copy: until the last file has followed, it names files that are missing or others,
+    and `target` counts as damaged. That of `source` goes last: as long as it is there, the move can be completed.
+    """
+    names = (read_manifest(source) or {})["files"]
+    target.mkdir(exist_ok=True)
+    files.write_file(target / MANIFEST, (source / MANIFEST).read_bytes())
+    for path in sorted(target.rglob("*"), reverse=True):  # of the checkpoint that is replaced
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        elif path.is_file() and path.relative_to(target).as_posix() not in {*names, MANIFEST}:
+            path.unlink()
+    for name in names:
+        if (source / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / name, target / name)
+    for folder in (*_folders_in(target), target):
+        flush(folder)
+    shutil.rmtree(source, ignore_errors=True)
+
+
+def _is_being_moved(paths: CheckpointPaths) -> bool:
+    """Whether the files of a checkpoint are being moved one by one, or were when a kill came."""
+    manifest = read_manifest(paths.partial)
+    return _is_intact(manifest) and manifest == read_manifest(paths.final)
+
+
+def _remove_in_place(folder: Path) -> None:
+    """Remove a checkpoint so that what a kill leaves of it counts as damaged, and `remove_unfinished` knows it by its
+    manifest. Raises OSError."""
+    files.write_file(folder / MANIFEST, json.dumps(REMOVED).encode())
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            path.rmdir()
+        elif path != folder / MANIFEST:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+def _what_remains(root: Path) -> str:
+    """Words on the newest complete checkpoint of an output folder, whose disk may be gone."""
+    with suppress(OSError):
+        for folder in _complete_checkpoints(root):
+            return f"{folder.name} remains the newest checkpoint"
+    return "there is no earlier checkpoint"
 
 
 def _space_left(root: Path) -> str:
@@ -124,22 +187,26 @@ def _space_left(root: Path) -> str:
 
 
 def _write_manifest(folder: Path, state: RunState, provenance: Provenance) -> None:
-    """Write a checkpoint's manifest, and flush every file of it to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files]
+    """Flush every file of a checkpoint to the disk, and then write its manifest: where that is, everything is."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
     manifest = {
         "format": FORMAT,
         "written": _time_after_newest(folder.parent),
         "state": asdict(state),
         **provenance.manifest_entries(),
         "libraries": environment.library_versions(),
-        "files": dict(zip(names, file_digests(files), strict=True)),
+        "files": dict(zip(names, file_digests(paths), strict=True)),
     }
     manifest["sha256"] = _digest_of(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    folders = [path for path in folder.rglob("*") if path.is_dir()]
-    for path in [*files, folder / MANIFEST, *folders, folder]:
-        _flush(path)
+    for path in (*paths, *_folders_in(folder)):
+        flush(path)
+    files.write_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    flush(folder)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_dir()]
 
 
 def _time_after_newest(root: Path) -> float:
@@ -152,15 +219,6 @@ def _digest_of(manifest: dict[str, Any]) -> str:
     """SHA-256 over a manifest's values, its own digest left out: the manifest too may be damaged."""
     values = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have what was written to a file, or the names in a folder, reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_digests(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -177,15 +235,15 @@ def file_digests(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def _remove_oldest(root: Path, limit: int | None) -> None:
     """Remove the oldest complete checkpoints beyond `limit`; None keeps all.
 
-    Each is renamed first, so that none ever stands there half removed.
+    Each is renamed first where the disk can do that, so that none ever stands there half removed.
     """
     if not limit:
         return
-    complete = [folder for folder in list_checkpoints(root) if damage_of(folder, contents=False) is None]
-    for folder in complete[limit:]:
+    for folder in _complete_checkpoints(root)[limit:]:
         doomed = CheckpointPaths.of(root, step_of(folder)).old
         try:
-            os.rename(folder, doomed)
+            if not files.rename_folder(folder, doomed):
+                _remove_in_place(folder)
         except OSError as error:  # it is in use, or somebody else has removed it meanwhile
             warn(f"{folder} is beyond --checkpoints_total_limit, but could not be removed ({reason_of(error)})")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -194,20 +252,29 @@ def _remove_oldest(root: Path, limit: int | None) -> None:
 def remove_unfinished(root: str | Path) -> None:
     """Remove what a killed run left of a checkpoint that it was writing or deleting.
 
-    One that it had moved aside, to put another in its place, and had not replaced yet, goes back.
+    One that it had written, and not given its name yet, gets it. One that it had moved aside, to put another in its
+    place, and had not replaced yet, goes back.
     """
     root = Path(root)
     if not root.is_dir():
         return
-    for path in root.iterdir():
+    for path in sorted(root.iterdir(), reverse=True):  # .partial before .old
         match = UNFINISHED.fullmatch(path.name)
         if match is None:
+            if has_checkpoint_name(path) and path.is_dir():
+                with suppress(OSError):
+                    if read_manifest(path) == REMOVED or not any(path.iterdir()):
+                        _remove_in_place(path)
             continue
-        final = root / path.name.strip(".").rsplit(".", 1)[0]
+        paths = CheckpointPaths.of(root, int(match[1]))
         # One that is half deleted may have lost its manifest, and would then look like another program's.
-        moved_aside = match[1] == "old" and not final.exists() and read_manifest(path) is not None
-        if moved_aside and damage_of(path) is None:
-            os.rename(path, final)
+        is_ours = _is_intact(read_manifest(path))
+        is_written = path == paths.partial and is_ours and damage_of(path, contents=False) is None
+        if is_written or _is_being_moved(paths):
+            _move_into_place(paths)
+            shutil.rmtree(paths.old, ignore_errors=True)
+        elif path == paths.old and not paths.final.exists() and is_ours and damage_of(path) is None:
+            os.rename(path, paths.final)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -227,6 +294,11 @@ def list_checkpoints(root: str | Path) -> list[Path]:
     an earlier run over the same folder got further. Others, such as checkpoint_backup, are not among them."""
     folders = [path for path in Path(root).glob("checkpoint-*") if path.is_dir() and has_checkpoint_name(path)]
     return sorted(folders, key=lambda path: (_time_written(path), step_of(path)), reverse=True)
+
+
+def _complete_checkpoints(root: Path) -> list[Path]:
+    """Those of `list_checkpoints` whose files are there in their sizes."""
+    return [folder for folder in list_checkpoints(root) if damage_of(folder, contents=False) is None]
 
 
 def _time_written(folder: Path) -> float:
@@ -260,7 +332,7 @@ def damage_of(folder: str | Path, contents: bool = True) -> str | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return _damage_of_foreign(folder)
-    if manifest.get("format") != FORMAT or manifest.get("sha256") != _digest_of(manifest):
+    if not _is_intact(manifest):
         return f"{MANIFEST} is damaged or of another version"
     try:
         return _damaged_file(folder, manifest["files"], contents)
@@ -268,9 +340,16 @@ def damage_of(folder: str | Path, contents: bool = True) -> str | None:
         return f"it cannot be read ({reason_of(error)})"
 
 
-def _damaged_file(folder: Path, files: dict[str, dict[str, Any]], contents: bool) -> str | None:
+def _is_intact(manifest: dict[str, Any] | None) -> bool:
+    """Whether a manifest is complete, and one of this version."""
+    if manifest is None:
+        return False
+    return manifest.get("format") == FORMAT and manifest.get("sha256") == _digest_of(manifest)
+
+
+def _damaged_file(folder: Path, listed: dict[str, dict[str, Any]], contents: bool) -> str | None:
     """What is wrong with the first file that is not as a manifest says. Raises OSError where one cannot be read."""
-    for name, expected in files.items():
+    for name, expected in listed.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -278,8 +357,8 @@ def _damaged_file(folder: Path, files: dict[str, dict[str, Any]], contents: bool
         if size != expected["size"]:
             return f"{name} has {size} bytes instead of {expected['size']}"
     if contents:
-        found = file_digests([folder / name for name in files])
-        for (name, expected), digest in zip(files.items(), found, strict=True):
+        found = file_digests([folder / name for name in listed])
+        for (name, expected), digest in zip(listed.items(), found, strict=True):
             if digest != expected:
                 return f"{name} does not have the content that was written"
     return None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from training_utils.base import files
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError, reason_of
 from training_utils.base.exit_callbacks import before_exit
@@ -36,7 +39,8 @@ def rescue_weights(
     except Exception as error:  # whatever it is, the weights must not be lost
         is_bug = not isinstance(error, (UserError, *write_errors()))
         what = f"the result could not be written into {root} ({reason_of(error)})"
-        message = f"{what}{_where_weights_are(root, state, provenance, save_weights)}"
+        advice = "fix that" if is_bug else files.advice_for(error, root)
+        message = f"{what}{_where_weights_are(root, state, provenance, save_weights, advice)}"
         if is_bug:
             warn(message)
             raise
@@ -44,21 +48,24 @@ def rescue_weights(
 
 
 def _where_weights_are(
-    root: str | Path, state: RunState, provenance: Provenance, save_weights: Callable[[Path], None]
+    root: str | Path, state: RunState, provenance: Provenance, save_weights: Callable[[Path], None], advice: str
 ) -> str:
-    """Words on where the weights of a run are whose result could not be written; they are written where needed."""
+    """Words on where the weights of a run are whose result could not be written; they are written where needed.
+    `advice` is what to do before the result is written again."""
     checkpoint = checkpoints.complete_checkpoint_at(root, state, provenance)
     if checkpoint is not None:
         return (
-            f", but its weights are in {checkpoint}: make room, and run the same command once more with "
+            f", but its weights are in {checkpoint}: {advice}, and run the same command once more with "
             "--resume_from_checkpoint latest"
         )
     try:
-        refuge = Path(tempfile.mkdtemp(prefix="weights-"))
+        refuge = Path(tempfile.gettempdir()) / f"weights-{uuid.uuid4().hex[:12]}"
+        refuge.mkdir()
         save_weights(refuge)
+        files.follow_umask(refuge.rglob("*.safetensors"))
     except write_errors() as error:
         return f", nor its weights into {tempfile.gettempdir()} ({reason_of(error)})"
-    return f"; only its weights are in {refuge}"
+    return f"; only its weights are in {refuge} ({advice} before the next run)"
 
 
 def write_run_file(root: str | Path, content: str) -> None:
@@ -72,6 +79,23 @@ def write_run_file(root: str | Path, content: str) -> None:
         warn(f"{final} could not be written ({reason_of(error)})")
 
 
+TRIAL = ".trial-"
+
+
+def try_out(root: str | Path) -> None:
+    """Write a small file into an output folder, flush it, and rename it and its folder, as a run will do with its
+    checkpoints. What the disk cannot do, and a run does without, is said. Raises OSError for the rest."""
+    root = Path(root)
+    for left in root.glob(f"{TRIAL}*"):  # by a killed run
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=TRIAL, dir=root, ignore_cleanup_errors=True) as place:
+        written = Path(place) / "written"
+        written.mkdir()
+        files.write_file(written / "file.txt", b"written to see what this disk can do\n")
+        files.flush(written)
+        files.rename_folder(written, Path(place) / "renamed")
+
+
 class FolderLock:
     """Keeps other runs out of an output folder, by a lock on a file in it.
 
@@ -80,11 +104,12 @@ class FolderLock:
     """
 
     def __init__(self, root: str | Path) -> None:
-        """Take the lock. Raises UserError where another run has it; goes without it where the file system has no
-        locks."""
+        """Take the lock. Raises UserError where another run has it; goes without it where it cannot be taken, and
+        `problem` says why."""
         from filelock import FileLock, Timeout
 
         self.path = Path(root) / LOCK_FILE
+        self.problem: str | None = None
         # Without the library's own substitute for locks: it would outlive a process that was killed.
         self._lock = FileLock(self.path, timeout=0, fallback_to_soft=False)
         try:
@@ -93,7 +118,8 @@ class FolderLock:
             raise UserError(
                 f"another run is writing into --output_dir {root}; give this one another folder"
             ) from error
-        except OSError:
+        except OSError as error:
+            self.problem = error.strerror or reason_of(error)
             with suppress(OSError):
                 self.path.unlink()
 
@@ -109,12 +135,14 @@ class FolderLock:
 _claimed: list[FolderLock] = []  # the lock of this process' run
 
 
-def claim(root: str | Path) -> None:
+def claim(root: str | Path) -> FolderLock:
     """Keep other runs out of an output folder until `release`, or the end of this process. Raises UserError where one
     is at work there."""
     release()
-    _claimed.append(FolderLock(root))
+    lock = FolderLock(root)
+    _claimed.append(lock)
     before_exit(release)
+    return lock
 
 
 def release() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training_utils.base import files
 from training_utils.base.console import say, warn
 from training_utils.base.errors import UserError, reason_of
 from training_utils.data.plan import Position
@@ -105,14 +105,21 @@ def begin_run(
 
 
 def _open_output_folder(root: str | Path) -> None:
-    """Make the output folder, see that it can be written, keep other runs out, and remove what a killed run left."""
+    """Make the output folder, keep other runs out, do there what the run will do, and remove what a killed run
+    left."""
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
+        lock = output_folder.claim(root)
+        output_folder.try_out(root)
+        checkpoints.remove_unfinished(root)
     except OSError as error:
-        raise UserError(f"--output_dir {root} cannot be written to: {error.strerror or reason_of(error)}") from error
-    output_folder.claim(root)
-    checkpoints.remove_unfinished(root)
+        raise UserError(
+            f"--output_dir {root} cannot be written to: {error.strerror or reason_of(error)}; "
+            f"{files.advice_for(error, root)}, or give another --output_dir"
+        ) from error
+    if lock.problem is not None:
+        what = f"lock files ({lock.problem})"
+        files.say_once(what, Path(root), "a second run into it would not be refused, and would damage this one")
 
 
 def _saved_state(manifest: dict[str, Any]) -> RunState:

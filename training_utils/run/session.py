@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from training_utils import cli
+from training_utils.base import files
 from training_utils.base.console import warn
 from training_utils.data import buckets, checking, opening, selection
 from training_utils.data.captions import warn_of_long_captions
@@ -21,6 +22,7 @@ from training_utils.run.hub.card import CardImage
 from training_utils.run.metrics import Metrics
 from training_utils.run.provenance import Provenance
 from training_utils.run.signals import Interruption
+from training_utils.run.standing import Standing
 from training_utils.run.state import RunState
 
 
@@ -99,6 +101,8 @@ class Session:
         self.prompts: list[str] = args.prompts
         self.grids: list[str] = []
         self.stopped_by = 0
+        saved_step = self.state.step if self.resume_from else None
+        self.standing = Standing(self.state, self.command, not args.dry_run, saved_step)
         self.newest_checkpoint: Path | None = None
 
     # --- data --------------------------------------------------------------------------------------------------------
@@ -193,8 +197,9 @@ class Session:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        """From here on SIGTERM and Ctrl-C end the run after a step, in all processes after the same one."""
-        self.interruption = Interruption(self.processes.ask_for_largest())
+        """From here on a signal ends the run after a step, in all processes after the same one."""
+        standing = self.standing
+        self.interruption = Interruption(self.processes.ask_for_largest(), standing.first_words, standing.last_words)
         self.interruption.__enter__()
         return self
 
@@ -236,6 +241,15 @@ class Session:
         if self.stopped_by:
             return True
         return stepped and cadence.checkpoint_due(self.state, self.args.checkpointing_steps, self.last_step)
+
+    def checkpoint_written(self, folder: Path | None) -> Path | None:
+        """Note a checkpoint of the current step, None where it could not be written, and have it uploaded; a signal
+        that came meanwhile ends the run with it. Returns it. A collective call."""
+        self.newest_checkpoint = self.uploads.add(folder)
+        if folder is not None:
+            self.standing.saved_step = self.state.step
+        self.stopped_by = self.stopped_by or self.interruption.signal()
+        return folder
 
     def validation_due(self, stepped: bool) -> bool:
         """Whether to validate now."""
@@ -294,6 +308,8 @@ class Session:
         if self.processes.is_main:
             with output_folder.rescue_weights(args.output_dir, self.state, self.provenance, save_weights):
                 save_result()
+                written = [path for pattern in uploaded for path in Path(args.output_dir).glob(pattern)]
+                files.follow_umask(path for path in written if path.suffix == ".safetensors")
                 card.write_card(
                     args.output_dir,
                     self.repository,

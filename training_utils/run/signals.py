@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run in good order: the step is finished, a checkpoint written, the exit code 128 + n."""
+"""SIGTERM, SIGINT and SIGHUP end a run in good order: step finished, checkpoint written, exit code 128 + n."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from training_utils.base.console import say_at_once
+
+HANGUP = getattr(signal, "SIGHUP", None)  # a closed terminal or ssh connection; Windows has none
+SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)))
 ORPHANED = getattr(signal, "SIGUSR1", None)  # what this process is sent when its launcher dies; Windows has none
 SAME_REQUEST = 2.0  # seconds; a queue signals the launcher and its processes, and the launcher passes its signal on
+END = b"\0"  # through the pipe of an Interruption, where there is no signal of this number
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
@@ -26,43 +30,114 @@ def follow_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ORPHANED)
 
 
+def _heeded() -> list[int]:
+    """Those of SIGNALS that end this run: not SIGHUP where it is ignored, as nohup has it."""
+    return [number for number in SIGNALS if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
 class Interruption:
-    """A context in which the first SIGTERM or SIGINT is only noted; a later one ends the process at once.
+    """A context in which the first SIGTERM, SIGINT or SIGHUP is only noted; a later one ends the process at once.
 
     `largest(number)` returns the largest of all processes' numbers: a signal may reach them at different steps, and
-    all must stop at the same one. Since a checkpoint is complete or absent, the second signal is harmless.
+    all must stop at the same one. Since a checkpoint is complete or absent, the second signal damages nothing.
+    `first_words(name)` and `last_words(name)` are what is said at these two, given what a person calls the signal.
+
+    Python runs a handler only when a call into C has returned, such as a backward pass or the writing of a
+    checkpoint. So that words and end come at once, a thread hears the signals too.
     """
 
-    def __init__(self, largest: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        largest: Callable[[int], int],
+        first_words: Callable[[str], str] = "{}: finishing this step".format,
+        last_words: Callable[[str], str] = "{} again: ended at once".format,
+    ) -> None:
         self._largest = largest
+        self._first_words = first_words
+        self._last_words = last_words
         self._noted = 0  # the first signal's number
-        self._noted_at = 0.0
-        self._handlers_before: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._said_at: float | None = None  # when the first words were said
+        self._signals = _heeded()
 
     def __enter__(self) -> Interruption:
-        self._handlers_before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        if ORPHANED is not None:
-            self._handlers_before[ORPHANED] = signal.signal(ORPHANED, self._note_orphaned)
+        global _open_end
+        self._receiving, self._sending = os.pipe()
+        os.set_blocking(self._sending, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._sending, warn_on_full_buffer=False)
+        _open_end = self._sending
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        handled = self._signals if ORPHANED is None else [*self._signals, ORPHANED]
+        self._handlers_before = {number: signal.signal(number, self._note) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
+        global _open_end
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        _open_end = None
+        os.write(self._sending, END)
+        self._thread.join(timeout=1)  # longer where the terminal takes no more text
+        os.close(self._sending)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if not self._noted:
-            self._noted = number
-            self._noted_at = time.monotonic()
-        elif time.monotonic() - self._noted_at > SAME_REQUEST:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            self._noted = _request(number)
 
-    def _note_orphaned(self, _number: int, frame: FrameType | None) -> None:
-        # Ctrl-C kills the launcher too, which is not a second request, however late it is heard of: Python runs a
-        # handler only when a call into C, such as the writing of a checkpoint, has returned.
-        if not self._noted:
-            self._note(signal.SIGTERM, frame)
+    def _listen(self) -> None:
+        """Hear every signal as it comes, by its number, which Python writes into the pipe."""
+        while (heard := os.read(self._receiving, 1)) != END:
+            self._hear(heard[0])
+        os.close(self._receiving)
+
+    def _hear(self, number: int) -> None:
+        if number not in (*self._signals, ORPHANED):
+            return
+        is_first = self._say_first_words(_request(number))
+        # Ctrl-C kills the launcher too, which is not a second request.
+        if is_first or number == ORPHANED or self._said_at is None:
+            return
+        if time.monotonic() - self._said_at > SAME_REQUEST:
+            say_at_once(self._last_words(_name(number)))
+            os._exit(128 + number)
+
+    def _say_first_words(self, number: int) -> bool:
+        """Say what a first signal does, unless it was said. Returns whether it was not."""
+        with self._lock:
+            if self._said_at is not None:
+                return False
+            self._said_at = time.monotonic()
+        say_at_once(self._first_words(_name(number)))
+        return True
 
     def signal(self) -> int:
         """The signal that any process got so far, or 0. A collective call."""
-        return self._largest(self._noted)
+        number = self._largest(self._noted)
+        if number:
+            self._say_first_words(number)  # where another process got it
+        return number
+
+
+def _request(number: int) -> int:
+    """The signal that one stands for."""
+    return signal.SIGTERM if number == ORPHANED else number
+
+
+def _name(number: int) -> str:
+    """What a person calls a signal."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+_open_end: int | None = None  # of the pipe of the Interruption that is in force
+
+
+def _leave_the_pipe() -> None:
+    """In a fork, such as a data worker: its signals are not those of the run."""
+    if _open_end is not None:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_the_pipe)

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from training_utils.base import files
 from training_utils.base.console import say
 from training_utils.base.errors import UserError, reason_of
 from training_utils.cli import folders
 
 FORMAT = 1  # part of a folder's name; raise it when the conversion changes
+INDEX = "model_index.json"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Keys without weights, by which WebUI and ComfyUI know what a model predicts and that its schedule ends in pure noise.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
@@ -49,7 +51,7 @@ def convert_single_file(
         root.mkdir(parents=True, exist_ok=True)
         # Of several processes one converts, and the others find what it has made.
         with FileLock(f"{folder}.lock"):
-            if not folder.exists():
+            if not (folder / INDEX).exists():
                 for unfinished in root.glob(f"unfinished-{folder.name}-*"):  # what a killed process left
                     shutil.rmtree(unfinished, ignore_errors=True)
                 say(f"converting {path}, once, into {folder}")
@@ -105,10 +107,21 @@ def _convert(
                 advice = f"its parts do not fit the settings in {config}"
             raise UserError(f"base model {path} cannot be converted ({reason_of(error)}); {advice}") from error
         _check_parts(path, pipeline)
-        complete = os.path.join(place, "model")
+        complete = Path(place) / "model"
         pipeline.save_pretrained(complete)
-        _change_schedule(Path(complete, "scheduler", "scheduler_config.json"), schedule)
-        os.replace(complete, folder)
+        _change_schedule(complete / "scheduler" / "scheduler_config.json", schedule)
+        files.follow_umask(complete.rglob("*.safetensors"))
+        if folder.exists() or not files.rename_folder(complete, folder):
+            _move_files(complete, folder)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move a model's folder file by file, the index last: where that is, all of them are. Raises OSError."""
+    paths = [path for path in source.rglob("*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path == source / INDEX):
+        moved = target / path.relative_to(source)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, moved)
 
 
 def _copy_settings(config: str, target: str) -> None:

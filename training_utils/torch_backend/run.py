@@ -147,10 +147,10 @@ class Run(Session):
         """Write a checkpoint and have it uploaded; None where it could not be written. A collective call."""
         self.progress.flush()
         limit = self.args.checkpoints_total_limit
-        folder = self.training.save_checkpoint(self.output_dir, self.state, self.provenance, limit)
+        with self.standing.during(f"checkpoint-{self.state.step}"):
+            folder = self.training.save_checkpoint(self.output_dir, self.state, self.provenance, limit)
         self.progress.pause()
-        self.newest_checkpoint = self.uploads.add(folder)
-        return self.newest_checkpoint
+        return self.checkpoint_written(folder)
 
     @contextmanager
     def validating(
@@ -164,7 +164,8 @@ class Run(Session):
         self.progress.flush()
         for network in networks:
             network.eval()
-        with averaged(ema), frozen.temporarily_on(encoders, self.accelerator.device):
+        under_way = self.standing.during("this validation and a step")
+        with under_way, averaged(ema), frozen.temporarily_on(encoders, self.accelerator.device):
             yield
         for network in networks:
             network.train()

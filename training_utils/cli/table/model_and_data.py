@@ -3,7 +3,7 @@
 from training_utils.cli.flag import Flag, Group, differs, needs
 from training_utils.cli.packages import Package
 from training_utils.cli.scripts import DECODERS, EVERY, JAX, KANDINSKY, PRIORS, SDXL, TORCH
-from training_utils.cli.values import integer, multiple_of_8, number
+from training_utils.cli.values import integer, multiple_of_8, number, path
 
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact")
 TORCH_NPU = Package("torch_npu", pip="torch_npu", title="an Ascend NPU and torch_npu")
@@ -11,28 +11,28 @@ WITH_BUCKETS = needs("aspect_ratio_bucketing", refused=True, even_default=True)
 
 # fmt: off
 MODEL = Group("Base model", (
-    Flag("pretrained_prior_model_name_or_path", str, "kandinsky-community/kandinsky-2-2-prior",
+    Flag("pretrained_prior_model_name_or_path", path, "kandinsky-community/kandinsky-2-2-prior",
          "folder or hub id of the prior, which turns text into the embedding of an image, with CLIP's encoders",
          scripts=KANDINSKY, shapes_result=True),
-    Flag("pretrained_decoder_model_name_or_path", str, "kandinsky-community/kandinsky-2-2-decoder",
+    Flag("pretrained_decoder_model_name_or_path", path, "kandinsky-community/kandinsky-2-2-decoder",
          "folder or hub id of the decoder, which turns such an embedding into the image",
          scripts=KANDINSKY, shapes_result=True),
     Flag("prior_revision", str, None, "branch, tag or commit of a prior on the hub; pin one so that no later upload "
          "changes the run", scripts=KANDINSKY, shapes_result=True),
     Flag("decoder_revision", str, None, "branch, tag or commit of a decoder on the hub",
          scripts=KANDINSKY, shapes_result=True),
-    Flag("pretrained_model_name_or_path", str, None, "folder or hub id of the model to start from", required=True,
+    Flag("pretrained_model_name_or_path", path, None, "folder or hub id of the model to start from", required=True,
          scripts=EVERY - KANDINSKY, shapes_result=True),
     Flag("revision", str, None, "branch, tag or commit of a hub model; pin one so that no later upload changes the "
          "run", scripts=EVERY - KANDINSKY, shapes_result=True),
     Flag("variant", str, None, "which stored copy of the weights to read, for example fp16", shapes_result=True),
-    Flag("cache_dir", str, None, "where downloads are kept; set it when the home folder is small"),
-    Flag("single_file_config", str, None, "where the model is one .safetensors file: folder of a model of the same "
+    Flag("cache_dir", path, None, "where downloads are kept; set it when the home folder is small"),
+    Flag("single_file_config", path, None, "where the model is one .safetensors file: folder of a model of the same "
          "kind, whose settings are taken; left out, they are fetched from the hub", scripts=EVERY - KANDINSKY),
     Flag("non_ema_revision", str, None, "revision of the UNet alone, where it lies in another branch",
          scripts=frozenset(["train_text_to_image"]), shapes_result=True),
     Flag("from_pt", bool, False, "accepted for old command lines: safetensors are read in any case", scripts=JAX),
-    Flag("pretrained_vae_model_name_or_path", str, None, "another VAE; one that is safe in half precision saves time "
+    Flag("pretrained_vae_model_name_or_path", path, None, "another VAE; one that is safe in half precision saves time "
          "and memory, for example madebyollin/sdxl-vae-fp16-fix", scripts=SDXL, shapes_result=True,
          other_names=("vae",)),
     Flag("proportion_empty_prompts", number(0, 1), 0.0, "another name of --caption_dropout", scripts=SDXL,
@@ -41,9 +41,9 @@ MODEL = Group("Base model", (
          package=TORCH_NPU),
 ))
 DATA = Group("Data", (
-    Flag("dataset_name", str, None, "hub id or local path that the datasets library can load", shapes_result=True),
+    Flag("dataset_name", path, None, "hub id or local path that the datasets library can load", shapes_result=True),
     Flag("dataset_config_name", str, None, "configuration of that dataset, where it has several", shapes_result=True),
-    Flag("train_data_dir", str, None, "folder of images with metadata.jsonl, .csv or .parquet or a .txt caption "
+    Flag("train_data_dir", path, None, "folder of images with metadata.jsonl, .csv or .parquet or a .txt caption "
          "beside each, of WebDataset's .tar shards, or of .parquet tables; with --dataset_name it is passed on as "
          "data_dir",
          variants=(differs(DECODERS, help="folder of images; captions are neither needed nor read; with "
@@ -53,7 +53,7 @@ DATA = Group("Data", (
     Flag("shuffle_buffer", integer(1), 10_000, "with --streaming: samples that are shuffled together; more are "
          "better mixed and take more room on the disk", shapes_result=True,
          needs=needs("streaming", refused=True, even_default=True)),
-    Flag("train_data_config", str, None, "YAML file that names several datasets, repeated or weighted",
+    Flag("train_data_config", path, None, "YAML file that names several datasets, repeated or weighted",
          not_streamed="names several datasets, and --streaming reads one"),
     Flag("repeats_from_folders", bool, False, "show the images in folders named like `10_sks dog` that many times an "
          "epoch (kohya's layout); images without a caption there get these words", shapes_result=True,

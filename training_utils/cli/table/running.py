@@ -3,7 +3,7 @@
 from training_utils.cli.flag import Flag, Group, differs, needs
 from training_utils.cli.packages import Package
 from training_utils.cli.scripts import ADAPTERS, DECODERS, EVERY, FULL, JAX, KANDINSKY, PRIORS, SDXL, TORCH
-from training_utils.cli.values import integer, number
+from training_utils.cli.values import integer, number, path
 
 TRACKERS = tuple("tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split())
 TRACKERS_OF_JAX = ("tensorboard", "wandb", "all", "none")
@@ -36,7 +36,7 @@ CHECKPOINTS = Group("Checkpoints", (
          other_names=("save_every_n_steps", "save_state")),
     Flag("checkpoints_total_limit", integer(1), None, "keep this many checkpoints; the oldest are removed once "
          "a new one is written"),
-    Flag("resume_from_checkpoint", str, None, "`latest`, a checkpoint's name in --output_dir, or a path", once=True,
+    Flag("resume_from_checkpoint", path, None, "`latest`, a checkpoint's name in --output_dir, or a path", once=True,
          other_names=("resume",)),
 ))
 CACHES = Group("Caches: frozen networks run once", (
@@ -49,7 +49,7 @@ CACHES = Group("Caches: frozen networks run once", (
     Flag("cache_text_embeddings", bool, False, "the same for the text encoders and captions",
          scripts=EVERY - DECODERS, other_names=("cache_text_encoder_outputs_to_disk",),
          not_streamed="keeps on the disk what is made of every caption, after reading them all"),
-    Flag("encoding_cache_dir", str, None, "folder for both; left out, one beside the downloads"),
+    Flag("encoding_cache_dir", path, None, "folder for both; left out, one beside the downloads"),
 ))
 HARDWARE = Group("Speed and memory", (
     Flag("mixed_precision", str, None, "precision of the computation; left out, what accelerate is configured for",
@@ -68,12 +68,12 @@ HARDWARE = Group("Speed and memory", (
          "saves the gradients' memory; needs --max_grad_norm 0", scripts=FULL & TORCH),
     Flag("full_bf16", bool, False, "weights, gradients and optimizer state in bfloat16, rounded stochastically: half "
          "their memory, slightly less exact", scripts=FULL & TORCH, shapes_result=True),
-    Flag("compilation_cache_dir", str, None, "folder that keeps the compiled step for the next start", scripts=JAX),
+    Flag("compilation_cache_dir", path, None, "folder that keeps the compiled step for the next start", scripts=JAX),
 ))
 REPORTING = Group("Logs and the hub", (
     Flag("report_to", str, "tensorboard", "where the curves go; `all`: every tracker that is installed", TRACKERS,
          variants=(differs(JAX, choices=TRACKERS_OF_JAX),)),
-    Flag("logging_dir", str, "logs", "folder for the trackers' files, inside --output_dir"),
+    Flag("logging_dir", path, "logs", "folder for the trackers' files, inside --output_dir"),
     Flag("logging_steps", integer(1), 10, "steps between two reads of the losses from the device; every step is "
          "still logged"),
     Flag("tracker_project_name", str, "text2image-fine-tune", "the project's name in the tracker"),

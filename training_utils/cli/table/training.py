@@ -13,18 +13,18 @@ from training_utils.cli.scripts import (
     STABLE_DIFFUSION,
     TORCH,
 )
-from training_utils.cli.values import above_zero, below_one, integer, number
+from training_utils.cli.values import above_zero, below_one, integer, number, path
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 BIASES = ("earlier", "later", "range")
 
 # fmt: off
 TRAINING = Group("Training", (
-    Flag("config", str, None, "file of flags, such as the run.yaml of an earlier run; flags beside it win, and "
+    Flag("config", path, None, "file of flags, such as the run.yaml of an earlier run; flags beside it win, and "
          "--no_NAME takes back one that is true in it", once=True, not_in_file="cannot be set in such a file"),
     Flag("dry_run", bool, False, "make a few steps, write nothing, and tell what would be trained, in how much "
          "memory and how long", once=True),
-    Flag("output_dir", str, "sd-model-finetuned", "folder for the result, the checkpoints, the logs and the "
+    Flag("output_dir", path, "sd-model-finetuned", "folder for the result, the checkpoints, the logs and the "
          "validation images",
          variants=(differs(ADAPTERS, default="sd-model-finetuned-lora"),
                    differs(SDXL & FULL, default="sdxl-model-finetuned"),

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.ipc
 from filelock import FileLock, Timeout
 
+from training_utils.base import files
 from training_utils.base.errors import UserError, reason_of
 
 POLL_SECONDS = 0.01  # between two attempts to take a lock that another process or thread holds
@@ -145,7 +146,7 @@ def _is_held(path: Path) -> bool:
 def cannot_be_kept(folder: Path, error: OSError, exit_code: int = 1) -> UserError:
     """The error of a folder for chunks that cannot be written."""
     return UserError(
-        f"the chunks of a stream cannot be kept in {folder} ({reason_of(error)}); make room there or name another "
-        "folder with --cache_dir",
+        f"the chunks of a stream cannot be kept in {folder} ({reason_of(error)}); "
+        f"{files.advice_for(error, folder)}, or name another folder with --cache_dir",
         exit_code,
     )
