@@ -5,3 +5,12 @@ base <- cli <- data <- cache <- run <- torch_backend or jax_backend <- the scrip
 The rooms up to `run` import neither torch nor JAX, so that `--help` answers at once. `tests/test_structure.py` holds
 the rule.
 """
+
+import sys
+
+# Before any file that an older Python cannot read, and in an older one's syntax.
+if sys.version_info < (3, 11):  # noqa: UP036 (the scripts are not installed, so no installer has checked it)
+    version = ".".join(map(str, sys.version_info[:3]))
+    problem = "needs Python 3.11 or later, and %s is Python %s" % (sys.executable, version)  # noqa: UP031
+    sys.stderr.write(sys.argv[0] + ": error: " + problem + "; the README says how to set it up\n")
+    sys.exit(2)

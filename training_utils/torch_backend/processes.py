@@ -51,8 +51,11 @@ def make_accelerator(options: MachineOptions, **ddp: Any) -> Accelerator:
             precision = options.mixed_precision
             raise UserError(f"--mixed_precision {precision} does not run on this device: {error}") from error
         raise
-    if accelerator.distributed_type == "MEGATRON_LM":
-        raise UserError("Megatron-LM is not supported; launch with --multi_gpu")
+    if accelerator.distributed_type == "XLA":
+        raise UserError(
+            "torch_xla is installed, so accelerate takes this machine for a TPU, on which the scripts for PyTorch do "
+            "not train; use train_text_to_image_flax.py there, or uninstall torch_xla"
+        )
     sharding.configure_fsdp(accelerator, PRECISIONS.get(accelerator.mixed_precision))
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; use bf16 or no")
