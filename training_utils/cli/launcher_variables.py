@@ -91,8 +91,8 @@ def _jax_problem() -> str | None:
         return f"{_listed(told)} {are} set in the environment, but not {_listed(missing)}; set all three, or none"
     if _number("WORLD_SIZE", 1) > 1 or _number("RANK", 0) > 0:
         return (
-            "RANK and WORLD_SIZE in the environment are for PyTorch; the JAX script uses all devices of a machine from "
-            "one process: start it with python, and on several machines with JAX_COORDINATOR_ADDRESS"
+            "RANK and WORLD_SIZE in the environment are for PyTorch; the JAX script uses all devices of a machine "
+            "from one process: start it with python, and on several machines with JAX_COORDINATOR_ADDRESS"
         )
     return None
 

@@ -52,8 +52,8 @@ def _is_typo(word: str, name: str) -> bool:
 
 
 def _is_typo_of_part(word: str, part: str) -> bool:
-    """Whether two words are the same but for one letter in six, with the same digits and, exchanged perhaps, the same
-    first letter."""
+    """Whether two words differ in one letter, or one more for every six, but not in their digits, nor in their
+    first letter, unless it is exchanged with the second one."""
     if word == part:
         return True
     if [letter for letter in word if letter.isdigit()] != [letter for letter in part if letter.isdigit()]:
