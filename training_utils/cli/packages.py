@@ -8,7 +8,7 @@ from pathlib import Path
 from training_utils.base.formats import shortened
 from training_utils.cli.scripts import Script
 
-# By the names that they are imported by. tests/test_installation.py holds them against the files of requirements;
+# By the names that they are imported by. tests/test_start_up.py holds them against the files of requirements;
 # tensorboard, which --report_to asks for, is not among them.
 OF_EVERY_SCRIPT = (
     "numpy datasets filelock huggingface_hub PIL psutil pyarrow safetensors tqdm transformers yaml".split()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-SHORTEST = 3  # letters that a misspelt word has at least
+SHORTEST = 2  # letters that a misspelt word has at least
 WORDS_IN_COMMON = 3  # with which names may differ in another word
 
 

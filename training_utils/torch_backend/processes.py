@@ -14,7 +14,6 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_obje
 from training_utils.base import environment
 from training_utils.base.errors import UserError, reason_of
 from training_utils.cli.options import MachineOptions
-from training_utils.data.plan import BatchPlan
 from training_utils.run import output_folder, trackers
 from training_utils.run.progress import Progress
 from training_utils.run.state import RunState
@@ -179,7 +178,6 @@ def start_trackers(accelerator: Accelerator, project: str, settings: dict[str, A
 def start_progress(
     accelerator: Accelerator,
     report_not_finite: Callable[[int, float, RunState], None],
-    plan: BatchPlan,
     state: RunState,
     total: int,
     logging_steps: int,
@@ -189,7 +187,6 @@ def start_progress(
         state,
         total,
         logging_steps,
-        plan.mean_samples_per_step,
         partial(fetch_mean, accelerator),
         partial(log_metrics, accelerator),
         report_not_finite,

@@ -80,7 +80,6 @@ ABSENT = (
     absent("masked_loss masked_training alpha_mask masked_loss_probability unmasked_weight",
            "there are no masks: the loss is that of the complete image"),
     absent("bucket_no_upscale", "an image that is smaller than its training size is enlarged"),
-    absent("load_from_disk", "a folder that datasets has saved to disk is read by its path as --dataset_name"),
     absent("persistent_data_loader_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch "
            "dataloader_prefetch_factor",
            "--dataloader_num_workers alone says how images are read ahead"),
