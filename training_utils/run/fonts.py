@@ -101,7 +101,7 @@ def _substitute(letter: str, font: FreeTypeFont) -> str:
     plain = PLAIN.get(letter, "".join(part for part in parts if not unicodedata.combining(part)))
     if plain and not _missing(font, plain):
         return plain
-    return letter.encode("ascii", "backslashreplace").decode()
+    return letter.encode("unicode_escape").decode()
 
 
 @functools.lru_cache(maxsize=256)
