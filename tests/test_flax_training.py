@@ -835,4 +835,4 @@ def test_a_step_is_compiled_once(compiled):
 
 
 def test_fewer_images_than_a_batch_are_counted_as_what_they_are(run_flax, tmp_path, capsys):
-    check_a_run(run_flax, tmp_path / "out", write_images(tmp_path / "two", 2), capsys)
+    check_a_run(run_flax, tmp_path / "out", write_images(tmp_path / "two", 2), 4, capsys)

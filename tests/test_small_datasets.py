@@ -23,21 +23,20 @@ def lines_of(out, name):
     return [line[name] for line in lines if name in line]
 
 
-def check_a_run(run, out, images, capsys):
-    run(out, "--train_data_dir", images, "--train_batch_size", "16", "--max_train_steps", "3", "--logging_steps", "1")
+def check_a_run(run, out, images, batch, capsys):
+    """A run on two images counts two in each step."""
+    run(out, "--train_data_dir", images, "--train_batch_size", batch, "--max_train_steps", "3")
     said = capsys.readouterr().err
-    warning = (
-        "warning: a step's batch of 16 (batch 16) is larger than the dataset of 2 images; lower --train_batch_size"
-    )
+    warning = f"warning: a step's batch of {batch} (batch {batch}) is larger than the dataset of 2 images; lower"
     assert said.count(warning) == 1
-    assert "a step        2 images, all that there are: batch 16\n" in said and "16 images" not in said
+    assert f"a step        2 images, all that there are: batch {batch}\n" in said and f" {batch} images" not in said
     assert "3 in 3.0 epochs" in said
     (facts,) = lines_of(out, "run")
     assert facts["pictures_per_update"] == 2 and facts["pictures"] == 2
 
 
 def test_a_run_counts_the_images_that_there_are(run, tmp_path, two_images, capsys):
-    check_a_run(run, tmp_path / "out", two_images, capsys)
+    check_a_run(run, tmp_path / "out", two_images, 16, capsys)
     # What is trained does not depend on how large the batch could be.
     run(tmp_path / "fitting", "--train_data_dir", two_images, "--train_batch_size", "2", "--max_train_steps", "3")
     assert "is larger than the dataset" not in capsys.readouterr().err

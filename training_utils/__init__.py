@@ -8,9 +8,9 @@ the rule.
 
 import sys
 
-# Before any file that an older Python cannot read, and in an older one's syntax.
+# Before any file that an older Python cannot read.
 if sys.version_info < (3, 11):  # noqa: UP036 (the scripts are not installed, so no installer has checked it)
     version = ".".join(map(str, sys.version_info[:3]))
-    problem = "needs Python 3.11 or later, and %s is Python %s" % (sys.executable, version)  # noqa: UP031
-    sys.stderr.write(sys.argv[0] + ": error: " + problem + "; the README says how to set it up\n")
+    problem = f"needs Python 3.11 or later, and {sys.executable} is Python {version}; the README says how to set it up"
+    sys.stderr.write(f"{sys.argv[0]}: error: {problem}\n")
     sys.exit(2)

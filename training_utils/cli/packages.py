@@ -39,12 +39,13 @@ def installation_problem(script: Script) -> str | None:
     missing = [name for name in REQUIRED[script.backend] if is_missing(name)]
     if not missing:
         return None
+    what = f"{missing[0]} is not installed" if len(missing) == 1 else f"{shortened(missing, 3)} are not installed"
     root = Path(__file__).parents[2]
     is_here = Path.cwd() == root
     make = "make setup" if is_here else f"make -C {root} setup"
     folder = "" if is_here else f"{root}/"
     return (
-        f"{shortened(missing, 3)} {'is' if len(missing) == 1 else 'are'} not installed for {sys.executable}: "
+        f"{what} for {sys.executable}: "
         f"run `{make}` once and then `source {folder}.venv/bin/activate`, or start the script with "
         f"{folder}.venv/bin/python; `pip install -r {folder}{REQUIREMENTS[script.backend]}` is for an environment of "
         "your own"
