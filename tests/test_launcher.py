@@ -46,7 +46,7 @@ INCOMPLETE = {
     "LOCAL_RANK=3": "LOCAL_RANK is set in the environment",
     "RANK=0": "RANK is set in the environment, as for one of several processes, but not WORLD_SIZE",
     "RANK=1": "RANK is set in the environment, as for one of several processes, but not WORLD_SIZE",
-    "WORLD_SIZE=2": "WORLD_SIZE is 2 in the environment, as for one of several processes, but not RANK, LOCAL_RANK,",
+    "WORLD_SIZE=2": "WORLD_SIZE 2 is set in the environment, as for one of several processes, but not RANK",
     "WORLD_SIZE=2 RANK=0 LOCAL_RANK=0": "but not MASTER_ADDR and MASTER_PORT",
     "WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_PORT=1": "but not MASTER_ADDR; start",
     "WORLD_SIZE=1 LOCAL_RANK=0": "but not RANK, MASTER_ADDR and MASTER_PORT",
@@ -55,6 +55,7 @@ INCOMPLETE = {
     "WORLD_SIZE=two": "WORLD_SIZE is 'two' in the environment, not a whole number",
     "WORLD_SIZE=2.0": "WORLD_SIZE is '2.0' in the environment, not a whole number",
     "RANK=-1": "RANK is '-1' in the environment, not a whole number",
+    "LOCAL_WORLD_SIZE=all": "LOCAL_WORLD_SIZE is 'all' in the environment",
     "WORLD_SIZE=0": "WORLD_SIZE is 0 in the environment",
     "WORLD_SIZE=1 RANK=1": "RANK 1 in the environment does not go with WORLD_SIZE 1, since ranks count from 0",
 }

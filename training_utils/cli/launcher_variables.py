@@ -11,7 +11,7 @@ TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # The variables from which JAX learns the rest by itself, under Slurm and on TPU pods.
 CLUSTERS = ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES")
-START_AGAIN = "start the script with accelerate launch or torchrun, which set them all, or unset them"
+START_AGAIN = "start the script with accelerate launch or torchrun"
 
 
 def variables_problem(script: Script) -> str | None:
@@ -47,15 +47,20 @@ def _torch_problem() -> str | None:
     if world_size == 1 and _value("LOCAL_RANK") is None:
         # A single process needs none of the others.
         if _value("RANK") is not None and _value("WORLD_SIZE") is None:
-            return (
-                f"RANK is set in the environment, as for one of several processes, but not WORLD_SIZE; {START_AGAIN}"
-            )
-        return _contradiction(world_size)
+            return _incomplete("RANK", ["WORLD_SIZE"])
+        return _no_number("LOCAL_WORLD_SIZE") or _contradiction(world_size)
     missing = [name for name in TORCH if _value(name) is None]
     if missing:
-        told = f"WORLD_SIZE is {world_size}" if _value("LOCAL_RANK") is None else "LOCAL_RANK is set"
-        return f"{told} in the environment, as for one of several processes, but not {_listed(missing)}; {START_AGAIN}"
+        told = f"WORLD_SIZE {world_size}" if _value("LOCAL_RANK") is None else "LOCAL_RANK"
+        return _incomplete(told, missing)
     return _no_number("LOCAL_WORLD_SIZE", "MASTER_PORT") or _contradiction(world_size) or _no_port()
+
+
+def _incomplete(told: str, missing: list[str]) -> str:
+    return (
+        f"{told} is set in the environment, as for one of several processes, but not {_listed(missing)}; start the "
+        "script with accelerate launch or torchrun, which set them all, or unset them"
+    )
 
 
 def _contradiction(world_size: int) -> str | None:

@@ -61,10 +61,11 @@ def warn_of_large_batch(plan: BatchPlan, scale_lr: bool) -> None:
         return
     factors = _factors(plan.batch_size, plan.accumulation, plan.world_size)
     images = "1 image" if plan.size == 1 else f"{plan.size:,} images"
-    sentence = f"a step's batch of {plan.samples_per_step:,} ({factors}) is larger than the dataset of {images}; "
-    sentence += f"lower {'--train_batch_size' if plan.batch_size > 1 else '--gradient_accumulation_steps'}"
+    flag = "--train_batch_size" if plan.batch_size > 1 else "--gradient_accumulation_steps"
+    count = f"{plan.samples_per_step:,}"
+    sentence = f"a step's batch of {count} ({factors}) is larger than the dataset of {images}; lower {flag}"
     if scale_lr:
-        sentence += f": --scale_lr multiplies the learning rate by {plan.samples_per_step:,} all the same"
+        sentence += f": --scale_lr multiplies the learning rate by {count} all the same"
     warn(sentence)
 
 
