@@ -110,9 +110,9 @@ def test_the_steps_are_those_of_the_run(run, tmp_path, monkeypatch):
     seen = []
     real = Progress.update
 
-    def update(self, state, loss, grad_norm, learning_rate):
+    def update(self, state, samples, loss, grad_norm, learning_rate):
         seen.append((replace(state), float(loss), float(grad_norm), learning_rate))
-        real(self, state, loss, grad_norm, learning_rate)
+        real(self, state, samples, loss, grad_norm, learning_rate)
 
     monkeypatch.setattr(Progress, "update", update)
     words = ["--lr_scheduler", "linear", "--lr_warmup_steps", "2", "--center_crop"]
@@ -143,7 +143,7 @@ def test_buckets_and_an_estimate(tmp_path, capsys):
     rows.sizes = sizes
     batch_plan = BatchPlan(12, 0, 4, 1, 1, sizes)
     state = RunState(0, step=100)
-    progress = Progress(state, 10_000, 1, 4, None, None, None)
+    progress = Progress(state, 10_000, 1, None, None, None)
     progress.step_seconds.extend([60, 1.5, 2.5])
     settings = {"mixed_precision": "no"}
     facts = collect_facts(

@@ -27,7 +27,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from test_formats import CAPTIONS, config, shard
 from test_single_file import as_one_file
-from tiny import UNET
+from test_small_datasets import check_a_run
+from tiny import UNET, write_images
 
 import train_text_to_image_flax as script
 from flax_diffusion import FlaxStableDiffusionPipeline
@@ -831,3 +832,7 @@ def test_memory_that_runs_out_gets_a_sentence(monkeypatch, capsys):
 def test_a_step_is_compiled_once(compiled):
     """Over all runs above: their last steps of an epoch, which have fewer samples, took no second compilation."""
     assert compiled.traced and set(compiled.traced.values()) == {1}
+
+
+def test_fewer_images_than_a_batch_are_counted_as_what_they_are(run_flax, tmp_path, capsys):
+    check_a_run(run_flax, tmp_path / "out", write_images(tmp_path / "two", 2), 4, capsys)

@@ -95,7 +95,34 @@ def test_kohya_layout_is_the_one_that_webui_reads(run_lora, run_lora_sdxl, tmp_p
         assert {key.split("_", 2)[1] for key in state} <= {"unet", "te", "te1", "te2"}
         with safe_open(tmp_path / name / "pytorch_lora_weights_kohya.safetensors", "pt") as file:
             metadata = {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "6.0"}
-            assert file.metadata() == {"format": "pt", "ss_base_model_version": "tiny"} | metadata
+            assert file.metadata() == {"format": "pt", "ss_base_model_version": "tiny", "ss_v2": "False"} | metadata
+
+
+BASES = {
+    768: {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
+    1024: {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
+    2048: {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
+    16: {},
+}
+
+
+@pytest.mark.parametrize("width", BASES)
+def test_kohyas_file_says_which_model_it_is_for(width, tmp_path):
+    """WebUI lists a file with models of SD 2 where ss_v2 is True, and with those of SDXL by the version."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=width,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        attention_head_dim=2,
+    )
+    lora.add_adapter(unet, lora.UNET_LAYERS, 2)
+    lora.save_kohya(tmp_path, {"unet": unet})
+    with safe_open(tmp_path / lora.KOHYA_FILE, "pt") as file:
+        facts = file.metadata()
+    assert {name: facts[name] for name in ("ss_base_model_version", "ss_v2") if name in facts} == BASES[width]
 
 
 def test_adapters_beside_their_base_leave_it_as_it_was(run_lora, tmp_path):

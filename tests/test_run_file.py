@@ -46,7 +46,9 @@ def test_a_file_of_another_script_is_named(tmp_path, capsys):
     args = lora.parse_args(["--pretrained_model_name_or_path", "model", "--train_data_dir", str(ROOT / "tests")])
     with pytest.raises(SystemExit):
         parsed(tmp_path, run_file.as_file(args, 7))
-    assert "there is no flag rank; the file was written by train_text_to_image_lora.py" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there is no flag rank here, only in others of these scripts; the file was written by" in said
+    assert "written by train_text_to_image_lora.py" in said
 
 
 def test_the_command_line_wins(tmp_path):
@@ -83,6 +85,8 @@ def test_a_config_can_ask_for_a_check_of_the_data(tmp_path):
 REFUSED = {
     "learning_rat: 1": "line 1: there is no flag learning_rat; did you mean learning_rate?",
     "xyzzy: 1": "line 1: there is no flag xyzzy (",
+    "lr: 1e-4": "line 1: there is no flag lr; here it is --learning_rate",
+    "clip_skip: 2": "line 1: there is no flag clip_skip here: captions are read from the layer",
     "hub_token: hf_x": "line 1: hub_token is a secret",
     "config: other.yaml": "line 1: config cannot be set in such a file",
     "seed: 1\nSeed: 1": "line 2: there is no flag Seed; did you mean seed?",

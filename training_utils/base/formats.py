@@ -5,8 +5,10 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TextIO
 
-WIDEST = 119  # columns of a table's lines
+WIDEST = 119  # columns of a line, and of all lines in a file or a pipe
+NARROWEST = 50
 
 
 def shortened(names: Sequence[object], most: int = 10) -> str:
@@ -68,14 +70,25 @@ def estimated_duration(seconds: float) -> str:
     return duration(60 * minutes).removesuffix(" 0 s")
 
 
+def line_width(stream: TextIO) -> int:
+    """How many columns a line on this stream may have, from 50 to 119: what COLUMNS says, or else the terminal; 119
+    where there is neither."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        width = int(columns)
+    else:
+        try:
+            # A terminal that does not know its width says 0.
+            width = os.get_terminal_size(stream.fileno()).columns or WIDEST
+        except (OSError, ValueError):  # it is a file or a pipe
+            width = WIDEST
+    return min(max(width, NARROWEST), WIDEST)
+
+
 def table_lines(rows: dict[str, str]) -> Iterator[str]:
     """Lines for {label: text}, the texts below each other and wrapped to the terminal's width."""
     margin = 6 + max(map(len, rows), default=0)
-    try:
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):  # standard error is a file
-        columns = WIDEST
-    width = max(min(columns, WIDEST), margin + 30)
+    width = max(line_width(sys.stderr), margin + 30)
     wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
     wrapper.subsequent_indent = " " * margin
     for label, text in rows.items():

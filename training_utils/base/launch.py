@@ -1,4 +1,4 @@
-"""What accelerate's launcher was told of FSDP, DeepSpeed and torch.compile.
+"""What a launcher has told this process: its number, and of accelerate's, FSDP, DeepSpeed and torch.compile.
 
 It is read from the environment and from DeepSpeed's own file, without any library.
 """
@@ -7,6 +7,8 @@ import json
 import os
 from typing import Any
 
+# What launchers, MPI, JAX and Slurm call the number of a process, on its machine where there is such a number.
+FIRST_HERE = ("LOCAL_RANK", "RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "JAX_PROCESS_ID", "SLURM_LOCALID")
 ZERO_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 STAGE = "zero_optimization.stage"
 # accelerate's variables, and what DeepSpeed's file calls the same.
@@ -21,21 +23,44 @@ NAMES = {
 
 def uses_fsdp() -> bool:
     """Whether this run was launched with --use_fsdp, or with a configuration that says so."""
-    return _is_on("ACCELERATE_USE_FSDP")
+    return is_on("ACCELERATE_USE_FSDP")
 
 
 def uses_deepspeed() -> bool:
     """Whether this run was launched with --use_deepspeed, or with a configuration that says so."""
-    return _is_on("ACCELERATE_USE_DEEPSPEED")
+    return is_on("ACCELERATE_USE_DEEPSPEED")
 
 
-def _is_on(variable: str) -> bool:
+def uses_sagemaker() -> bool:
+    """Whether SageMaker's own library is to join the processes of this run."""
+    return is_on("ACCELERATE_USE_SAGEMAKER") and os.environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") != "NO"
+
+
+def is_first_here() -> bool:
+    """Whether this is the first process of its machine, or the only one, as far as the launcher's variables say.
+
+    For what is said before the processes have met.
+    """
+    for variable in FIRST_HERE:
+        value = os.environ.get(variable, "")
+        if value.isdecimal():
+            return int(value) == 0
+    return True
+
+
+def is_on(variable: str) -> bool:
+    """Whether a variable of the environment is true."""
     return os.environ.get(variable, "false").lower() == "true"
 
 
 def dynamo_backend() -> str:
     """What compiles the network, in the words of --dynamo_backend; "no" where nothing does."""
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+
+
+def dynamo_mode() -> str:
+    """How it is compiled, in the words of --dynamo_mode."""
+    return os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
 
 
 def compiles_by_regions() -> bool:
@@ -48,9 +73,8 @@ def dynamo_words() -> list[str]:
     if dynamo_backend() == "no":
         return []
     words = ["--dynamo_backend", dynamo_backend()]
-    mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
-    if mode != "default":
-        words += ["--dynamo_mode", mode]
+    if dynamo_mode() != "default":
+        words += ["--dynamo_mode", dynamo_mode()]
     for switch in ("fullgraph", "dynamic", "regional_compilation"):
         if _dynamo_switch(switch):
             words.append(f"--dynamo_use_{switch}")

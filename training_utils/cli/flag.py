@@ -77,12 +77,23 @@ class Flag:
     shapes_result: bool = False
     needs: Needs | None = None
     package: Package | None = None  # that it needs
-    other_names: tuple[str, ...] = field(default=(), kw_only=True)  # of kohya's flags for the same
+    # Of other trainers' flags for the same; what follows a space is the value, or whatever else it takes here.
+    other_names: tuple[str, ...] = field(default=(), kw_only=True)
+    otherwise: str | None = None  # what holds in the scripts that do not have it, where one may expect it there
     secret: bool = False  # never shown or written
     once: bool = False  # for one run alone, so that it does not stand in run.yaml
     not_in_file: str | None = None  # why it may not stand in a file for --config
     not_streamed: str | None = None  # why it does not go with --streaming
     replaces: tuple[str, ...] = ()  # flags of a file for --config that it puts out of effect on the command line
+
+    def called_elsewhere(self, name: str) -> str | None:
+        """The words here for another trainer's flag of this name, such as "--prediction_type v_prediction", or None
+        where it is another flag."""
+        for entry in self.other_names:
+            other, space, rest = entry.partition(" ")
+            if other == name:
+                return f"--{self.name}{space}{rest}"
+        return None
 
     def in_script(self, script: str) -> "Flag":
         """The flag as a script has it."""

@@ -9,10 +9,23 @@ from training_utils.cli import packages
 from training_utils.cli.arguments import Arguments
 from training_utils.cli.optimizers import OPTIMIZERS
 
+PRECISIONS = ("no", "fp16", "bf16")
+NOT_SUPPORTED = {
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+# Of what accelerate calls the backends of torch.compile, those that compile a training.
+DYNAMO_BACKENDS = ("no", "eager", "aot_eager", "inductor", "cudagraphs", "hpu_backend")
+DYNAMO_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 def launch_problem(args: Arguments) -> str | None:
     """The first thing about the launch that does not go with the flags, or with this suite, or None."""
     script = args.script
+    if script.backend == "torch":
+        problem = _not_supported(args)
+        if problem is not None:
+            return problem
     # diffusers' UNets ask their blocks for attributes that a compiled block does not have.
     if launch.compiles_by_regions() and script.backend == "torch" and script.network == "unet":
         return "accelerate cannot compile this network by regions; launch without --dynamo_use_regional_compilation"
@@ -20,6 +33,40 @@ def launch_problem(args: Arguments) -> str | None:
         return _sharding_problem(args, "DeepSpeed") or _deepspeed_problem(args)
     if launch.uses_fsdp():
         return _sharding_problem(args, "FSDP") or _fsdp_problem()
+    return None
+
+
+def _not_supported(args: Arguments) -> str | None:
+    """The first thing that accelerate was configured for and that these scripts do not do."""
+    precision = _precision(args).lower()
+    if precision not in PRECISIONS and not args.get("full_bf16"):
+        return (
+            f"accelerate is configured for mixed precision {precision}, in which these scripts do not train; give "
+            "--mixed_precision bf16, fp16 or no"
+        )
+    for variable, what in NOT_SUPPORTED.items():
+        if launch.is_on(variable):
+            return f"accelerate is configured for {what}, which these scripts do not use; launch with --multi_gpu"
+    if launch.uses_sagemaker():
+        return (
+            "accelerate is configured for SageMaker's distributed library, which these scripts do not use; set "
+            "distributed_type to NO in its configuration"
+        )
+    backend = launch.dynamo_backend()
+    if backend not in DYNAMO_BACKENDS:
+        return (
+            f"accelerate is configured to compile with --dynamo_backend {backend}, which does not train here; use "
+            "inductor, or no"
+        )
+    mode = launch.dynamo_mode()
+    if backend != "no" and mode not in DYNAMO_MODES:
+        return f"accelerate is configured for --dynamo_mode {mode}; torch knows {', '.join(DYNAMO_MODES)}"
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto").lower()
+    if not launch.uses_deepspeed() and accumulation not in ("auto", str(args.gradient_accumulation_steps)):
+        return (
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS {accumulation} in the environment contradicts "
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}; unset it"
+        )
     return None
 
 

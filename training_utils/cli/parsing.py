@@ -2,16 +2,22 @@
 
 import argparse
 import os
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from training_utils.base.formats import line_width
+from training_utils.base.launch import is_first_here
 from training_utils.cli import rules, run_file, table
 from training_utils.cli.arguments import Arguments
 from training_utils.cli.flag import Flag, Group
+from training_utils.cli.launcher_variables import variables_problem
 from training_utils.cli.notices import notices
+from training_utils.cli.packages import installation_problem
 from training_utils.cli.scripts import SCRIPTS
 from training_utils.cli.secrets import HANDED_ON
-from training_utils.cli.suggestion import suggestion
+from training_utils.cli.unknown import advice
 from training_utils.cli.values import plain_type
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -28,6 +34,12 @@ def parse(argv: Sequence[str] | None, script: str, description: str) -> Argument
     description = description.splitlines()[0]
     parser = build(description, groups)
     given = vars(parser.parse_args(argv))
+    incomplete = variables_problem(SCRIPTS[script])
+    if incomplete is not None:
+        parser.leave(incomplete)
+    absent = installation_problem(SCRIPTS[script])
+    if absent is not None:
+        parser.leave(absent, only_first=True)
     if "config" in given:
         values = build(description, groups, exit_on_error=False)
         given = _beside_the_file(_from_file(parser, given["config"], known, values), given, known)
@@ -52,7 +64,7 @@ def parse(argv: Sequence[str] | None, script: str, description: str) -> Argument
     return args
 
 
-def build(description: str, groups: Sequence[Group], exit_on_error: bool = True) -> argparse.ArgumentParser:
+def build(description: str, groups: Sequence[Group], exit_on_error: bool = True) -> "_Parser":
     """The parser for these flags. A value that the user did not give is absent from its result, even a required one.
 
     Each --NAME that is on or off has a --no_NAME, which the help leaves out. Without `exit_on_error` a wrong value
@@ -79,13 +91,21 @@ def _add_flag(section: Any, flag: Flag) -> None:
         section.add_argument(f"--no_{flag.name}", action="store_false", dest=flag.name, help=argparse.SUPPRESS)
         return
     default = "" if flag.default is None else f" (default: {flag.default})"
+    metavar = METAVARS[plain_type(flag.type)]
+    words = flag.help + default
+    if flag.choices:
+        metavar = f"{{{','.join(flag.choices)}}}"
+        # argparse does not break the line of a flag and its choices.
+        if len(f"  --{flag.name} {metavar}") > line_width(sys.stdout):
+            metavar = METAVARS[str]
+            words = f"{flag.help}: {', '.join(flag.choices)}{default}"
     section.add_argument(
         f"--{flag.name}",
         type=flag.type,
         nargs=flag.nargs,
         choices=flag.choices,
-        metavar=None if flag.choices else METAVARS[plain_type(flag.type)],
-        help=_escaped(flag.help + default),
+        metavar=metavar,
+        help=_escaped(words),
     )
 
 
@@ -94,8 +114,11 @@ def _escaped(text: str) -> str:
 
 
 class _Help(argparse.HelpFormatter):
+    """Help that fits the terminal."""
+
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36, width=119)
+        width = line_width(sys.stdout)
+        super().__init__(prog, max_help_position=min(36, width // 3), width=width)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,7 +127,15 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             word = message.split(": ", 1)[1].split()[0].split("=")[0]
             message = self._not_a_flag(word)
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.leave(f"{message} (see --help)", only_first=True)
+
+    def leave(self, message: str, only_first: bool = False) -> NoReturn:
+        """Print a sentence and leave with exit code 2. With `only_first` the first process of a machine prints it for
+        all of them."""
+        if only_first and not is_first_here():
+            time.sleep(2)  # or the launcher, which ends all when one has ended, could end the first one too early
+            self.exit(2)
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def _not_a_flag(self, word: str) -> str:
         """What to say of a word of the command line that is no flag of this script."""
@@ -113,14 +144,7 @@ class _Parser(argparse.ArgumentParser):
             return (
                 f"'{word}' belongs to no flag: one that is on or off takes no value, and a value with spaces, quotes"
             )
-        name = word.removeprefix("--")
-        for flag in table.rows():
-            if name in flag.other_names and f"--{flag.name}" in known:
-                return f"there is no flag {word}; here it is --{flag.name}"
-        if name in table.names(lambda flag: True):
-            others = f"there is no flag {word} here, only in others of these scripts"
-            return others + suggestion(word, known, cutoff=0.8)
-        return f"there is no flag {word}" + suggestion(word, known)
+        return f"there is no flag {word}{advice(word, known)}"
 
 
 def _from_file(
@@ -150,7 +174,7 @@ def _beside_the_file(filed: dict[str, Any], given: dict[str, Any], known: Mappin
 def _take_from_environment(args: Arguments) -> None:
     if args.hub_token is None:
         args.hub_token = os.environ.get(HANDED_ON)
-    if "LOCAL_RANK" in os.environ:
+    if os.environ.get("LOCAL_RANK"):
         args.local_rank = int(os.environ["LOCAL_RANK"])
 
 

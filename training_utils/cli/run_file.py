@@ -14,7 +14,7 @@ from training_utils.cli import table
 from training_utils.cli.arguments import Arguments
 from training_utils.cli.flag import Flag, Group
 from training_utils.cli.paths import expand_variables, without_variables
-from training_utils.cli.suggestion import suggestion
+from training_utils.cli.unknown import advice
 from training_utils.cli.values import PathValue
 
 WIDTH = 44  # of a flag and its value, before the comment
@@ -78,11 +78,11 @@ def read_text(
 
 
 def _advice(name: str, known: Mapping[str, Flag], text: str) -> str:
-    """What to add to the sentence that there is no flag of this name: the nearest one, and who wrote the file."""
+    """What to add to the sentence that there is no flag of this name: what helps, and who wrote the file."""
     writer = re.match(r"# The flags of a run of (\S+)\. ", text)
     if writer is None:
-        return suggestion(name, known)
-    return suggestion(name, known, cutoff=0.8) + f"; the file was written by {writer[1]}"
+        return advice(name, known)
+    return advice(name, known) + f"; the file was written by {writer[1]}"
 
 
 def _reason(error: Exception) -> str:

@@ -33,7 +33,8 @@ class BatchPlan:
     makes the same number of micro-steps. The weights of a step's samples are accumulation * world_size / their
     number: a micro-batch's loss is the sum of weight x loss, and averaging over micro-steps and processes gives the
     mean over the samples, however they were divided. An epoch has `steps_per_epoch` steps, usually of
-    `mean_samples_per_step` samples.
+    `mean_samples_per_step` samples and never of more than `most_samples_per_step`, which are fewer than
+    `samples_per_step` where there are fewer samples.
 
     Where the samples are of several `shapes`, an array with an entry for each, a micro-batch holds samples of one.
     They are put into micro-batches of `batch_size` in the epoch's order, and the last of each shape may have fewer;
@@ -69,7 +70,8 @@ class BatchPlan:
         self.stream = stream
         self.samples_per_step = batch_size * accumulation * world_size
         self.steps_per_epoch = -(-self.size // self.samples_per_step)
-        self.mean_samples_per_step: float = self.samples_per_step
+        self.most_samples_per_step = min(self.samples_per_step, self.size)
+        self.mean_samples_per_step: float = self.most_samples_per_step
         self.shape: np.ndarray | None = None  # the number of each sample's shape, where there are several
         # Batches are read ahead of the loop's position.
         self._order = functools.lru_cache(maxsize=3)(self._make_order)
@@ -79,6 +81,8 @@ class BatchPlan:
             ends = self._order(0)[1] if partial_sources else None
             batches = int((-(-counts // batch_size)).sum()) if ends is None else len(ends)
             self.steps_per_epoch = -(-batches // (accumulation * world_size))
+            in_a_batch = min(batch_size, int(counts.max()))
+            self.most_samples_per_step = min(in_a_batch * accumulation * world_size, self.size)
             self.mean_samples_per_step = self.size / self.steps_per_epoch
 
     @classmethod
@@ -137,11 +141,14 @@ class BatchPlan:
             coming.append(self._order(position.epoch + 1)[0][: many - len(coming[0])])
         return coming
 
+    def sample_count(self, position: Position) -> int:
+        """How many samples the step at a position takes."""
+        return sum(map(len, self.step_samples(position)))
+
     def position_after(self, position: Position) -> Position:
         """The position after the step at a position."""
         position = position.wrapped(self.size)
-        taken = sum(map(len, self.step_samples(position)))
-        return Position(position.epoch, position.sample + taken).wrapped(self.size)
+        return Position(position.epoch, position.sample + self.sample_count(position)).wrapped(self.size)
 
     def image_names(self, dataset: ImageDataset, position: Position) -> list[str]:
         """What to call the images of the step at a position."""

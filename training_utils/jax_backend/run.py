@@ -100,7 +100,6 @@ class Run(Session):
             self.state,
             args.max_train_steps,
             args.logging_steps,
-            self.plan.mean_samples_per_step,
             lambda scalars: [float(scalar) for scalar in jax.device_get(scalars)],
             self._log,
             self._stop_or_skip,

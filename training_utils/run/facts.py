@@ -37,7 +37,8 @@ RECORDED = {
 
 @dataclass(frozen=True)
 class StepSize:
-    """How many images a step takes: `largest` = batch_size * accumulation * world size, fewer where buckets end."""
+    """How many images a step takes: at most `largest`, of the batch_size * accumulation * world size that it asks for;
+    fewer where there are fewer images, or where buckets end."""
 
     batch_size: int
     accumulation: int
@@ -132,7 +133,7 @@ def collect_facts(
         step_size=StepSize(
             batch_size=plan.batch_size,
             accumulation=plan.accumulation,
-            largest=plan.samples_per_step,
+            largest=plan.most_samples_per_step,
             steps_per_epoch=plan.steps_per_epoch,
         ),
         first_step=state.step,

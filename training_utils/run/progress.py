@@ -22,12 +22,14 @@ MOST_OVERFLOWS = 50  # in a row, after which it is not the loss scale
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """A step whose loss is not logged yet; `state` is the RunState after it, `extra` what else to log, by name.
+    """A step whose loss is not logged yet; `state` is the RunState after it, `samples` the number of those that it
+    took, `extra` what else to log, by name.
 
     `loss` and `grad_norm` are numbers or scalars on a device.
     """
 
     state: RunState
+    samples: int
     loss: Any
     grad_norm: Any
     learning_rate: float
@@ -46,7 +48,6 @@ class Progress:
         state: RunState,
         total: int,
         logging_steps: int,
-        samples_per_step: float,
         fetch: Callable[[list[Any]], list[float]],
         log: Callable[[dict[str, float], int], None],
         not_finite: Callable[[int, float, RunState], None],
@@ -64,7 +65,6 @@ class Progress:
 
         self.step = self.first_step = state.step
         self.logging_steps = logging_steps
-        self.samples_per_step = samples_per_step
         self.last_loss: float | None = None
         self.started = time.perf_counter()
         # What a step took, in seconds, on the average of each of the last logs.
@@ -79,7 +79,9 @@ class Progress:
         self._extra: dict[str, float] = {}
         self._overflows = 0
         self._timed_since = self.started
-        self._training_seconds = 0.0  # without validation and checkpoints
+        # Of the steps that are logged, without validation and checkpoints.
+        self._training_seconds = 0.0
+        self._samples = 0
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
@@ -91,9 +93,10 @@ class Progress:
             **console.bar_options(),
         )
 
-    def update(self, state: RunState, loss: Any, grad_norm: Any, learning_rate: float) -> None:
-        """Count the step that led to a RunState; `loss` and `grad_norm` may be scalars on a device."""
-        self._unlogged.append(FinishedStep(replace(state), loss, grad_norm, learning_rate, self._extra))
+    def update(self, state: RunState, samples: int, loss: Any, grad_norm: Any, learning_rate: float) -> None:
+        """Count the step that led to a RunState and took so many samples in all processes; `loss` and `grad_norm` may
+        be scalars on a device."""
+        self._unlogged.append(FinishedStep(replace(state), samples, loss, grad_norm, learning_rate, self._extra))
         self._extra = {}
         self._bar.update(state.step - self.step)
         self.step = state.step
@@ -135,7 +138,9 @@ class Progress:
         seconds = time.perf_counter() - self._timed_since
         self._training_seconds += seconds
         self.step_seconds.append(seconds / len(steps))
-        speed = self.samples_per_step / self.step_seconds[-1]
+        samples = sum(step.samples for step in steps)
+        self._samples += samples
+        speed = samples / seconds
         self.last_loss = losses[-1]
         words = f"loss {losses[-1]:.4f}, lr {steps[-1].learning_rate:.2e}, {speed:.3g} images/s"
         self._bar.set_postfix_str(words, refresh=self._is_terminal)
@@ -150,7 +155,7 @@ class Progress:
 
     def speed(self) -> float:
         """Images a second over the whole run, without validation and checkpoints."""
-        return self.samples_per_step * (self.step - self.first_step) / self._training_seconds
+        return self._samples / self._training_seconds
 
     def close(self) -> None:
         """Log what is left and leave the bar as it stands."""

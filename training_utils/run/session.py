@@ -154,6 +154,7 @@ class Session:
             args.gradient_accumulation_steps,
             self.processes.world_size,
         )
+        summary.warn_of_large_batch(self.plan, args.scale_lr)
         if args.max_train_steps is None:
             args.max_train_steps = args.num_train_epochs * self.plan.steps_per_epoch
         self.last_step = args.max_train_steps
@@ -225,9 +226,10 @@ class Session:
 
     def count_step(self, loss: Any, grad_norm: Any, learning_rate: float) -> None:
         """Count a step that was made; the loss and the norm of its gradient may still be on their way."""
+        samples = self.plan.sample_count(self.state.position)
         self.state.position = self.plan.position_after(self.state.position)
         self.state.step += 1
-        self.progress.update(self.state, loss, grad_norm, learning_rate)
+        self.progress.update(self.state, samples, loss, grad_norm, learning_rate)
         self.stopped_by = self.interruption.signal()
 
     def count_overflow(self, save_checkpoint: Callable[[], Path | None]) -> None:

@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from training_utils.base import formats
-from training_utils.base.console import say
+from training_utils.base.console import say, warn
+from training_utils.data.plan import BatchPlan
 from training_utils.run import checkpoints
 from training_utils.run.facts import RunFacts
 from training_utils.run.metrics import Log
@@ -35,21 +36,44 @@ def print_start_summary(facts: RunFacts, output_dir: str | Path) -> None:
 
 
 def images_of_a_step(facts: RunFacts) -> str:
-    """How many images a step takes, and what they multiply from: `16 images: batch 4 x 2 accumulated x 2 devices`."""
+    """How many images a step takes, and what they multiply from: `16 images: batch 4 x 2 accumulated x 2 devices`, or
+    `2 images, all that there are: batch 16`."""
     size = facts.step_size
-    factors = [f"batch {size.batch_size}"]
-    if size.accumulation > 1:
-        factors.append(f"{size.accumulation} accumulated")
-    if facts.world_size > 1:
-        factors.append(f"{facts.world_size} devices")
+    factors = _factors(size.batch_size, size.accumulation, facts.world_size)
     count = image_count(facts)
-    return f"{count}: {' x '.join(factors)}" if len(factors) > 1 else count
+    if size.steps_per_epoch == 1 and size.largest < size.batch_size * size.accumulation * facts.world_size:
+        return f"{count}, all that there are: {factors}"
+    return f"{count}: {factors}" if " x " in factors else count
+
+
+def _factors(batch_size: int, accumulation: int, world_size: int) -> str:
+    factors = [f"batch {batch_size}"]
+    if accumulation > 1:
+        factors.append(f"{accumulation} accumulated")
+    if world_size > 1:
+        factors.append(f"{world_size} devices")
+    return " x ".join(factors)
+
+
+def warn_of_large_batch(plan: BatchPlan, scale_lr: bool) -> None:
+    """Warn where a step asks for more images than there are."""
+    if plan.size >= plan.samples_per_step:
+        return
+    factors = _factors(plan.batch_size, plan.accumulation, plan.world_size)
+    images = "1 image" if plan.size == 1 else f"{plan.size:,} images"
+    flag = "--train_batch_size" if plan.batch_size > 1 else "--gradient_accumulation_steps"
+    count = f"{plan.samples_per_step:,}"
+    sentence = f"a step's batch of {count} ({factors}) is larger than the dataset of {images}; lower {flag}"
+    if scale_lr:
+        sentence += f": --scale_lr multiplies the learning rate by {count} all the same"
+    warn(sentence)
 
 
 def image_count(facts: RunFacts) -> str:
     """How many images a step takes: `16 images`, or `up to 16 images, 13.5 on average`."""
-    count = f"{facts.step_size.largest:,} images"
-    if facts.images_per_step < facts.step_size.largest:
+    largest = facts.step_size.largest
+    count = "1 image" if largest == 1 else f"{largest:,} images"
+    if facts.images_per_step < largest:
         return f"up to {count}, {facts.images_per_step:.3g} on average"
     return count
 

@@ -245,7 +245,10 @@ def save_kohya(folder: Path, adapted: dict[str, torch.nn.Module]) -> None:
         "network_dim": unet.peft_config["default"].r,
         "network_alpha": alpha.item(),
     }
-    if unet.config.cross_attention_dim in KOHYA_BASE_VERSIONS:
-        facts["base_model_version"] = KOHYA_BASE_VERSIONS[unet.config.cross_attention_dim]
+    version = KOHYA_BASE_VERSIONS.get(unet.config.cross_attention_dim)
+    if version is not None:
+        facts["base_model_version"] = version
+        # By this alone WebUI tells Stable Diffusion 2 from 1, and lists the file with the models that it is for.
+        facts["v2"] = version == "sd_v2"
     metadata = {f"ss_{name}": str(value) for name, value in facts.items()}
     save_file(converted, Path(folder) / KOHYA_FILE, metadata={"format": "pt"} | metadata)

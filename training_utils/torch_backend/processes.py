@@ -14,7 +14,6 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_obje
 from training_utils.base import environment
 from training_utils.base.errors import UserError, reason_of
 from training_utils.cli.options import MachineOptions
-from training_utils.data.plan import BatchPlan
 from training_utils.run import output_folder, trackers
 from training_utils.run.progress import Progress
 from training_utils.run.state import RunState
@@ -51,8 +50,11 @@ def make_accelerator(options: MachineOptions, **ddp: Any) -> Accelerator:
             precision = options.mixed_precision
             raise UserError(f"--mixed_precision {precision} does not run on this device: {error}") from error
         raise
-    if accelerator.distributed_type == "MEGATRON_LM":
-        raise UserError("Megatron-LM is not supported; launch with --multi_gpu")
+    if accelerator.distributed_type == "XLA":
+        raise UserError(
+            "torch_xla is installed, so accelerate takes this machine for a TPU, on which the scripts for PyTorch do "
+            "not train; use train_text_to_image_flax.py there, or uninstall torch_xla"
+        )
     sharding.configure_fsdp(accelerator, PRECISIONS.get(accelerator.mixed_precision))
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not run on this device, a CPU; use bf16 or no")
@@ -176,7 +178,6 @@ def start_trackers(accelerator: Accelerator, project: str, settings: dict[str, A
 def start_progress(
     accelerator: Accelerator,
     report_not_finite: Callable[[int, float, RunState], None],
-    plan: BatchPlan,
     state: RunState,
     total: int,
     logging_steps: int,
@@ -186,7 +187,6 @@ def start_progress(
         state,
         total,
         logging_steps,
-        plan.mean_samples_per_step,
         partial(fetch_mean, accelerator),
         partial(log_metrics, accelerator),
         report_not_finite,

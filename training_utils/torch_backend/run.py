@@ -102,7 +102,7 @@ class Run(Session):
             during_backward=args.get("fused_backward_pass", False),
         )
         self.progress = processes.start_progress(
-            accelerator, self._stop_or_skip, self.plan, self.state, args.max_train_steps, args.logging_steps
+            accelerator, self._stop_or_skip, self.state, args.max_train_steps, args.logging_steps
         )
 
     def _stop_or_skip(self, step: int, loss: float, before: RunState) -> None:
