@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ HANGUP = getattr(signal, "SIGHUP", None)  # a closed terminal or ssh connection;
 SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)))
 ORPHANED = getattr(signal, "SIGUSR1", None)  # what this process is sent when its launcher dies; Windows has none
 SAME_REQUEST = 2.0  # seconds; a queue signals the launcher and its processes, and the launcher passes its signal on
-END = b"\0"  # through the pipe of an Interruption, where there is no signal of this number
+END = b"\0"  # what ends the thread of an Interruption; no signal has this number
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
@@ -62,10 +63,10 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         global _open_end
-        self._receiving, self._sending = os.pipe()
-        os.set_blocking(self._sending, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._sending, warn_on_full_buffer=False)
-        _open_end = self._sending
+        self._receiving, self._sending = socket.socketpair()  # Windows takes no pipe here
+        self._sending.setblocking(False)
+        _open_end = self._sending.fileno()
+        self._wakeup_before = signal.set_wakeup_fd(_open_end, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         handled = self._signals if ORPHANED is None else [*self._signals, ORPHANED]
@@ -78,19 +79,19 @@ class Interruption:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
         _open_end = None
-        os.write(self._sending, END)
+        self._sending.send(END)
         self._thread.join(timeout=1)  # longer where the terminal takes no more text
-        os.close(self._sending)
+        self._sending.close()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if not self._noted:
             self._noted = _request(number)
 
     def _listen(self) -> None:
-        """Hear every signal as it comes, by its number, which Python writes into the pipe."""
-        while (heard := os.read(self._receiving, 1)) != END:
+        """Hear every signal as it comes, by its number, which Python sends to itself."""
+        while (heard := self._receiving.recv(1)) != END:
             self._hear(heard[0])
-        os.close(self._receiving)
+        self._receiving.close()
 
     def _hear(self, number: int) -> None:
         if number not in (*self._signals, ORPHANED):
@@ -130,14 +131,14 @@ def _name(number: int) -> str:
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
-_open_end: int | None = None  # of the pipe of the Interruption that is in force
+_open_end: int | None = None  # of the connection of the Interruption that is in force
 
 
-def _leave_the_pipe() -> None:
+def _hear_nothing() -> None:
     """In a fork, such as a data worker: its signals are not those of the run."""
     if _open_end is not None:
         signal.set_wakeup_fd(-1)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_the_pipe)
+    os.register_at_fork(after_in_child=_hear_nothing)
