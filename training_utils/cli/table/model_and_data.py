@@ -75,6 +75,8 @@ DATA = Group("Data", (
          shapes_result=True, other_names=("flip_aug",)),
     Flag("image_interpolation_mode", str, "lanczos", "filter that resizes the images", INTERPOLATIONS,
          scripts=EVERY - PRIORS, shapes_result=True, variants=(differs(DECODERS, default="bicubic"),)),
+    Flag("ignore_color_profiles", bool, False, "train on the stored numbers of images that have a color profile "
+         "(Display P3, Adobe RGB, CMYK), instead of converting their colors to sRGB", shapes_result=True),
     Flag("random_crop", bool, False, "train on a random square of each image instead of its middle",
          scripts=DECODERS, shapes_result=True),
     Flag("reducing_gap", number(1), 1.0, "how exactly large images are made smaller: 1 is quickest, 3 hardly "
