@@ -54,6 +54,7 @@ OURS = {
     "keep_tokens": (int, 0),
     "streaming": (bool, False),
     "shuffle_buffer": (int, 10_000),
+    "ignore_color_profiles": (bool, False),
 }
 OURS_FOR_PIXELS = {  # not for the priors, whose images CLIP sizes, and not for JAX, which compiles one shape
     "aspect_ratio_bucketing": (bool, False),

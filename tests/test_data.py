@@ -120,13 +120,14 @@ def test_paths_as_windows_writes_them(tmp_path):
 
 def test_what_is_passed_over_or_read_twice_is_said(tmp_path, capsys):
     folder_with(tmp_path, [entry(0), entry(1)], count=2)
-    (tmp_path / "photo.HEIC").touch()
+    (tmp_path / "photo.PSD").touch()
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,again\n")
     (tmp_path / ".Trash").mkdir()
     shutil.copy(tmp_path / "metadata.jsonl", tmp_path / ".Trash")
     assert len(rows_of(tmp_path)) == 3
     said = capsys.readouterr().err
-    assert f"images of an unsupported kind (.heic) are skipped: {tmp_path}/photo.HEIC" in said
+    assert f"1 images of an unsupported kind are skipped: {tmp_path}/photo.PSD; convert them to PNG" in said
+    assert f"1 folders that are hidden or belong to another program are skipped: {tmp_path}/.Trash" in said
     assert f"{tmp_path} holds metadata.jsonl and metadata.csv, and both are read" in said
 
 
@@ -148,8 +149,8 @@ def test_links_are_followed_and_what_cannot_be_reached_is_said(tmp_path, capsys,
     rows = rows_of(tmp_path / "set", caption_column=None)
     assert sorted(rows.name(at) for at in range(3)) == [f"{tmp_path}/elsewhere/{at}.png" for at in range(3)]
     said = capsys.readouterr().err
-    assert f"broken links are skipped: {tmp_path}/set/gone.png" in said
-    assert f"{tmp_path}/set/closed cannot be read (Permission denied) and is skipped" in said
+    assert f"1 links to what does not exist are skipped: {tmp_path}/set/gone.png" in said
+    assert f"1 folders that cannot be read are skipped: {tmp_path}/set/closed (Permission denied)" in said
 
 
 def test_a_name_as_long_as_names_can_be(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import pickle
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def report_on(folder, limits=None):
 
 
 @pytest.mark.parametrize("on_bad_sample", ["error", "skip"])
-@pytest.mark.parametrize("name", ["to_rgb", "resize", "crop", "upright_rgb", "to_array", "is_turned"])
+@pytest.mark.parametrize("name", ["to_rgb", "resize", "crop", "upright_rgb", "to_array", "_orientation"])
 def test_a_bug_in_a_training_sample_is_raised(folder, plant, name, on_bad_sample):
     bug = plant(image_ops, name)
     with pytest.raises(bug, match="^planted$"):
@@ -73,7 +74,7 @@ def test_a_bug_in_a_data_worker_has_its_own_trace(folder, monkeypatch, on_bad_sa
 
     from training_utils.torch_backend import loader
 
-    def broken(image):
+    def broken(image, ignore_profile):
         raise TypeError("planted")
 
     monkeypatch.setattr(image_ops, "to_rgb", broken)
@@ -128,8 +129,8 @@ def test_a_bug_in_a_reader_that_pillow_calls_is_raised(folder, tmp_path, monkeyp
 
 
 def test_a_bug_on_a_line_that_calls_pillow_is_raised():
-    with pytest.raises(AttributeError, match="getexif"):
-        image_ops.is_turned(object())
+    with pytest.raises(AttributeError, match="load"):
+        image_ops.upright_rgb(SimpleNamespace(format="PNG"))
 
 
 # --- damaged files ---------------------------------------------------------------------------------------------------

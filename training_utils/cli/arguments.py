@@ -68,6 +68,7 @@ class Arguments(argparse.Namespace):
             caption_column=self.get("caption_column"),
             repeats_from_folders=self.repeats_from_folders,
             config=self.train_data_config,
+            ignore_color_profiles=self.ignore_color_profiles,
             shuffle_buffer=self.shuffle_buffer if self.streaming else None,
         )
 

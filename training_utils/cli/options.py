@@ -16,6 +16,7 @@ class DataOptions:
     caption_column: str | None = "text"  # None: no captions are read, and none are needed
     repeats_from_folders: bool = False
     config: str | None = None  # a file that names several datasets
+    ignore_color_profiles: bool = False  # take the numbers of every image for sRGB
     shuffle_buffer: int | None = None  # samples that are shuffled together in a stream; None: nothing is streamed
 
 

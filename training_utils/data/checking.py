@@ -88,6 +88,8 @@ def check_dataset(dataset: ImageDataset, on_bad_sample: str = "error") -> list[i
 
 def _warn_of_findings(dataset: ImageDataset, findings: Findings, empty: Iterable[int]) -> None:
     """Warn of what can be used, or is left out, and is perhaps not meant; `empty` are rows with an empty caption."""
+    for group in findings.left_out.groups():
+        warn(group.sentence)
     if findings.unnamed:
         where = f"{len(findings.unnamed)} of {findings.images} images in {dataset.root or 'the shards'}"
         reason = "are not in the metadata" if dataset.caption_column is None else "have no caption"

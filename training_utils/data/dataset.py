@@ -50,8 +50,11 @@ class ImageDataset:
     datasets that are selected from this one. `row_numbers` are the numbers of these rows in the complete dataset,
     whose images are `arrow_images`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels
     at which each row is trained; None where the data do not decide it. `sources` are None where there is one alone,
-    and `origins` the index of each row's. `partial_sources` are a list of PartialSource.
+    and `origins` the index of each row's. `partial_sources` are a list of PartialSource. With `ignore_color_profiles`
+    the numbers of an image are taken for sRGB, whatever its profile says.
     """
+
+    ignore_color_profiles: bool = False
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class ImageDataset:
     def select(self, indices: Sequence[int] | np.ndarray) -> "ImageDataset":
         """The rows with these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
-        return ImageDataset(
+        selected = ImageDataset(
             self.table.select(indices),
             self.image_column,
             self.caption_column,
@@ -106,6 +109,8 @@ class ImageDataset:
             sources=self.sources,
             origins=None if self.origins is None else self.origins[indices],
         )
+        selected.ignore_color_profiles = self.ignore_color_profiles
+        return selected
 
     def drop(self, indices: Sequence[int] | np.ndarray) -> "ImageDataset":
         """All rows except those with these indices."""
@@ -149,24 +154,25 @@ class ImageDataset:
         return texts_of(self._captions[index])
 
     def image(self, index: int) -> Image.Image:
-        """The image of a row, upright, in RGB. Raises BadSample, or UserError where the file cannot be reached."""
+        """The image of a row, upright, in sRGB. Raises BadSample, or UserError where the file cannot be reached."""
         stored = self.stored_image(index)
         try:
             with unusable_if(MemoryError), open_image(stored) as image:
-                return image_ops.upright_rgb(image)
+                return image_ops.upright_rgb(image, self.ignore_color_profiles)
         except UnusableImage as error:
             raise error.problem(self._name_of(index, stored)).error() from error.__cause__ or error
 
     def digest_and_size(self, index: int) -> tuple[str, Size]:
         """(SHA-256, upright size) of the file of a row's image; of one that cannot be read, that of its name, and
-        zeros."""
+        zeros. Behind the SHA-256 stands image_ops.variant where that says something."""
         try:
             content = read_content(self.stored_image(index))
             with unusable_if(MemoryError), open_image({"bytes": content}) as image:
                 size = image_ops.upright_size(image)
+                variant = image_ops.variant(image, self.ignore_color_profiles)
         except UnusableImage:  # what is wrong with it, whoever decodes it will say
             return hashlib.sha256(repr(self.name(index)).encode()).hexdigest(), (0, 0)
-        return hashlib.sha256(content).hexdigest(), size
+        return f"{hashlib.sha256(content).hexdigest()} {variant}".rstrip(), size
 
     # --- all rows ----------------------------------------------------------------------------------------------------
 

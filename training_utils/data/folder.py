@@ -35,7 +35,8 @@ def read_shards(
     """(the captioned images in tar shards, the caption column). Adds to the findings."""
     images = []
     for shard in shards:
-        for path, caption in tar.index_shard(os.path.realpath(shard), caption_column, findings.malformed):
+        found = tar.index_shard(os.path.realpath(shard), caption_column, findings.malformed, findings.left_out)
+        for path, caption in found:
             if caption is None and words_of:
                 caption = words_of(path)
             images.append(CaptionedImage(path, caption))
@@ -44,7 +45,8 @@ def read_shards(
     captioned = [image for image in images if image.caption is not None]
     if not captioned and not findings.malformed:
         missing = "captions: put a .txt, .caption or .json beside each image" if images else "images"
-        findings.malformed.append(f"the shards in {folder} ({shortened(shards, 1)}) hold no {missing}")
+        sentence = f"the shards in {folder} ({shortened(shards, 1)}) hold no {missing}"
+        findings.malformed.append(findings.left_out.added_to(sentence))
     return captioned, caption_column
 
 
@@ -172,9 +174,9 @@ def _captions_beside_images(images, malformed, words_of):
     captioned = []
     for image in images:
         path = os.path.realpath(image)
-        texts = [text for text in map(image.with_suffix, (".txt", ".caption")) if os.path.isfile(text)]
-        if texts:
-            content = read_text(texts[0], malformed)
+        text = files.caption_file(image)
+        if text is not None:
+            content = read_text(text, malformed)
             if content is not None:
                 captioned.append(CaptionedImage(path, content.strip()))
         elif words_of and words_of(path) is not None:

@@ -11,15 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from training_utils.data import tar
+from training_utils.data import plug_ins, tar
 from training_utils.data.problems import Problem
 
 LONGEST = 50  # times the shorter side: a longer image, resized to the resolution, would take gigabytes
 
+BEGINNING = 16  # bytes of a file, which tell its format
+
 # Pillow refuses an image above twice its limit and only warns of one above it; those are large scans.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Of tags that are damaged, it tells which; what is needed of them is read all the same.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
+# Pillow refuses an image with more than 1 MB in a text chunk; ComfyUI's workflow may be longer. The limit is there for
+# texts that are made to fill the memory.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26
+PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 # What Pillow's readers raise for a damaged file. Each format has its own kinds, and few of them are checked for.
 DECODER_ERRORS = (
@@ -119,13 +128,31 @@ def open_image(stored: StoredImage) -> Image.Image:
             size = os.path.getsize(stored["path"])
     if not size:
         raise UnusableImage("zero bytes", "zero bytes")
-    with decoding():
-        image = Image.open(file)
+    try:
+        with decoding():
+            image = Image.open(file)
+    except UnusableImage as error:
+        raise _advised(error, file) from error.__cause__
     width, height = image.size
     if max(width, height) > LONGEST * min(width, height):
         image.close()
         raise UnusableImage("too narrow", f"{width} x {height} pixels, more than {LONGEST} to 1")
     return image
+
+
+def _advised(error: UnusableImage, file: IO[bytes] | str) -> UnusableImage:
+    """An error of opening a file, with what to install where that is all that is missing."""
+    if error.kind != "not an image":
+        return error
+    with unusable_if(OSError):
+        if isinstance(file, str):
+            with open(file, "rb") as opened:
+                beginning = opened.read(BEGINNING)
+        else:
+            file.seek(0)
+            beginning = file.read(BEGINNING)
+    plug_in = plug_ins.missing_for_content(beginning)
+    return error if plug_in is None else UnusableImage(error.kind, f"{plug_in.title}; {plug_in.advice}")
 
 
 def read_content(stored: StoredImage) -> bytes:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 from training_utils.base.console import bar, is_main_process
 from training_utils.base.formats import shortened
 from training_utils.cli.options import BucketLimits, DataOptions
-from training_utils.data import buckets, image_ops, opening, parallel, selection
+from training_utils.data import buckets, color, image_ops, opening, parallel, selection
 from training_utils.data.captions import caption_problems
 from training_utils.data.dataset import ImageDataset
 from training_utils.data.image_files import StoredImage, UnusableImage, decoding, open_image, unusable_if
@@ -36,7 +37,8 @@ LONGEST_BAR = 40  # characters, in a histogram
 @dataclass(frozen=True)
 class DecodedImage:
     """What a decoded image is like: its name, its size when upright, a digest of its pixels, and whether it has more
-    than one frame, transparent parts, or was stored turned."""
+    than one frame, transparent parts, was stored turned, has a color profile that is not sRGB, or one that cannot be
+    used."""
 
     name: str
     size: Size
@@ -44,6 +46,8 @@ class DecodedImage:
     is_animated: bool
     is_transparent: bool
     is_turned: bool
+    is_converted: bool
+    has_unusable_profile: bool
 
 
 def check_data(options: DataOptions, resolution: int | None, limits: BucketLimits | None = None) -> int:
@@ -71,10 +75,11 @@ def check_data(options: DataOptions, resolution: int | None, limits: BucketLimit
         _malformed(findings.malformed),
         _unusable_lines(problems, dataset.root),
         _remarks(dataset, images, [dataset.name(index) for index in empty], None if limits else resolution),
+        _left_out(findings.left_out, dataset.root),
         _histogram("shorter side in pixels", *_sides(images, resolution)),
         _histogram("width to height", *_ratios(images)),
         _buckets(usable, limits),
-        [_verdict(samples, unusable, findings.malformed)],
+        [_verdict(samples, unusable, findings)],
     ]
     text = "\n\n".join("\n".join(lines) for lines in blocks if lines)
     encoding = sys.stdout.encoding or "utf-8"
@@ -109,7 +114,8 @@ def decode_images(dataset: ImageDataset) -> tuple[list[DecodedImage], list[Probl
         images = files.items()
         total = len(files) or total
     threads = min(8, os.cpu_count() or 1)  # decoding lets go of the interpreter; each thread holds a complete image
-    results = parallel.read_ahead(_decode, images, threads)
+    decode = partial(_decode, ignore_profiles=dataset.ignore_color_profiles)
+    results = parallel.read_ahead(decode, images, threads)
     decoded: list[DecodedImage] = []
     problems: list[Problem] = []
     bad: set[int] = set()
@@ -122,14 +128,23 @@ def decode_images(dataset: ImageDataset) -> tuple[list[DecodedImage], list[Probl
     return decoded, problems, bad
 
 
-def _decode(named_image: tuple[str, StoredImage]) -> DecodedImage | Problem:
+def _decode(named_image: tuple[str, StoredImage], ignore_profiles: bool) -> DecodedImage | Problem:
     name, stored = named_image
     try:
         with unusable_if(MemoryError), open_image(stored) as image:
-            rgb = image_ops.upright_rgb(image)
-            turned = image_ops.is_turned(image)
-            transparent = image_ops.is_transparent(image)  # of the first frame
-            return DecodedImage(name, rgb.size, _digest(rgb), _is_animated(image), transparent, turned)
+            rgb = image_ops.upright_rgb(image, ignore_profiles)
+            # Asked for before `_is_animated`, which moves on from the first frame.
+            transparent = image_ops.is_transparent(image)
+            return DecodedImage(
+                name=name,
+                size=rgb.size,
+                digest=_digest(rgb),
+                is_transparent=transparent,
+                is_turned=image_ops.is_turned(image),
+                is_converted=color.is_converted(image),
+                has_unusable_profile=color.is_unusable(image),
+                is_animated=_is_animated(image),
+            )
     except UnusableImage as error:
         return error.problem(name)
 
@@ -221,6 +236,10 @@ def _remarks(dataset, images, empty, resolution):
             image.name for image in images if image.is_transparent
         ],
         "images stored rotated, which are turned upright": [image.name for image in images if image.is_turned],
+        _converted(dataset): [image.name for image in images if image.is_converted],
+        "images with a color profile that cannot be used, which are taken for sRGB": [
+            image.name for image in images if image.has_unusable_profile
+        ],
         "images without a caption, which are left out": dataset.findings.unnamed,
     }
     remarks = []
@@ -237,6 +256,23 @@ def _remarks(dataset, images, empty, resolution):
             lines.append(f"  {what}: {count:,}")
             lines += [f"      {shortened(names)}"] if names else []
     return ["usable, but worth checking", *lines] if lines else []
+
+
+def _converted(dataset):
+    """What happens to images whose color profile is not sRGB."""
+    if dataset.ignore_color_profiles:
+        return "images with a color profile that is ignored (--ignore_color_profiles)"
+    return "images with a color profile other than sRGB, which are converted to it"
+
+
+def _left_out(left_out, root):
+    """What lies in the dataset and is not trained, by the reason."""
+    lines = []
+    for group in left_out.groups():
+        lines.append(f"  {group.what}: {group.count:,}")
+        lines.append(f"      {group.listed(lambda name: _short(name, root))}")
+        lines += [f"      {group.advice}"] if group.advice else []
+    return ["not trained", *lines] if lines else []
 
 
 def _equal_images(images):
@@ -286,11 +322,13 @@ def _histogram(title, labels, counts):
     return lines
 
 
-def _verdict(samples, unusable, malformed):
-    if malformed:
+def _verdict(samples, unusable, findings):
+    if findings.malformed:
         return "The metadata have to be fixed before anything can be trained."
     if unusable == samples:
         return "Not one sample can be used: fix them before anything is trained."
     if unusable:
         return f"{unusable:,} of {samples:,} samples cannot be used: fix them, or train with --on_bad_sample skip."
-    return "Every sample can be used."
+    left_out = len(findings.left_out)
+    beside = f" What else lies there is named above ({left_out:,})." if left_out else ""
+    return f"Every sample can be used.{beside}"

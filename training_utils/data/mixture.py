@@ -166,6 +166,7 @@ def _combined(parts: list[Part]) -> ImageDataset:
         findings.images += dataset.findings.images
         findings.unnamed += dataset.findings.unnamed
         findings.repeated_lines += dataset.findings.repeated_lines
+        findings.left_out.merge(dataset.findings.left_out)
     roots = [part.dataset.root for part in parts]
     return ImageDataset(
         datasets.concatenate_datasets(tables),

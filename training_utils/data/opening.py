@@ -24,6 +24,12 @@ def load_dataset(options: DataOptions) -> ImageDataset:
     import datasets
 
     datasets.disable_progress_bars()
+    dataset = _open(options)
+    dataset.ignore_color_profiles = options.ignore_color_profiles
+    return dataset
+
+
+def _open(options: DataOptions) -> ImageDataset:
     if options.config is not None:
         return mixture.load_mixture(options)
     if options.shuffle_buffer is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from training_utils.base.errors import UserError
 from training_utils.base.formats import shortened
+from training_utils.data.left_out import LeftOut
 
 # What can be wrong with a sample, and what to say of several samples of that kind.
 UNREADABLE = "files cannot be read as images"
@@ -61,8 +62,8 @@ class Findings:
 
     `malformed` are sentences about its metadata, `problems` those of samples that are therefore not among the rows,
     `images` is how many images the folder holds, `unnamed` are the paths of those without a caption,
-    `repeated_lines` counts the lines that name an image again, and `skipped` are the sentences that `note_skipped`
-    was given.
+    `repeated_lines` counts the lines that name an image again, `left_out` is what lies beside the images and captions,
+    and `skipped` are the sentences that `note_skipped` was given.
     """
 
     malformed: list[str] = field(default_factory=list)
@@ -70,6 +71,7 @@ class Findings:
     images: int = 0
     unnamed: list[str] = field(default_factory=list)
     repeated_lines: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
     skipped: set[str] = field(default_factory=set)
 
 

@@ -18,14 +18,15 @@ def load_source(options: DataOptions) -> ImageDataset:
     image_column = options.image_column
     caption_column = options.caption_column
     files: list[Path] = []
+    findings = Findings()
     if options.dataset_name is not None:
         title = f"--dataset_name {options.dataset_name}"
     else:
         assert options.folder is not None
         title = f"--train_data_dir {options.folder}"
-        files, kind = files_of(Path(options.folder))
+        files, kind = files_of(Path(options.folder), findings.left_out)
         if kind != "tables":
-            return _load_folder(title, Path(options.folder), files, kind, options)
+            return _load_folder(title, Path(options.folder), files, kind, options, findings)
     if options.repeats_from_folders:
         raise UserError(f"{title} holds tables; --repeats_from_folders is for folders of images or shards")
     config_name = options.config_name
@@ -38,13 +39,14 @@ def load_source(options: DataOptions) -> ImageDataset:
     table = _with_undecoded_images(table, image_column)
     if not len(table):
         raise UserError(f"{title} holds no images")
-    return ImageDataset(table, image_column, caption_column)
+    return ImageDataset(table, image_column, caption_column, findings=findings)
 
 
-def _load_folder(title: str, folder: Path, files: list[Path], kind: str, options: DataOptions) -> ImageDataset:
-    """The dataset of a folder of images or shards."""
+def _load_folder(
+    title: str, folder: Path, files: list[Path], kind: str, options: DataOptions, findings: Findings
+) -> ImageDataset:
+    """The dataset of a folder of images or shards. Adds to the findings."""
     repeats_from_folders = options.repeats_from_folders
-    findings = Findings()
     repeats = FolderRepeats(folder, files)
     words_of = repeats.words if repeats_from_folders else None
     read = read_shards if kind == "shards" else read_folder

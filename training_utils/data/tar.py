@@ -7,15 +7,34 @@ separated by zero bytes, which no path can hold. It is called a member path here
 import io
 import json
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from training_utils.base.errors import reason_of
-from training_utils.data.files import HIDDEN_PREFIXES, IMAGE_ENDINGS
+from training_utils.data import files
+from training_utils.data.left_out import LeftOut
 
 BLOCK = 512  # bytes; headers and contents fill complete blocks, and a block of zeros ends the file
-CAPTION_ENDINGS = (".txt", ".caption", ".json")
+CAPTION_ENDINGS = (*files.CAPTION_ENDINGS, ".json")
+
+
+class Member(NamedTuple):
+    """A file in a shard: where the member begins and ends, where its content lies, which for a link is that of an
+    earlier member, and its text where that is asked for."""
+
+    name: str
+    begin: int
+    end: int
+    offset: int
+    size: int
+    text: bytes | None
+
+    @property
+    def stem(self) -> str:
+        """The name up to the last dot: that of the sample."""
+        return os.path.splitext(self.name)[0]
 
 
 def is_member_path(path: Any) -> bool:
@@ -76,9 +95,12 @@ class _Member(io.RawIOBase):
         super().close()
 
 
-def index_shard(shard: str, caption_column: str | None, malformed: list[str]) -> list[tuple[str, Any]]:
+def index_shard(
+    shard: str, caption_column: str | None, malformed: list[str], left_out: LeftOut
+) -> list[tuple[str, Any]]:
     """(member path, caption) of each image of a shard, in its order; None where an image has no caption, and "" for
-    all with `caption_column` None. What is wrong with the shard is added to `malformed`.
+    all with `caption_column` None. What is wrong with the shard is added to `malformed`, and what is not trained to
+    `left_out`.
 
     An image and its caption have the same name up to the last dot. The caption is what a `.json` has in that column,
     or else the content of a `.txt` or `.caption`.
@@ -86,37 +108,62 @@ def index_shard(shard: str, caption_column: str | None, malformed: list[str]) ->
     images: list[tuple[str, str]] = []
     texts: dict[str, Any] = {}
     missing: dict[str, str] = {}
-    for member, content in members(shard, malformed, with_texts=caption_column is not None):
-        stem, ending = os.path.splitext(member.name)
-        if ending.lower() in IMAGE_ENDINGS:
-            images.append((stem, f"{shard}\0{member.name}\0{member.offset_data}\0{member.size}"))
-        elif content is not None and caption_column is not None:
-            fault = read_caption(f"{shard}/{member.name}", stem, ending, content, caption_column, texts, missing)
+    for member in members(shard, malformed, left_out, with_texts=caption_column is not None):
+        if files.is_image(member.name):
+            images.append((member.stem, f"{shard}\0{member.name}\0{member.offset}\0{member.size}"))
+        elif member.text is not None and caption_column is not None:
+            where = f"{shard}/{member.name}"
+            ending = files.ending_of(member.name)
+            fault = read_caption(where, member.stem, ending, member.text, caption_column, texts, missing)
             malformed += [] if fault is None else [fault]
     if caption_column is None:
         return [(path, "") for _, path in images]
+    for stem in sorted((texts.keys() | missing.keys()) - {stem for stem, _ in images}):
+        left_out.add("caption", f"{shard}/{stem}")
     malformed += [sentence for stem, sentence in missing.items() if stem not in texts]
     return [(path, texts.get(stem)) for stem, path in images]
 
 
 def members(
-    shard: str, malformed: list[str], with_texts: bool = True, file: IO[bytes] | io.RawIOBase | None = None
-) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """(tarfile.TarInfo, content) of each file in a shard that is not hidden, in its order; the content of texts
-    alone, else None.
+    shard: str,
+    malformed: list[str],
+    left_out: LeftOut,
+    with_texts: bool = True,
+    file: IO[bytes] | io.RawIOBase | None = None,
+) -> Iterator[Member]:
+    """The images and captions in a shard, in its order, the latter with their text if `with_texts`.
 
     `file` is the shard's content, opened, where it does not lie on this disk. What is wrong with the shard is added
-    to `malformed`.
+    to `malformed`, and all else that it holds to `left_out`.
     """
     last = "its beginning"
+    earlier: dict[str, tarfile.TarInfo | None] = {}  # files by name, to which links may lead
+    skipped_folders: set[str] = set()
     try:
         with tarfile.open(shard, "r:", file) as tar:
-            for member in tar:
-                last = f"member {member.name}"
-                if not _is_hidden(member.name) and member.isfile() and member.sparse is None:
-                    is_text = with_texts and os.path.splitext(member.name)[1] in CAPTION_ENDINGS
-                    text = tar.extractfile(member) if is_text else None
-                    yield member, None if text is None else text.read()
+            for info in tar:
+                last = f"member {info.name}"
+                content = _content_of(info, earlier)
+                folder = files.hidden_folder_in(info.name)
+                if folder is not None:
+                    if folder not in skipped_folders:
+                        left_out.add("folder", f"{shard}/{folder}")
+                        skipped_folders.add(folder)
+                elif content is None or not _is_read(info.name):
+                    reason = _reason_left_out(info, content)
+                    if reason is not None:
+                        left_out.add(reason, f"{shard}/{info.name}")
+                else:
+                    is_text = with_texts and files.ending_of(info.name) in CAPTION_ENDINGS
+                    text = tar.extractfile(content) if is_text else None
+                    yield Member(
+                        name=info.name,
+                        begin=info.offset,
+                        end=tar.offset,
+                        offset=content.offset_data,
+                        size=content.size,
+                        text=None if text is None else text.read(),
+                    )
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(BLOCK)
             if end != bytes(BLOCK):  # tarfile itself takes whatever it finds there for the end
@@ -126,9 +173,38 @@ def members(
         malformed.append(f"{shard} cannot be read as a tar file after {last}: {reason_of(error)}")
 
 
-def _is_hidden(name: str) -> bool:
-    """As for files in a folder; macOS puts a ._000.jpg beside every 000.jpg."""
-    return any(part.startswith(HIDDEN_PREFIXES) and part != "." for part in name.split("/"))
+def _content_of(info: tarfile.TarInfo, earlier: dict[str, tarfile.TarInfo | None]) -> tarfile.TarInfo | None:
+    """The member that has the content of a member: itself or, of a link, the one that it leads to among the
+    `earlier` ones, to which it is added. None for what has no content."""
+    name = posixpath.normpath(info.name)
+    if info.isfile() and info.sparse is None:
+        earlier[name] = info
+    elif info.islnk():
+        earlier[name] = earlier.get(posixpath.normpath(info.linkname))
+    elif info.issym():
+        target = posixpath.join(posixpath.dirname(info.name), info.linkname)
+        earlier[name] = earlier.get(posixpath.normpath(target))
+    else:
+        return None
+    return earlier[name]
+
+
+def _is_read(name: str) -> bool:
+    """Whether a member of this name is an image or a caption."""
+    if os.path.basename(name).startswith("."):
+        return False
+    return files.is_image(name) or files.ending_of(name) in CAPTION_ENDINGS
+
+
+def _reason_left_out(info: tarfile.TarInfo, content: tarfile.TarInfo | None) -> str | None:
+    """Why a member that is not read is not, as files.reason_left_out says it; `content` is as of `_content_of`."""
+    if info.isdir():
+        return None
+    if content is not None:
+        return files.reason_left_out(os.path.basename(info.name))
+    if info.issym() or info.islnk():
+        return "shard link"
+    return "other" if info.sparse is None else "sparse"
 
 
 def read_caption(

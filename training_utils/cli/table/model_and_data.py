@@ -89,6 +89,8 @@ DATA = Group("Data", (
     Flag("image_interpolation_mode", str, "lanczos", "filter that resizes the images", INTERPOLATIONS,
          scripts=EVERY - PRIORS, shapes_result=True, variants=(differs(DECODERS, default="bicubic"),),
          other_names=("resize_interpolation", "interpolation_type", "interpolation")),
+    Flag("ignore_color_profiles", bool, False, "train on the stored numbers of images that have a color profile "
+         "(Display P3, Adobe RGB, CMYK), instead of converting their colors to sRGB", shapes_result=True),
     Flag("random_crop", bool, False, "train on a random square of each image instead of its middle",
          scripts=DECODERS, shapes_result=True,
          otherwise="Stable Diffusion and SDXL train on drawn crops without it, and CLIP on the middle"),

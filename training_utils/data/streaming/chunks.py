@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pyarrow
 
 from training_utils.base.errors import UserError
+from training_utils.data.left_out import LeftOut
 
 # Neighbours that are smaller together are fetched together, in bytes. Only a row group or one sample may be larger.
 CHUNK_BYTES = 2**26
@@ -73,21 +74,32 @@ class Listing:
     """What is known of a file before the run.
 
     `chunks` are lists [begin, end, rows, bytes], `images` is how many images the file has, `uncaptioned` are the names
-    of those without a caption.
+    of those without a caption, and `left_out` is what else it holds.
     """
 
     chunks: list[list[int]] = field(default_factory=list)
     images: int = 0
     uncaptioned: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def as_json(self) -> dict[str, Any]:
         """What is remembered for later runs. The keys are a file format."""
-        return {"chunks": self.chunks, "pictures": self.images, "unnamed": self.uncaptioned}
+        return {
+            "chunks": self.chunks,
+            "pictures": self.images,
+            "unnamed": self.uncaptioned,
+            "left_out": self.left_out.as_json(),
+        }
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> "Listing":
-        """Raises KeyError or TypeError for something else than `as_json` makes."""
-        return cls(chunks=facts["chunks"], images=facts["pictures"], uncaptioned=facts["unnamed"])
+        """Raises KeyError, TypeError or ValueError for something else than `as_json` makes."""
+        return cls(
+            chunks=facts["chunks"],
+            images=facts["pictures"],
+            uncaptioned=facts["unnamed"],
+            left_out=LeftOut.from_json(facts.get("left_out", [{}, {}])),  # not in those of earlier releases
+        )
 
 
 def shown_url(url: str) -> str:

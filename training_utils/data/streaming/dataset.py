@@ -48,7 +48,10 @@ class StreamedDataset(ImageDataset):
         """The samples with these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         sizes = None if self.sizes is None else self.sizes[indices]
-        return StreamedDataset(self.source, self.caption_column, self.findings, self.row_numbers[indices], sizes)
+        row_numbers = self.row_numbers[indices]
+        selected = StreamedDataset(self.source, self.caption_column, self.findings, row_numbers, sizes)
+        selected.ignore_color_profiles = self.ignore_color_profiles
+        return selected
 
     # --- what a sample holds -----------------------------------------------------------------------------------------
 

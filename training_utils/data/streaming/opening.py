@@ -16,7 +16,8 @@ from training_utils.base.errors import UserError, reason_of
 from training_utils.cli import folders
 from training_utils.cli.options import DataOptions
 from training_utils.data import parallel, tables
-from training_utils.data.files import files_of
+from training_utils.data.files import IMAGE_ENDINGS, files_of
+from training_utils.data.left_out import LeftOut
 from training_utils.data.problems import Findings
 from training_utils.data.streaming import chunks, parquet, remote, shards
 from training_utils.data.streaming.chunks import Chunk, File, Listing, shown_bytes
@@ -40,7 +41,8 @@ def open_stream(options: DataOptions) -> StreamedDataset:
     title = f"--train_data_dir {options.folder}"
     if options.dataset_name is not None:
         title = f"--dataset_name {options.dataset_name}"
-    urls, kind = _find_urls(title, options)
+    findings = Findings()
+    urls, kind = _find_urls(title, options, findings.left_out)
     files = list(parallel.read_ahead(remote.find_file, urls, LISTING_THREADS))
     if kind == "tables":
         image_column, caption_column = parquet.find_columns(files[0], image_column, caption_column)
@@ -49,17 +51,20 @@ def open_stream(options: DataOptions) -> StreamedDataset:
         fetch = partial(parquet.fetch_from_table, image_column=image_column, caption_column=caption_column)
     else:
         captioned = caption_column is not None
-        lister = Lister(kind, captioned, partial(shards.list_shard, captioned=captioned))
+        wanted = ["captions"] if captioned else []
+        wanted += sorted(IMAGE_ENDINGS)  # which depend on the plug-ins that are installed
+        lister = Lister(kind, wanted, partial(shards.list_shard, captioned=captioned))
         fetch = partial(shards.fetch_from_shard, caption_column=caption_column)
     root = Path(folders.downloads(options.cache_dir)) / "text-to-image-streams"
     listings = lister.list_files(files, root)
-    findings = Findings()
     findings.images = sum(listing.images for listing in listings)
     findings.unnamed = [name for listing in listings for name in listing.uncaptioned]
+    for listing in listings:
+        findings.left_out.merge(listing.left_out)
     all_chunks = _number_chunks(listings)
     if not all_chunks:
         lack = "captions beside its images, in a .txt, .caption or .json" if findings.images else "images"
-        raise UserError(f"{title} holds no {lack}")
+        raise UserError(findings.left_out.added_to(f"{title} holds no {lack}"))
     source = Source(files=files, chunks=all_chunks, fetch=fetch, root=root, buffer=options.shuffle_buffer)
     _refuse_full_disk(source, root)
     dataset = StreamedDataset(source, caption_column, findings)
@@ -99,12 +104,13 @@ def _refuse_full_disk(source: Source, root: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _find_urls(title: str, options: DataOptions) -> tuple[list[str], str]:
-    """The addresses of the files of a dataset, paths or URLs, and "shards" or "tables". Raises UserError."""
+def _find_urls(title: str, options: DataOptions, left_out: LeftOut) -> tuple[list[str], str]:
+    """The addresses of the files of a dataset, paths or URLs, and "shards" or "tables"; what else a folder holds is
+    added to `left_out`. Raises UserError."""
     config_name = options.config_name
     if options.dataset_name is None:
         assert options.folder is not None
-        found, kind = files_of(Path(options.folder))
+        found, kind = files_of(Path(options.folder), left_out)
         if kind == "images":
             raise UserError(f"{title} holds single images, which are read in place as it is; leave --streaming out")
         if kind == "shards":
@@ -159,7 +165,7 @@ class Lister:
     """
 
     kind: str
-    wanted: list[str] | bool
+    wanted: list[str]
     list_file: Callable[[File], Listing]
 
     def list_files(self, files: list[File], root: Path) -> list[Listing]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pyarrow
 
 from training_utils.base.errors import UserError
-from training_utils.data import tar
-from training_utils.data.files import IMAGE_ENDINGS
+from training_utils.data import files, tar
+from training_utils.data.left_out import LeftOut
 from training_utils.data.streaming import chunks, remote
 from training_utils.data.streaming.chunks import Chunk, ChunkContent, File, Listing
 
@@ -18,8 +18,9 @@ def list_shard(file: File, *, captioned: bool) -> Listing:
     """Walk along the headers of a shard. With `captioned`, images without a caption are left out. Raises UserError."""
     walk = _Walk(file, captioned)
     malformed: list[str] = []
-    for member, _ in tar.members(file.shown, malformed, False, remote.RemoteFile(file, walked=True)):
-        walk.add(member.name, begin=member.offset, end=member.offset_data + _padded(member.size))
+    remote_file = remote.RemoteFile(file, walked=True)
+    for member in tar.members(file.shown, malformed, walk.listing.left_out, False, remote_file):
+        walk.add(member)
     walk.end_chunk()
     if malformed:
         raise UserError(malformed[0])
@@ -39,17 +40,19 @@ class _Walk:
     begin: int = 0
     end: int = 0
 
-    def add(self, name: str, begin: int, end: int) -> None:
-        """Take the next member, whose header begins at a byte and whose content ends before another one."""
-        stem, ending = os.path.splitext(name)
-        if stem != self.sample and begin - self.begin >= chunks.CHUNK_BYTES:
+    def add(self, member: tar.Member) -> None:
+        """Take the next member."""
+        stem = member.stem
+        if stem != self.sample and member.begin - self.begin >= chunks.CHUNK_BYTES:
             self.end_chunk()
-            self.begin = begin
+            self.begin = member.begin
         self.sample = stem
-        self.end = end
-        if ending.lower() in IMAGE_ENDINGS:
-            self.images.append((name, stem))
-        elif ending in tar.CAPTION_ENDINGS:
+        self.end = member.end
+        if member.offset < self.begin:  # a link out of the chunk, which is all that is fetched
+            self.listing.left_out.add("shard link", f"{self.file.shown}/{member.name}")
+        elif files.is_image(member.name):
+            self.images.append((member.name, stem))
+        else:
             self.captions.add(stem)
 
     def end_chunk(self) -> None:
@@ -57,6 +60,8 @@ class _Walk:
         uncaptioned = []
         if self.captioned:
             uncaptioned = [name for name, stem in self.images if stem not in self.captions]
+            for stem in sorted(self.captions - {stem for _, stem in self.images}):
+                self.listing.left_out.add("caption", f"{self.file.shown}/{stem}")
         rows = len(self.images) - len(uncaptioned)
         if rows:
             self.listing.chunks.append([self.begin, self.end, rows, self.end - self.begin])
@@ -64,11 +69,6 @@ class _Walk:
         self.listing.uncaptioned += [f"{self.file.shown}/{name}" for name in uncaptioned]
         self.images.clear()
         self.captions.clear()
-
-
-def _padded(size: int) -> int:
-    """The bytes that a content takes in a tar file, which has complete blocks."""
-    return -(-size // tar.BLOCK) * tar.BLOCK
 
 
 def fetch_from_shard(file: File, chunk: Chunk, *, caption_column: str | None) -> ChunkContent:
@@ -82,13 +82,13 @@ def fetch_from_shard(file: File, chunk: Chunk, *, caption_column: str | None) ->
     images = []
     captions = None if caption_column is None else _Captions(caption_column)
     malformed: list[str] = []
-    for member, text in tar.members(file.shown, malformed, captions is not None, shard):
-        stem, ending = os.path.splitext(member.name)
-        if ending.lower() in IMAGE_ENDINGS:
-            image = content[member.offset_data : member.offset_data + member.size]
-            images.append((member.name, stem, image))
-        elif text is not None and captions is not None:
-            captions.add(os.path.basename(member.name), stem, ending, text)
+    for member in tar.members(file.shown, malformed, LeftOut(), captions is not None, shard):
+        if files.is_image(member.name):
+            image = content[member.offset : member.offset + member.size]
+            images.append((member.name, member.stem, image))
+        elif member.text is not None and captions is not None:
+            where = os.path.basename(member.name)
+            captions.add(where, member.stem, files.ending_of(member.name), member.text)
     if malformed:
         raise UserError(malformed[0], exit_code=1)
     if captions is not None:
