@@ -100,8 +100,13 @@ PROGRAMS = ("make", "pip", "hf", "tensorboard", "pytest")  # that the pages also
 TARGETS = set(re.search(r"\.PHONY: (.*)", (ROOT / "Makefile").read_text())[1].split())
 
 
-def makes(*targets):
-    assert targets and set(targets) <= TARGETS
+VARIABLES = set(re.findall(r"(?m)^(\w+) [?:]?=", (ROOT / "Makefile").read_text()))
+
+
+def makes(*words):
+    targets = {word for word in words if "=" not in word}
+    assert targets and targets <= TARGETS
+    assert {word.split("=")[0] for word in words if "=" in word} <= VARIABLES
 
 
 def installs(command, *words):
