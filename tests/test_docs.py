@@ -163,8 +163,10 @@ def is_parsed(monkeypatch, *words):
 
 
 def inline(start):
-    """What the pages have in backticks that begins with a word, each as its words."""
-    spans = {span for page in PAGES for span in re.findall(r"`([^`\n]+)`", prose(page))}
+    """What the pages have in backticks that begins with a word, each as its words; not in sentences of troubleshooting,
+    which are held against the source."""
+    texts = [re.sub(r"(?m)^>.*", "", prose(page)) for page in PAGES]
+    spans = {span for text in texts for span in re.findall(r"`([^`\n]+)`", text)}
     return sorted(tuple(span.split()) for span in spans if span.startswith(f"{start} ") and "…" not in span)
 
 
