@@ -163,7 +163,7 @@ def is_parsed(monkeypatch, *words):
 
 
 def inline(start):
-    """What the pages have in backticks that begins with a word, each as its words; not in sentences of troubleshooting,
+    """What the pages have in backticks that begins with a word, each as its words; not in quoted error sentences,
     which are held against the source."""
     texts = [re.sub(r"(?m)^>.*", "", prose(page)) for page in PAGES]
     spans = {span for text in texts for span in re.findall(r"`([^`\n]+)`", text)}
