@@ -4,9 +4,10 @@ import json
 import shutil
 
 import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from make_base import build_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizer, XLMRobertaConfig, XLMRobertaModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTokenizer, XLMRobertaConfig, XLMRobertaModel
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -101,6 +102,29 @@ def missing_shard(base):
     index = {"weight_map": dict.fromkeys(load_file(file), "part-1-of-1.safetensors")}
     file.unlink()
     (base / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def add_safety_checker(folder):
+    """A tiny safety checker and its image processor, in a model's folder."""
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=16)
+    config = CLIPConfig(
+        text_config=small | {"vocab_size": 60},
+        vision_config=small | {"image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )
+    StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
+    sides = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessor(**sides).save_pretrained(folder / "feature_extractor")
+    edit(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPFeatureExtractor"],  # as the first releases called it
+    )
+
+
+def pickle_safety_checker(base):
+    torch.save({}, base / "safety_checker" / "pytorch_model.bin")
+    (base / "safety_checker" / "model.safetensors").unlink()
 
 
 def setting(path, **changes):

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from broken_models import BROKEN, INCOMPLETE, change_weights, edit, under_module
+from broken_models import (
+    BROKEN,
+    INCOMPLETE,
+    add_safety_checker,
+    change_weights,
+    edit,
+    pickle_safety_checker,
+    under_module,
+)
 from diffusers import AutoencoderKL, AutoencoderTiny, LMSDiscreteScheduler, StableDiffusionXLPipeline
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from transformers import CLIPConfig, CLIPImageProcessor
 
 import train_text_to_image_sdxl
 from training_utils.run import base_model
@@ -94,34 +100,11 @@ def test_a_base_model_without_a_vae_of_its_own(run_sdxl, tmp_path):
     assert (tmp_path / "out" / "vae").is_dir()
 
 
-def checker(folder):
-    """A tiny safety checker and its image processor, in a model's folder."""
-    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=16)
-    config = CLIPConfig(
-        text_config=small | {"vocab_size": 60},
-        vision_config=small | {"image_size": 16, "patch_size": 8},
-        projection_dim=16,
-    )
-    StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
-    sides = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    CLIPImageProcessor(**sides).save_pretrained(folder / "feature_extractor")
-    edit(
-        folder / "model_index.json",
-        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
-        feature_extractor=["transformers", "CLIPFeatureExtractor"],  # as the first releases called it
-    )
-
-
 def test_a_safety_checker_is_saved_with_the_result(run, base):
-    checker(base)
+    add_safety_checker(base)
     out = base.parent / "out"
     run(out, "--pretrained_model_name_or_path", base, "--max_train_steps", "1")
     assert (out / "safety_checker" / "model.safetensors").is_file() and (out / "feature_extractor").is_dir()
-
-
-def pickled(base):
-    torch.save({}, base / "safety_checker" / "pytorch_model.bin")
-    (base / "safety_checker" / "model.safetensors").unlink()
 
 
 SAVED = {
@@ -130,7 +113,7 @@ SAVED = {
         lambda base: shutil.rmtree(base / "feature_extractor"),
         "'feature_extractor' .* is missing",
     ),
-    "a pickle": (pickled, "'safety_checker' .* as a pickle only"),
+    "a pickle": (pickle_safety_checker, "'safety_checker' .* as a pickle only"),
     "settings of the processor": (
         lambda base: (base / "feature_extractor" / "preprocessor_config.json").write_text("{"),
         "preprocessor_config.json cannot be read",
@@ -158,7 +141,7 @@ SAVED = {
 @pytest.mark.parametrize("what", SAVED)
 def test_a_part_that_only_the_result_needs(run, run_lora, base, what):
     """Looked at before training, and not at all where adapters alone are saved."""
-    checker(base)
+    add_safety_checker(base)
     change, words = SAVED[what]
     change(base)
     assert re.search(words, refused(run, base))

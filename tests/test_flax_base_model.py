@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from broken_models import BROKEN, INCOMPLETE
+from broken_models import BROKEN, INCOMPLETE, add_safety_checker, pickle_safety_checker
 from flax_runs import FlaxRunner
+
+from training_utils.jax_backend import models
 
 
 @pytest.fixture
@@ -32,3 +34,14 @@ def test_a_network_that_is_not_complete(run_flax, sd, tmp_path, what):
     part = re.search(r"'(\w+)'", words)
     assert "part '" in sentence and "cannot be loaded" in sentence and code == 2
     assert part is None or f"part {part[0]}" in sentence
+
+
+def test_a_safety_checker_in_a_pickle_is_not_passed_on(run_flax, sd, tmp_path):
+    """One that is not there, as from the hub, is left out of the result."""
+    base = Path(shutil.copytree(sd, tmp_path / "base"))
+    add_safety_checker(base)
+    pickle_safety_checker(base)
+    sentence, code = run_flax.fails(tmp_path / "out", "--pretrained_model_name_or_path", base)
+    assert "part 'safety_checker'" in sentence and "as a pickle only" in sentence and code == 2
+    shutil.rmtree(base / "safety_checker")
+    models.model_folder(str(base))

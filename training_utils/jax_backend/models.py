@@ -48,6 +48,8 @@ def model_folder(
     if variant is not None and not any(folder.glob(f"*/*.{variant}*")):
         raise UserError(f"base model {name} has no weights of --variant {variant}")
     base_model.check_base_model(name, folder, "StableDiffusionPipeline", variant)
+    # A safety checker is copied; from the hub it is not fetched.
+    base_model.check_saved_parts(folder, "StableDiffusionPipeline", variant, may_be_absent=True)
     return folder
 
 

@@ -106,24 +106,34 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     return model_files.read_json(path)
 
 
-def check_saved_parts(folder: Path, pipeline: str, variant: str | None, readable: Mapping[str, bool]) -> None:
+def check_saved_parts(
+    folder: Path,
+    pipeline: str,
+    variant: str | None,
+    *,
+    readable: Mapping[str, bool] | None = None,
+    may_be_absent: bool = False,
+) -> None:
     """Raise UserError where a part that is saved with the result, and not needed before, could not be read then.
 
-    `readable` says of each part that model_index.json names whether this diffusers has its class.
+    `readable` says of each part that model_index.json names whether this diffusers has its class; None where parts
+    are copied as they are. A part that is named and not there is no fault where parts `may_be_absent`.
     """
     index = read_index(folder)
     for part in PARTS[pipeline]:
-        if not _is_named(index, part):
+        if not _is_named(index, part) and not may_be_absent:
             raise UserError(f"base model {folder} has a model_index.json that does not name its part '{part}'")
     advice = f"or write [null, null] for it in {folder / 'model_index.json'}, to leave it out"
     for part in filter(lambda name: _is_named(index, name), index):
         title = f"part '{part}' of base model {folder}, which is saved with the result,"
         class_name = model_files.plain_class(index[part][1])
-        if not readable.get(part, True):
+        if readable is not None and not readable.get(part, True):
             raise UserError(f"{title} is a {class_name}, which this diffusers does not have; replace it, {advice}")
         if part in PARTS[pipeline]:
             continue
         if not (folder / part).is_dir():
+            if may_be_absent:
+                continue
             raise UserError(f"{title} is missing: add the folder, {advice}")
         _check_saved_files(folder / part, title, variant, advice)
 

@@ -65,7 +65,8 @@ def model_folder(
     not_needed = [*left_out, "vae"] if other_vae is not None else left_out
     base_model.check_base_model(name, folder, pipeline, variant, not_needed)
     if saved:
-        base_model.check_saved_parts(folder, pipeline, variant, _known_classes(base_model.read_index(folder)))
+        known = _known_classes(base_model.read_index(folder))
+        base_model.check_saved_parts(folder, pipeline, variant, readable=known)
     return folder
 
 
