@@ -14,6 +14,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 if "TEST_ON_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # JAX compiles twice as fast
+os.environ.pop("COLUMNS", None)  # lines are as wide as in a pipe, whatever terminal the tests are started from
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started: sums over threads round by their number
 
 from forked import Forked  # noqa: E402

@@ -546,7 +546,7 @@ def test_a_bug_is_reported_and_not_the_full_disk_behind_it(tmp_path, monkeypatch
     def full(path, *_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shard.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     store = Store(tmp_path, "images", ["bug"])
     with pytest.raises(TypeError, match="a planted bug"):
         fill_with(store, {"a": 0, "b": 1}, lambda _: {"x": np.zeros(1, np.float32)}, encode, one_process(), 1)
