@@ -5,17 +5,23 @@ separated by zero bytes, which no path can hold. It is called a member path here
 """
 
 import io
-import json
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Any
 
 from training_utils.base.errors import reason_of
+from training_utils.data.caption_files import (
+    CaptionFiles,
+    FoundCaption,
+    first_caption,
+    is_caption_ending,
+    read_caption,
+)
 from training_utils.data.files import HIDDEN_PREFIXES, IMAGE_ENDINGS
 
 BLOCK = 512  # bytes; headers and contents fill complete blocks, and a block of zeros ends the file
-CAPTION_ENDINGS = (".txt", ".caption", ".json")
 
 
 def is_member_path(path: Any) -> bool:
@@ -76,27 +82,30 @@ class _Member(io.RawIOBase):
         super().close()
 
 
-def index_shard(shard: str, caption_column: str | None, malformed: list[str]) -> list[tuple[str, Any]]:
-    """(member path, caption) of each image of a shard, in its order; None where an image has no caption, and "" for
-    all with `caption_column` None. What is wrong with the shard is added to `malformed`.
+def index_shard(shard: str, caption_column: str | None, malformed: list[str]) -> list[tuple[str, FoundCaption | None]]:
+    """(member path, what its caption files hold) of each image of a shard, in its order; None where an image has no
+    caption file, and "" for all with `caption_column` None. What is wrong with the shard is added to `malformed`.
 
-    An image and its caption have the same name up to the last dot. The caption is what a `.json` has in that column,
-    or else the content of a `.txt` or `.caption`.
+    A later member replaces an earlier one of the same name, as when the shard is unpacked; tar's -r and -u add such.
     """
-    images: list[tuple[str, str]] = []
-    texts: dict[str, Any] = {}
-    missing: dict[str, str] = {}
+    images: dict[str, str] = {}
+    captions: CaptionFiles[FoundCaption] = CaptionFiles()
     for member, content in members(shard, malformed, with_texts=caption_column is not None):
-        stem, ending = os.path.splitext(member.name)
+        name = unpacked_name(member.name)
+        stem, ending = os.path.splitext(name)
         if ending.lower() in IMAGE_ENDINGS:
-            images.append((stem, f"{shard}\0{member.name}\0{member.offset_data}\0{member.size}"))
+            images.pop(name, None)  # it has the place of the later one
+            images[name] = f"{shard}\0{member.name}\0{member.offset_data}\0{member.size}"
         elif content is not None and caption_column is not None:
-            fault = read_caption(f"{shard}/{member.name}", stem, ending, content, caption_column, texts, missing)
-            malformed += [] if fault is None else [fault]
+            captions.add(stem, ending, read_caption(f"{shard}/{member.name}", ending, content, caption_column))
     if caption_column is None:
-        return [(path, "") for _, path in images]
-    malformed += [sentence for stem, sentence in missing.items() if stem not in texts]
-    return [(path, texts.get(stem)) for stem, path in images]
+        return [(path, FoundCaption("")) for path in images.values()]
+    return [(path, first_caption(captions.of(os.path.splitext(name)[0]))) for name, path in images.items()]
+
+
+def unpacked_name(name: str) -> str:
+    """The path, inside the folder into which a shard is unpacked, of the member with this name."""
+    return posixpath.normpath(name).lstrip("/")
 
 
 def members(
@@ -114,7 +123,7 @@ def members(
             for member in tar:
                 last = f"member {member.name}"
                 if not _is_hidden(member.name) and member.isfile() and member.sparse is None:
-                    is_text = with_texts and os.path.splitext(member.name)[1] in CAPTION_ENDINGS
+                    is_text = with_texts and is_caption_ending(os.path.splitext(member.name)[1])
                     text = tar.extractfile(member) if is_text else None
                     yield member, None if text is None else text.read()
             tar.fileobj.seek(tar.offset)
@@ -129,36 +138,3 @@ def members(
 def _is_hidden(name: str) -> bool:
     """As for files in a folder; macOS puts a ._000.jpg beside every 000.jpg."""
     return any(part.startswith(HIDDEN_PREFIXES) and part != "." for part in name.split("/"))
-
-
-def read_caption(
-    where: str,
-    stem: str,
-    ending: str,
-    content: bytes,
-    caption_column: str,
-    texts: dict[str, Any],
-    missing: dict[str, str],
-) -> str | None:
-    """Put the caption of a text member, which is called `where`, into `texts` under its stem.
-
-    A `.json` without the column adds a sentence to `missing` instead. Returns a sentence where the member is
-    malformed, else None.
-    """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8"
-    if ending != ".json":
-        texts.setdefault(stem, text.strip())
-        return None
-    try:
-        entry = json.loads(text)
-    except (RecursionError, ValueError) as error:
-        return f"{where} is not JSON: {reason_of(error)}"
-    if isinstance(entry, dict) and caption_column in entry:
-        texts[stem] = entry[caption_column]
-    else:
-        have = ", ".join(entry) if isinstance(entry, dict) and entry else "nothing"
-        missing[stem] = f"{where} has no caption column '{caption_column}' (--caption_column); it has {have}"
-    return None

@@ -69,25 +69,40 @@ class ChunkContent:
 
 
 @dataclass
+class Apart:
+    """What of a chunk's samples lies in other chunks of a shard.
+
+    `captions` are the contents of their caption files there, a byte a character, by the name of the member; `replaced`
+    are the bytes of the shard at which images begin that a later member replaces.
+    """
+
+    captions: dict[str, str] = field(default_factory=dict)
+    replaced: list[int] = field(default_factory=list)
+
+
+@dataclass
 class Listing:
     """What is known of a file before the run.
 
     `chunks` are lists [begin, end, rows, bytes], `images` is how many images the file has, `uncaptioned` are the names
-    of those without a caption.
+    of those without a caption. `apart` has, by the `begin` of a chunk, what of its samples lies elsewhere.
     """
 
     chunks: list[list[int]] = field(default_factory=list)
     images: int = 0
     uncaptioned: list[str] = field(default_factory=list)
+    apart: dict[int, Apart] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """What is remembered for later runs. The keys are a file format."""
-        return {"chunks": self.chunks, "pictures": self.images, "unnamed": self.uncaptioned}
+        apart = {str(begin): [elsewhere.captions, elsewhere.replaced] for begin, elsewhere in self.apart.items()}
+        return {"chunks": self.chunks, "pictures": self.images, "unnamed": self.uncaptioned, "apart": apart}
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> "Listing":
-        """Raises KeyError or TypeError for something else than `as_json` makes."""
-        return cls(chunks=facts["chunks"], images=facts["pictures"], uncaptioned=facts["unnamed"])
+        """Raises KeyError, TypeError or ValueError for something else than `as_json` makes."""
+        apart = {int(begin): Apart(*elsewhere) for begin, elsewhere in facts.get("apart", {}).items()}
+        return cls(chunks=facts["chunks"], images=facts["pictures"], uncaptioned=facts["unnamed"], apart=apart)
 
 
 def shown_url(url: str) -> str:

@@ -25,7 +25,8 @@ from training_utils.data.streaming.source import Source
 from training_utils.data.streaming.spool import cannot_be_kept, locked
 
 LISTING_THREADS = 16  # that ask for files before the run; each of them waits for an answer
-LISTING_FORMAT = 1  # of what is remembered about a file
+# Of what is remembered about a file; a listing of another format is made anew.
+LISTING_FORMATS = {"tables": 1, "shards": 2}
 
 
 def open_stream(options: DataOptions) -> StreamedDataset:
@@ -42,17 +43,23 @@ def open_stream(options: DataOptions) -> StreamedDataset:
         title = f"--dataset_name {options.dataset_name}"
     urls, kind = _find_urls(title, options)
     files = list(parallel.read_ahead(remote.find_file, urls, LISTING_THREADS))
+    root = Path(folders.downloads(options.cache_dir)) / "text-to-image-streams"
     if kind == "tables":
         image_column, caption_column = parquet.find_columns(files[0], image_column, caption_column)
         columns = [column for column in (image_column, caption_column) if column is not None]
         lister = Lister(kind, columns, partial(parquet.list_table, columns=columns))
+        listings = lister.list_files(files, root)
         fetch = partial(parquet.fetch_from_table, image_column=image_column, caption_column=caption_column)
     else:
         captioned = caption_column is not None
         lister = Lister(kind, captioned, partial(shards.list_shard, captioned=captioned))
-        fetch = partial(shards.fetch_from_shard, caption_column=caption_column)
-    root = Path(folders.downloads(options.cache_dir)) / "text-to-image-streams"
-    listings = lister.list_files(files, root)
+        listings = lister.list_files(files, root)
+        apart = {
+            (file.url, begin): elsewhere
+            for file, listing in zip(files, listings)
+            for begin, elsewhere in listing.apart.items()
+        }
+        fetch = partial(shards.fetch_from_shard, caption_column=caption_column, apart=apart)
     findings = Findings()
     findings.images = sum(listing.images for listing in listings)
     findings.unnamed = [name for listing in listings for name in listing.uncaptioned]
@@ -180,7 +187,7 @@ class Lister:
 
     def _list_once(self, folder: Path, file: File) -> Listing:
         """The listing of a file, from an earlier run where there is one."""
-        words = json.dumps([LISTING_FORMAT, chunks.CHUNK_BYTES, [self.kind, self.wanted], file])
+        words = json.dumps([LISTING_FORMATS[self.kind], chunks.CHUNK_BYTES, [self.kind, self.wanted], file])
         path = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.json"
         # One that is not there, or damaged, is made again.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
