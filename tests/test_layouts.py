@@ -59,7 +59,7 @@ def all_alike(found):
 
 
 def small(index):
-    """A small image, a few of which fill a chunk."""
+    """An image so small that a chunk holds a few."""
     return png(index, (10, 8 + index % 3))
 
 
@@ -81,8 +81,8 @@ def test_members_in_any_order_and_written_again(tmp_path_factory, members, chunk
     """Whatever lies where in a shard, and how often: as when it is unpacked."""
     folder = tmp_path_factory.mktemp("any")
     members = [*members, ("sure", ".png"), ("sure", ".txt")]
-    named = [(f"{name}{ending}", MEMBERS[ending](number)) for number, (name, ending) in enumerate(members)]
-    shard = write_tar(folder / "set" / "0.tar", named)
+    contents = [(f"{name}{ending}", MEMBERS[ending](number)) for number, (name, ending) in enumerate(members)]
+    shard = write_tar(folder / "set" / "0.tar", contents)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
         found = in_every_layout(shard, folder)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from training_utils.base.console import warn
@@ -35,6 +36,8 @@ def files_of(folder: Path) -> tuple[list[Path], str]:
             kind = "compressed"
         if kind and path.name != "metadata.parquet":
             kinds[kind if os.path.isfile(path) else "broken"].append(path)
+    shards = set(kinds["shards"])
+    kinds["tables"] = [path for path in kinds["tables"] if not _describes_shard(path, shards)]
     compressed = kinds.pop("compressed")
     unread = kinds.pop("others")
     broken = kinds.pop("broken")
@@ -53,7 +56,15 @@ def files_of(folder: Path) -> tuple[list[Path], str]:
         )
     if not present:
         endings = ", ".join(sorted(IMAGE_ENDINGS))
-        raise UserError(f"--train_data_dir {folder} holds no images ({endings}), nor .tar shards or .parquet tables")
+        advice = ""
+        if any(path.suffix == ".arrow" for path in paths):
+            advice = (
+                "; it holds .arrow files: give the folder that save_to_disk wrote, with its state.json or "
+                "dataset_dict.json, or read the files with --dataset_name"
+            )
+        raise UserError(
+            f"--train_data_dir {folder} holds no images ({endings}), nor .tar shards or .parquet tables{advice}"
+        )
     if present == ["shards", "tables"]:
         raise UserError(
             f"--train_data_dir {folder} holds .tar shards and .parquet tables; keep them in two folders, which "
@@ -66,6 +77,12 @@ def files_of(folder: Path) -> tuple[list[Path], str]:
             "--train_data_config names several datasets"
         )
     return kinds[present[0]], present[0]
+
+
+def _describes_shard(table: Path, shards: Collection[Path]) -> bool:
+    """Whether a table among shards is what img2dataset writes beside each: what it downloaded, without the images."""
+    stem = table.with_suffix("")
+    return bool(shards) and (stem.with_suffix(".tar") in shards or os.path.isfile(f"{stem}_stats.json"))
 
 
 def files_in(folder: Path) -> tuple[list[Path], list[OSError]]:

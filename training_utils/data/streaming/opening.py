@@ -23,6 +23,7 @@ from training_utils.data.streaming.chunks import Chunk, File, Listing, shown_byt
 from training_utils.data.streaming.dataset import StreamedDataset
 from training_utils.data.streaming.source import Source
 from training_utils.data.streaming.spool import cannot_be_kept, locked
+from training_utils.data.wildcards import without_wildcards
 
 LISTING_THREADS = 16  # that ask for files before the run; each of them waits for an answer
 # Of what is remembered about a file; a listing of another format is made anew.
@@ -109,6 +110,11 @@ def _refuse_full_disk(source: Source, root: Path) -> None:
 def _find_urls(title: str, options: DataOptions) -> tuple[list[str], str]:
     """The addresses of the files of a dataset, paths or URLs, and "shards" or "tables". Raises UserError."""
     config_name = options.config_name
+    name = options.dataset_name or options.folder
+    assert name is not None
+    saved = Path(name, options.folder or "") if options.dataset_name else Path(name)
+    if tables.is_saved_dataset(saved):
+        raise UserError(f"{title} was written by save_to_disk and is read in place as it is; leave --streaming out")
     if options.dataset_name is None:
         assert options.folder is not None
         found, kind = files_of(Path(options.folder))
@@ -139,6 +145,7 @@ def _find_splits(
     import yaml
 
     datasets.disable_progress_bars()
+    path, data_dir = without_wildcards(name, data_dir, cache_dir)
     # Names and configurations that are not there, a README whose settings are broken, a hub that does not answer.
     what_bad_input_raises = (
         datasets.exceptions.DatasetsError,
@@ -147,10 +154,14 @@ def _find_splits(
         *remote.network_errors(),
     )
     try:
-        builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, data_dir=data_dir)
+        builder = datasets.load_dataset_builder(path, config_name, cache_dir=cache_dir, data_dir=data_dir)
     except what_bad_input_raises as error:
-        raise UserError(f"{title} cannot be loaded: {reason_of(error)}") from error
-    return builder.config.data_files or {}
+        raise UserError(f"{title} cannot be loaded: {reason_of(error).replace(path, name)}") from error
+    splits = builder.config.data_files or {}
+    if path == name:
+        return splits
+    # The library found links, made for this reading alone.
+    return {split: [os.path.realpath(url) for url in urls] for split, urls in splits.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
