@@ -24,9 +24,10 @@ def load_source(options: DataOptions) -> ImageDataset:
     else:
         assert options.folder is not None
         title = f"--train_data_dir {options.folder}"
-        files, kind = files_of(Path(options.folder), findings.left_out)
-        if kind != "tables":
-            return _load_folder(title, Path(options.folder), files, kind, options, findings)
+        if not tables.is_saved_dataset(options.folder):
+            files, kind = files_of(Path(options.folder), findings.left_out)
+            if kind != "tables":
+                return _load_folder(title, Path(options.folder), files, kind, options, findings)
     if options.repeats_from_folders:
         raise UserError(f"{title} holds tables; --repeats_from_folders is for folders of images or shards")
     config_name = options.config_name
@@ -34,7 +35,8 @@ def load_source(options: DataOptions) -> ImageDataset:
         table = tables.read_tables(title, options.dataset_name, options.folder, config_name, options.cache_dir)
     else:
         table = tables.read_tables(title, str(options.folder), None, config_name, options.cache_dir)
-        tables.warn_of_other_tables(title, files, str(options.folder), config_name, options.cache_dir)
+        if files:
+            tables.warn_of_other_tables(title, files, str(options.folder), config_name, options.cache_dir)
     image_column, caption_column = tables.columns_of(table.column_names, image_column, caption_column)
     table = _with_undecoded_images(table, image_column)
     if not len(table):
