@@ -6,12 +6,12 @@ counts, in the order of CAPTION_ENDINGS.
 
 import json
 import os
-import unicodedata
 from collections.abc import Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from training_utils.base.errors import reason_of
 from training_utils.base.formats import cut, shortened
+from training_utils.data.spelling import normal_form
 
 CAPTION_ENDINGS = (".json", ".txt", ".caption")
 
@@ -34,8 +34,7 @@ class FoundCaption(NamedTuple):
 class CaptionFiles(Generic[Item]):
     """The caption files of a folder or of a shard, as whatever describes one, by the name of their image.
 
-    Names that Unicode can write in two ways (é as one character, or as e and an accent, as macOS has it) are equal
-    where no other is spelled alike.
+    Names that Unicode can spell in two ways are equal where no other is spelled the same.
     """
 
     def __init__(self) -> None:
@@ -61,11 +60,6 @@ class CaptionFiles(Generic[Item]):
         """The sorted names, without their ending, of caption files that belong to none of these images."""
         known = {normal_form(os.path.splitext(name)[0]) for name in images}
         return sorted(stem for stem in self._exact if normal_form(stem) not in known)
-
-
-def normal_form(name: str) -> str:
-    """The one spelling, Unicode's NFC, of names that look alike."""
-    return unicodedata.normalize("NFC", name)
 
 
 def is_caption_ending(ending: str) -> bool:

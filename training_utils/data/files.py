@@ -9,10 +9,11 @@ from typing import NamedTuple
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError
 from training_utils.base.formats import shortened
-from training_utils.data.caption_files import is_caption_ending, normal_form
+from training_utils.data.caption_files import is_caption_ending
 from training_utils.data.left_out import LeftOut
 from training_utils.data.metadata import METADATA_FILES
 from training_utils.data.plug_ins import MISSING, PLUG_INS, missing_for_ending
+from training_utils.data.spelling import normal_form
 
 IMAGE_ENDINGS = {
     *(".png", ".apng"),
@@ -31,6 +32,8 @@ OTHER_IMAGE_ENDINGS = {
     *(".exr", ".hdr", ".ktx", ".ico", ".cur", ".icns"),
     *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".jxr", ".wdp", ".jls"),
 }
+
+STATISTICS = "_stats.json"  # what img2dataset puts behind the name of a shard, beside it
 
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$")
 
@@ -125,12 +128,10 @@ def files_of(folder: Path, left_out: LeftOut) -> tuple[list[Path], str]:
                 left_out.add(reason, str(path))
     stems = {normal_form(str(path.with_suffix(""))) for path in kinds["images"]}
     for path in kinds.pop("captions"):
-        if normal_form(str(path.with_suffix(""))) not in stems:
+        if normal_form(str(path.with_suffix(""))) not in stems and not path.name.endswith(STATISTICS):
             left_out.add("other" if ending_of(path.name) == ".json" else "caption", str(path))
     shards = set(kinds["shards"])
-    for path in [path for path in kinds["tables"] if _describes_shard(path, shards)]:
-        kinds["tables"].remove(path)
-        left_out.add("other", str(path))
+    kinds["tables"] = [path for path in kinds["tables"] if not _describes_shard(path, shards)]
     compressed = kinds.pop("compressed")
     present = [kind for kind, paths in kinds.items() if paths]
     if compressed and present in ([], ["shards"]):
@@ -175,7 +176,20 @@ def _kind_of(name: str) -> str | None:
 def _describes_shard(table: Path, shards: Collection[Path]) -> bool:
     """Whether a table among shards is what img2dataset writes beside each: what it downloaded, without the images."""
     stem = table.with_suffix("")
-    return bool(shards) and (stem.with_suffix(".tar") in shards or os.path.isfile(f"{stem}_stats.json"))
+    beside_shard = stem.with_suffix(".tar") in shards or os.path.isfile(f"{stem}{STATISTICS}")
+    return bool(shards) and beside_shard and not _may_hold_images(table)
+
+
+def _may_hold_images(table: Path) -> bool:
+    """Whether a parquet table has a column of bytes, or cannot be read."""
+    import pyarrow.parquet
+
+    try:
+        columns = pyarrow.parquet.ParquetFile(table).schema
+    except (pyarrow.ArrowException, OSError):
+        return True
+    kinds = [columns.column(number) for number in range(len(columns))]
+    return any(kind.physical_type == "BYTE_ARRAY" and kind.logical_type.type == "NONE" for kind in kinds)
 
 
 def _no_images(folder: Path, left_out: LeftOut, paths: Sequence[Path]) -> UserError:

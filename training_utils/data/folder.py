@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training_utils.base.console import warn
-from training_utils.base.formats import shortened
+from training_utils.base.formats import cut, shortened
 from training_utils.data import files, problems, tar
 from training_utils.data.caption_files import CaptionFiles, first_caption, is_caption_ending, read_caption
 from training_utils.data.folder_repeats import repeated_folders
 from training_utils.data.metadata import METADATA_FILES, read_metadata
 from training_utils.data.problems import Findings, Problem
+from training_utils.data.spelling import FoundNames
 
 if TYPE_CHECKING:
     import datasets
@@ -139,6 +140,7 @@ def _captions_of_metadata(tables, caption_column, malformed):
         if len(names) > 1:
             warn(f"{parent} holds {' and '.join(names)}, and both are read; remove one")
     captioned = []
+    found = FoundNames()
     for table in tables:
         word = _entry_word(table)
         count = 0
@@ -149,13 +151,13 @@ def _captions_of_metadata(tables, caption_column, malformed):
             if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
                 malformed.append(f'{where} has no "file_name"; each {word} names an image and its caption')
             elif caption_column is None:
-                captioned.append(CaptionedImage(_image_path(table.parent, entry["file_name"]), ""))
+                captioned.append(CaptionedImage(_image_path(table.parent, entry["file_name"], found), ""))
             elif caption_column not in entry:
-                have = ", ".join(key for key in entry if key != "file_name") or "none beside file_name"
+                have = shortened([cut(key) for key in entry if key != "file_name"]) or "none beside file_name"
                 sentence = f"{where} has no caption column '{caption_column}' (--caption_column); it has {have}"
                 without_column.append(sentence)
             else:
-                path = _image_path(table.parent, entry["file_name"])
+                path = _image_path(table.parent, entry["file_name"], found)
                 captioned.append(CaptionedImage(path, entry[caption_column]))
         # Where no entry has the column, it is the flag that is wrong, or the name of the column.
         if 1 < len(without_column) == count:
@@ -226,11 +228,11 @@ def _advice_on_captions(folder, images, caption_column, words_of):
     )
 
 
-def _image_path(folder, name):
-    """The absolute path of an image that metadata in a folder name."""
+def _image_path(folder, name, found):
+    """The absolute path of an image that metadata in a folder name; `found` knows how files are spelled."""
     try:
         if "\\" in name and not os.path.exists(folder / name):  # written on Windows
             name = name.replace("\\", "/")
-        return os.path.realpath(folder / name)
+        return os.path.realpath(found.existing(str(folder / name)))
     except ValueError:  # a zero byte or half a character, which no file's name can hold
         return f"{folder}{os.sep}{name}"

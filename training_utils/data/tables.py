@@ -59,16 +59,17 @@ def warn_of_other_tables(
 
     path, _ = without_wildcards(folder, None, cache_dir)
     builder = datasets.load_dataset_builder(path, config_name, cache_dir=cache_dir)
-    read = {os.path.realpath(path) for path in builder.config.data_files["train"]}
+    # There is none where the downloads, which are there by now, lie in the folder itself.
+    read = {os.path.realpath(path) for path in builder.config.data_files.get("train", [])}
     other = [path for path in files if os.path.realpath(path) not in read]
-    if other:
+    if read and other:
         warn(f"{title} holds tables that are not of its split 'train', and are not read: {shortened(other)}")
 
 
 def train_split(title: str, splits: Mapping[str, Any]) -> Any:
     """What a dataset has under the name `train`. Raises UserError where it has no such split."""
     if "train" not in splits:
-        raise UserError(f"{title} has no split 'train', only {', '.join(map(str, splits)) or 'none'}")
+        raise UserError(f"{title} has no split 'train', only {shortened(list(splits)) or 'none'}")
     return splits["train"]
 
 
@@ -88,6 +89,11 @@ def column_of(columns: Sequence[str], name: str, default: str, position: int, fl
     if name in columns:
         return name
     if name != default or position >= len(columns):
-        raise UserError(f"{flag} {name}: there is no such column, only {', '.join(columns)}")
+        raise UserError(f"{flag} {name}: there is no such column, only {shown_columns(columns)}")
     warn(f"there is no column '{name}'; {flag} is taken to be '{columns[position]}'")
     return columns[position]
+
+
+def shown_columns(columns: Sequence[str]) -> str:
+    """The names of columns as a message shows them."""
+    return shortened([cut(name) for name in columns])
