@@ -222,11 +222,11 @@ def test_the_report_tells_of_images_that_no_bucket_suits(tmp_path, capsys):
     table = [line.split() for line in lines[1:]]
     assert table[1:3] == [["64", "x", "64", "2", "0.0", "%"], ["80", "x", "48", "1", "6.2", "%"]]
     assert table[4][:3] == ["in", "all", "5"]  # what cannot be opened is not counted
-    assert "lose more than 25 %" in remarks[0][0] and remarks[0][1] == ["2.png"]
-    assert "enlarged more than 2 times" in remarks[1][0] and remarks[1][1] == ["3.png"]
+    assert "lose more than 25 %" in remarks[0][0] and remarks[0][1] == ["row 2: 2.png"]
+    assert "enlarged more than 2 times" in remarks[1][0] and remarks[1][1] == ["row 3: 3.png"]
     rows.sizes = buckets.training_sizes(rows, 64, LIMITS)
     said = capsys.readouterr().err
-    assert "warning: 1 images lose more than 25 %, since no bucket is near their shape: 2.png" in said
+    assert "warning: 1 images lose more than 25 %, since no bucket is near their shape: row 2: 2.png" in said
     assert rows.select([4, 0]).sizes.tolist() == rows.drop([1, 2, 3, 5]).sizes.tolist()[::-1] == [[80, 48], [64, 64]]
 
 

@@ -476,7 +476,7 @@ def test_a_bug_while_a_dataset_is_opened_is_no_damaged_file(shards, parquet, tmp
 
 def test_a_bug_while_a_chunk_is_fetched_is_no_damaged_file_nor_full_disk(shards, parquet, tmp_path, monkeypatch):
     for folder, place, name in (
-        (shards, streaming.shards._Captions, "add"),
+        (shards, streaming.shards, "first_caption"),
         (shards, streaming.chunks.ChunkContent, "record_batch"),
         (parquet, streaming.remote.RemoteFile, "_between"),
         (parquet, streaming.parquet, "_merged_ranges"),

@@ -17,6 +17,15 @@ def shortened(names: Sequence[object], most: int = 10) -> str:
     return f"{listed} and {len(names) - most} more" if len(names) > most else listed
 
 
+def cut(text: object, most: int = 80) -> str:
+    """What a cell of a table holds, or another text from the data, as a message shows it: on one line, and cut off
+    after `most` characters."""
+    shown = str(text)[: most + 1]
+    if len(shown) > most:
+        shown = f"{shown[:most]}..."
+    return shown if shown.isprintable() else repr(shown)[1:-1]
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A number with this many significant digits and no zeros at its end; None is a value that was not finite."""
     if value is None:

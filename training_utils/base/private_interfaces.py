@@ -42,6 +42,13 @@ PRIVATE_INTERFACES = (
         without="let FSDP on CPUs go, which only tests use",
     ),
     PrivateInterface(
+        library="datasets",
+        name="datasets.Dataset()._indices",
+        used_in="training_utils/data/arrow_column.py",
+        reason="cells are read from the Arrow table, and a selected dataset has all rows there",
+        without="call flatten_indices() on such a dataset, which copies it",
+    ),
+    PrivateInterface(
         library="torch",
         name="torch.optim.lr_scheduler.LambdaLR()._step_count",
         used_in="training_utils/torch_backend/optimizers.py",

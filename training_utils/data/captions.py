@@ -1,5 +1,6 @@
 """Captions: which one a sample takes, what is wrong with them, and which are too long."""
 
+import itertools
 from typing import Any
 
 from training_utils.base.console import warn
@@ -30,7 +31,7 @@ def warn_of_long_captions(dataset: ImageDataset, tokenizer: Any, most: int = 100
     if dataset.stream is not None:
         return
     count = min(len(dataset), most)
-    values = dataset.table.select(range(count))[dataset.caption_column]
+    values = itertools.islice(dataset.raw_captions(), count)
     texts = [text for value in values for text in texts_of(value)]
     limit = tokenizer.model_max_length
     long = 0

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from training_utils.base.formats import cut
 from training_utils.data import image_ops, tar
+from training_utils.data.arrow_column import ArrowColumn
 from training_utils.data.image_files import StoredImage, UnusableImage, open_image, read_content, unusable_if
 from training_utils.data.image_ops import Size
 from training_utils.data.problems import Findings, texts_of
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Source:
 
     An epoch shows each row `repeats` times. Or else, for all sources of a dataset or none, the share of an epoch's
     samples that the source has is proportional to its `weight`. `first_row` is the number of its first row.
+    `is_folder` says that its images are files, or members of shards, which have names of their own.
     """
 
     title: str
     repeats: int = 1
     weight: float | None = None
     first_row: int = 0
+    is_folder: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class ImageDataset:
 
     `table` is a datasets.Dataset whose image column is not decoded; `caption_column` is None where only the images
     matter; `root` is the folder of the images, resolved, where they are files; `findings` are shared with the
-    datasets that are selected from this one. `row_numbers` are the numbers of these rows in the complete dataset,
-    whose images are `arrow_images`, an Arrow column. `sizes`, int64, shape (N, 2), are the (width, height) in pixels
-    at which each row is trained; None where the data do not decide it. `sources` are None where there is one alone,
-    and `origins` the index of each row's. `partial_sources` are a list of PartialSource. With `ignore_color_profiles`
-    the numbers of an image are taken for sRGB, whatever its profile says.
+    datasets that are selected from this one. `row_numbers`, int64, are the rows of the table that belong to this
+    dataset; by default all. `sizes`, int64, shape (N, 2), are the (width, height) in pixels at which each row is
+    trained; None where the data do not decide it. `sources` are None where there is one alone, and `origins` the
+    index of each row's. `partial_sources` are a list of PartialSource. With `ignore_color_profiles` the numbers of an
+    image are taken for sRGB, whatever its profile says.
     """
 
     ignore_color_profiles: bool = False
@@ -64,7 +67,6 @@ class ImageDataset:
         root: Any = None,
         findings: Findings | None = None,
         row_numbers: np.ndarray | None = None,
-        arrow_images: "pyarrow.ChunkedArray | None" = None,
         sizes: np.ndarray | None = None,
         sources: Sequence[Source] | None = None,
         origins: np.ndarray | None = None,
@@ -75,17 +77,16 @@ class ImageDataset:
         self.root = root
         self.findings = Findings() if findings is None else findings
         self.row_numbers = np.arange(len(table)) if row_numbers is None else row_numbers
-        self.arrow_images = table.data.column(image_column) if arrow_images is None else arrow_images
         self.sizes = sizes
         self.sources = sources
         self.origins = origins
         self.partial_sources: Sequence[PartialSource] = ()
         # Both are read when they are indexed.
-        self._images = table[image_column]
-        self._captions: Any = None if caption_column is None else table[caption_column]
+        self._images = ArrowColumn(table, image_column, self.row_numbers)
+        self._captions = None if caption_column is None else ArrowColumn(table, caption_column, self.row_numbers)
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.row_numbers)
 
     @property
     def stream(self) -> Any:
@@ -98,13 +99,12 @@ class ImageDataset:
         """The rows with these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         selected = ImageDataset(
-            self.table.select(indices),
+            self.table,
             self.image_column,
             self.caption_column,
             root=self.root,
             findings=self.findings,
             row_numbers=self.row_numbers[indices],
-            arrow_images=self.arrow_images,
             sizes=None if self.sizes is None else self.sizes[indices],
             sources=self.sources,
             origins=None if self.origins is None else self.origins[indices],
@@ -125,21 +125,23 @@ class ImageDataset:
     # --- one row -----------------------------------------------------------------------------------------------------
 
     def name(self, index: int) -> str:
-        """What to call a row in a message: its file where it has one."""
-        scalar = self.arrow_images[int(self.row_numbers[index])]
+        """What to call a row in a message: its file where it has one of its own, else its number in the table."""
+        cell = self._images.cell(index)
         # Its "bytes" are not made a Python object.
-        return self._name_of(index, {"path": scalar["path"].as_py()} if scalar.is_valid else None)
+        return self._name_of(index, {"path": cell["path"].as_py()} if cell.is_valid else None)
 
     def _name_of(self, index: int, stored: StoredImage) -> str:
         """What to call a row whose stored image is at hand."""
         path = stored.get("path") if isinstance(stored, dict) else None
-        if path:
+        source = None
+        if self.sources is not None and self.origins is not None:
+            source = self.sources[self.origins[index]]
+        if path and (self.root is not None or (source is not None and source.is_folder)):
             return str(tar.display_name(path))
         number = int(self.row_numbers[index])
-        if self.sources is None or self.origins is None:
-            return f"row {number}"
-        source = self.sources[self.origins[index]]
-        return f"row {number - source.first_row} of {source.title}"
+        name = f"row {number}" if source is None else f"row {number - source.first_row} of {source.title}"
+        # Rows of a table may all have the same path, or a text that is none.
+        return f"{name}: {cut(path)}" if path else name
 
     def stored_image(self, index: int) -> StoredImage:
         """The image of a row as it is stored: what `open_image` opens."""
@@ -151,6 +153,7 @@ class ImageDataset:
 
     def captions(self, index: int) -> list[str]:
         """The captions of a row, at least one."""
+        assert self._captions is not None
         return texts_of(self._captions[index])
 
     def image(self, index: int) -> Image.Image:
@@ -178,30 +181,28 @@ class ImageDataset:
 
     def stored_images(self) -> Iterator[tuple[str, StoredImage]]:
         """(name, stored image) of every row."""
-        for index, stored in enumerate(self._images):
+        for index in range(len(self)):
+            stored = self._images[index]
             yield self._name_of(index, stored), stored
 
     def raw_captions(self) -> Sequence[Any]:
         """What the caption column holds in every row, usable or not; nothing where captions are not read."""
-        return [] if self.caption_column is None else self.table[self.caption_column]
+        return [] if self._captions is None else self._captions
 
     def file_indices(self) -> np.ndarray:
         """The indices of the rows whose image is a file of its own, whose header can be read without all the rest."""
-        is_file = [chunk.field("bytes").is_null().to_numpy(False) for chunk in self.arrow_images.chunks]
-        return np.flatnonzero(np.concatenate([np.zeros(0, bool), *is_file])[self.row_numbers])
+        return np.flatnonzero(self._images.is_null("bytes"))
 
     def indices_without_image(self) -> np.ndarray:
         """The indices of the rows whose image is null."""
-        is_null = [chunk.is_null().to_numpy(False) for chunk in self.arrow_images.chunks]
-        return np.flatnonzero(np.concatenate([np.zeros(0, bool), *is_null])[self.row_numbers])
+        return np.flatnonzero(self._images.is_null())
 
     def image_numbers(self) -> np.ndarray:
         """A number for the image of each row, int64, shape (N,): rows that name the same file have the same one."""
         numbers = np.arange(len(self))
         files = self.file_indices()
         if len(files):
-            paths = np.concatenate([chunk.field("path").to_numpy(False) for chunk in self.arrow_images.chunks])
-            same = np.unique(paths[self.row_numbers[files]], return_inverse=True)[1]
+            same = np.unique(self._images.field("path")[files], return_inverse=True)[1]
             numbers[files] = len(self) + same
         return np.unique(numbers, return_inverse=True)[1]
 

@@ -2,15 +2,18 @@
 
 import os
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from training_utils.base.console import warn
 from training_utils.base.errors import UserError
 from training_utils.base.formats import shortened
+from training_utils.data.caption_files import is_caption_ending
 from training_utils.data.left_out import LeftOut
 from training_utils.data.metadata import METADATA_FILES
 from training_utils.data.plug_ins import MISSING, PLUG_INS, missing_for_ending
+from training_utils.data.spelling import normal_form
 
 IMAGE_ENDINGS = {
     *(".png", ".apng"),
@@ -30,7 +33,7 @@ OTHER_IMAGE_ENDINGS = {
     *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".jxr", ".wdp", ".jls"),
 }
 
-CAPTION_ENDINGS = (".txt", ".caption")  # of files beside images; in a shard .json too
+STATISTICS = "_stats.json"  # what img2dataset puts behind the name of a shard, beside it
 
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$")
 
@@ -123,11 +126,12 @@ def files_of(folder: Path, left_out: LeftOut) -> tuple[list[Path], str]:
             reason = reason_left_out(path.name)
             if reason is not None:
                 left_out.add(reason, str(path))
-    stems = {path.with_suffix("") for path in kinds["images"]}
-    captions = kinds.pop("captions")
-    for path in captions:
-        if path.with_suffix("") not in stems:
-            left_out.add("caption", str(path))
+    stems = {normal_form(str(path.with_suffix(""))) for path in kinds["images"]}
+    for path in kinds.pop("captions"):
+        if normal_form(str(path.with_suffix(""))) not in stems and not path.name.endswith(STATISTICS):
+            left_out.add("other" if ending_of(path.name) == ".json" else "caption", str(path))
+    shards = set(kinds["shards"])
+    kinds["tables"] = [path for path in kinds["tables"] if not _describes_shard(path, shards)]
     compressed = kinds.pop("compressed")
     present = [kind for kind, paths in kinds.items() if paths]
     if compressed and present in ([], ["shards"]):
@@ -138,7 +142,7 @@ def files_of(folder: Path, left_out: LeftOut) -> tuple[list[Path], str]:
     for path in compressed:
         left_out.add("other", str(path))
     if not present:
-        raise _no_images(folder, left_out)
+        raise _no_images(folder, left_out, found.paths)
     if present == ["shards", "tables"]:
         raise UserError(
             f"--train_data_dir {folder} holds .tar shards and .parquet tables; keep them in two folders, which "
@@ -164,14 +168,38 @@ def _kind_of(name: str) -> str | None:
     if is_image(name):
         return "images"
     ending = ending_of(name)
-    if ending in CAPTION_ENDINGS:
+    if is_caption_ending(ending):
         return "captions"
     return {".tar": "shards", ".parquet": "tables"}.get(ending)
 
 
-def _no_images(folder: Path, left_out: LeftOut) -> UserError:
+def _describes_shard(table: Path, shards: Collection[Path]) -> bool:
+    """Whether a table among shards is what img2dataset writes beside each: what it downloaded, without the images."""
+    stem = table.with_suffix("")
+    beside_shard = stem.with_suffix(".tar") in shards or os.path.isfile(f"{stem}{STATISTICS}")
+    return bool(shards) and beside_shard and not _may_hold_images(table)
+
+
+def _may_hold_images(table: Path) -> bool:
+    """Whether a parquet table has a column of bytes, or cannot be read."""
+    import pyarrow.parquet
+
+    try:
+        columns = pyarrow.parquet.ParquetFile(table).schema
+    except (pyarrow.ArrowException, OSError):
+        return True
+    kinds = [columns.column(number) for number in range(len(columns))]
+    return any(kind.physical_type == "BYTE_ARRAY" and kind.logical_type.type == "NONE" for kind in kinds)
+
+
+def _no_images(folder: Path, left_out: LeftOut, paths: Sequence[Path]) -> UserError:
     """The error of a folder without an image; it names what the folder holds instead."""
     sentence = f"--train_data_dir {folder} holds no images (.png, .jpg, …), nor .tar shards or .parquet tables"
+    if any(path.suffix == ".arrow" for path in paths):
+        sentence += (
+            "; it holds .arrow files: give the folder that save_to_disk wrote, with its state.json or "
+            "dataset_dict.json, or read the files with --dataset_name"
+        )
     return UserError(left_out.added_to(sentence))
 
 
@@ -191,14 +219,3 @@ def files_in(folder: Path) -> FolderFiles:
         folders[:] = sorted(name for name in folders if not is_hidden_folder(name))
         paths += [Path(parent, name) for name in names]
     return FolderFiles(sorted(paths), failed, sorted(skipped))
-
-
-def caption_file(image: Path) -> Path | None:
-    """The file beside an image that holds its caption, where there is one. Its ending may be in capitals, as that of
-    images may."""
-    for ending in CAPTION_ENDINGS:
-        for variant in (ending, ending.upper(), ending.title()):
-            path = image.with_suffix(variant)
-            if os.path.isfile(path):
-                return path
-    return None

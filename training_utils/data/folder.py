@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training_utils.base.console import warn
-from training_utils.base.formats import shortened
+from training_utils.base.formats import cut, shortened
 from training_utils.data import files, problems, tar
+from training_utils.data.caption_files import CaptionFiles, first_caption, is_caption_ending, read_caption
 from training_utils.data.folder_repeats import repeated_folders
-from training_utils.data.metadata import METADATA_FILES, read_metadata, read_text
+from training_utils.data.metadata import METADATA_FILES, read_metadata
 from training_utils.data.problems import Findings, Problem
+from training_utils.data.spelling import FoundNames
 
 if TYPE_CHECKING:
     import datasets
@@ -35,14 +37,15 @@ def read_shards(
     """(the captioned images in tar shards, the caption column). Adds to the findings."""
     images = []
     for shard in shards:
-        found = tar.index_shard(os.path.realpath(shard), caption_column, findings.malformed, findings.left_out)
-        for path, caption in found:
-            if caption is None and words_of:
-                caption = words_of(path)
-            images.append(CaptionedImage(path, caption))
+        images += tar.index_shard(os.path.realpath(shard), caption_column, findings.malformed, findings.left_out)
+    captioned = []
+    for path, found in images:
+        caption = _captioned(path, found, findings.malformed, words_of)
+        if caption is None:
+            findings.unnamed.append(tar.display_name(path))
+        else:
+            captioned.append(caption)
     findings.images = len(images)
-    findings.unnamed = [tar.display_name(image.path) for image in images if image.caption is None]
-    captioned = [image for image in images if image.caption is not None]
     if not captioned and not findings.malformed:
         missing = "captions: put a .txt, .caption or .json beside each image" if images else "images"
         sentence = f"the shards in {folder} ({shortened(shards, 1)}) hold no {missing}"
@@ -116,12 +119,13 @@ def read_captions(
     Without metadata each has its own file, or else the caption `words_of(path)`. With `caption_column` None the
     captions are empty, and without metadata all images are named. What is malformed is added to `malformed`.
     """
-    tables = [path for path in files.files_in(folder)[0] if path.name in METADATA_FILES]
+    paths = files.files_in(folder).paths
+    tables = [path for path in paths if path.name in METADATA_FILES]
     if tables:
         return _captions_of_metadata(tables, caption_column, malformed)
     if caption_column is None:
         return [CaptionedImage(os.path.realpath(path), "") for path in images]
-    captioned = _captions_beside_images(images, malformed, words_of)
+    captioned = _captions_beside_images(images, paths, caption_column, malformed, words_of)
     if not captioned and not malformed:
         advice = _advice_on_captions(folder, images, caption_column, words_of)
         malformed.append(f"{folder} has no captions: {advice}")
@@ -136,6 +140,7 @@ def _captions_of_metadata(tables, caption_column, malformed):
         if len(names) > 1:
             warn(f"{parent} holds {' and '.join(names)}, and both are read; remove one")
     captioned = []
+    found = FoundNames()
     for table in tables:
         word = _entry_word(table)
         count = 0
@@ -146,13 +151,13 @@ def _captions_of_metadata(tables, caption_column, malformed):
             if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
                 malformed.append(f'{where} has no "file_name"; each {word} names an image and its caption')
             elif caption_column is None:
-                captioned.append(CaptionedImage(_image_path(table.parent, entry["file_name"]), ""))
+                captioned.append(CaptionedImage(_image_path(table.parent, entry["file_name"], found), ""))
             elif caption_column not in entry:
-                have = ", ".join(key for key in entry if key != "file_name") or "none beside file_name"
+                have = shortened([cut(key) for key in entry if key != "file_name"]) or "none beside file_name"
                 sentence = f"{where} has no caption column '{caption_column}' (--caption_column); it has {have}"
                 without_column.append(sentence)
             else:
-                path = _image_path(table.parent, entry["file_name"])
+                path = _image_path(table.parent, entry["file_name"], found)
                 captioned.append(CaptionedImage(path, entry[caption_column]))
         # Where no entry has the column, it is the flag that is wrong, or the name of the column.
         if 1 < len(without_column) == count:
@@ -169,19 +174,43 @@ def _entry_word(table):
     return "row" if table.suffix == ".parquet" else "line"
 
 
-def _captions_beside_images(images, malformed, words_of):
-    """The images with a caption in a file of their own, or in the name of their folder."""
+def _captions_beside_images(images, paths, caption_column, malformed, words_of):
+    """The images with a caption in a file of their own among `paths`, or in the name of their folder."""
+    caption_files: CaptionFiles[Path] = CaptionFiles()
+    for path in paths:
+        stem, ending = os.path.splitext(path)
+        if is_caption_ending(ending):
+            caption_files.add(stem, ending, path)
     captioned = []
     for image in images:
-        path = os.path.realpath(image)
-        text = files.caption_file(image)
-        if text is not None:
-            content = read_text(text, malformed)
-            if content is not None:
-                captioned.append(CaptionedImage(path, content.strip()))
-        elif words_of and words_of(path) is not None:
-            captioned.append(CaptionedImage(path, words_of(path)))
+        beside = [path for path in caption_files.of(os.path.splitext(image)[0]) if os.path.isfile(path)]
+        found = None
+        try:
+            # One after the other, so that no file is read behind the one that counts.
+            found = first_caption(
+                read_caption(str(path), path.suffix, path.read_bytes(), caption_column) for path in beside
+            )
+        except OSError as error:
+            malformed.append(f"{error.filename} cannot be read: {error.strerror}")
+            continue
+        caption = _captioned(os.path.realpath(image), found, malformed, words_of)
+        if caption is not None:
+            captioned.append(caption)
     return captioned
+
+
+def _captioned(path, found, malformed, words_of):
+    """An image with what its caption files hold, or else the caption that the name of its folder gives; None where
+    there is no caption. Adds to `malformed`."""
+    words = words_of(path) if words_of else None
+    if words is not None and (found is None or (found.value is None and not found.malformed)):
+        return CaptionedImage(path, words)
+    if found is None:
+        return None
+    if found.sentence():
+        malformed.append(found.sentence())
+        return None
+    return CaptionedImage(path, found.value)
 
 
 def _advice_on_captions(folder, images, caption_column, words_of):
@@ -199,11 +228,11 @@ def _advice_on_captions(folder, images, caption_column, words_of):
     )
 
 
-def _image_path(folder, name):
-    """The absolute path of an image that metadata in a folder name."""
+def _image_path(folder, name, found):
+    """The absolute path of an image that metadata in a folder name; `found` knows how files are spelled."""
     try:
         if "\\" in name and not os.path.exists(folder / name):  # written on Windows
             name = name.replace("\\", "/")
-        return os.path.realpath(folder / name)
+        return os.path.realpath(found.existing(str(folder / name)))
     except ValueError:  # a zero byte or half a character, which no file's name can hold
         return f"{folder}{os.sep}{name}"

@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image
 
 from training_utils.base.console import bar, is_main_process
-from training_utils.base.formats import shortened
+from training_utils.base.formats import cut, shortened
 from training_utils.cli.options import BucketLimits, DataOptions
 from training_utils.data import buckets, color, image_ops, opening, parallel, selection
 from training_utils.data.captions import caption_problems
 from training_utils.data.dataset import ImageDataset
 from training_utils.data.image_files import StoredImage, UnusableImage, decoding, open_image, unusable_if
 from training_utils.data.image_ops import Size
-from training_utils.data.problems import KINDS, Problem, texts_of
+from training_utils.data.problems import KINDS, LONGEST_FOUND, LONGEST_NAME, Problem, texts_of
 
 SIDES = [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096]
 # Upper bound of width / height: what to call it.
@@ -171,7 +171,7 @@ def _is_animated(image: Image.Image) -> bool:
 def _short(name, root):
     """A name as the report shows it: inside the folder, on one line whatever it holds."""
     name = os.path.relpath(name, root) if root and os.path.isabs(name) else name
-    return name if name.isprintable() else repr(name)[1:-1]
+    return cut(name, LONGEST_NAME)
 
 
 def _size(size):
@@ -218,7 +218,7 @@ def _unusable_lines(problems, root):
         group = [problem for problem in problems if problem.kind == kind]
         lines += [f"  {kind}: {len(group):,}"] if group else []
         for problem in group:
-            found = f"  ({problem.found})" if problem.found not in ("", kind) else ""
+            found = f"  ({cut(problem.found, LONGEST_FOUND)})" if problem.found not in ("", kind) else ""
             lines.append(f"      {_short(problem.name, root)}{found}")
     return lines
 

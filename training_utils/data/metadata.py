@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training_utils.base.errors import reason_of
+from training_utils.base.formats import cut, shortened
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -40,7 +41,7 @@ def _read_csv(path, text, malformed):
         header = reader.fieldnames or []
         if header and "file_name" not in header:
             hint = "; columns are to be separated by commas" if set(";\t") & set(header[0]) else ""
-            have = f"only {', '.join(header)}{hint}"
+            have = f"only {shortened([cut(name) for name in header])}{hint}"
             malformed.append(f'{path} has no column "file_name", which names the images, {have}')
             return
         for row in reader:

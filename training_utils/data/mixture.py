@@ -158,7 +158,8 @@ def _combined(parts: list[Part]) -> ImageDataset:
                 texts = [[text] if isinstance(text, str) else text for text in texts]
             table = table.add_column("text", texts, feature=kind)
         tables.append(table)
-        sources.append(Source(part.title, part.repeats, part.weight, first_row))
+        source = Source(part.title, part.repeats, part.weight, first_row, is_folder=dataset.root is not None)
+        sources.append(source)
         origins.append(np.full(len(dataset), number))
         first_row += len(dataset)
         findings.malformed += dataset.findings.malformed
@@ -184,7 +185,7 @@ def _captions(part: Part) -> list[Any]:
     hold those beside text."""
     dataset = part.dataset
     captions = []
-    for value in dataset.table[dataset.caption_column]:
+    for value in dataset.raw_captions():
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str | None) for text in texts):
             raise UserError(f"--caption_column {dataset.caption_column} holds no text in {part.title}")

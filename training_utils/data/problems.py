@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from training_utils.base.errors import UserError
-from training_utils.base.formats import shortened
+from training_utils.base.formats import cut, shortened
 from training_utils.data.left_out import LeftOut
 
 # What can be wrong with a sample, and what to say of several samples of that kind.
@@ -26,6 +26,12 @@ KINDS = {
     "too narrow": "images are more than 50 times as long as they are wide",
     "name not UTF-8": "files have a name that is not UTF-8",
 }
+# What a message shows of names and of what was found: a cell of a table may hold megabytes.
+LONGEST_NAME = 300  # characters
+LONGEST_FOUND = 200
+LISTED = 10  # problems of a kind, in a sentence
+LONGEST_LIST = 1500  # characters of all of them, so that a sentence fits onto a screen
+
 # The kinds that depend on the machine and the moment: such a sample is never skipped, since another run may use it.
 TEMPORARY = ("absent", "not readable")
 
@@ -39,12 +45,14 @@ class Problem:
     found: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.found})" if self.found else self.name
+        name = cut(self.name, LONGEST_NAME)
+        return f"{name} ({cut(self.found, LONGEST_FOUND)})" if self.found else name
 
     def sentence(self) -> str:
         """What to say of this sample alone."""
         what = "read as an image" if KINDS[self.kind] == UNREADABLE else "used"
-        return f"{self.name} cannot be {what} ({self.found or self.kind})"
+        found = cut(self.found, LONGEST_FOUND) or self.kind
+        return f"{cut(self.name, LONGEST_NAME)} cannot be {what} ({found})"
 
     def error(self) -> UserError:
         """The BadSample to raise, or another UserError where the fault may lie in the machine."""
@@ -100,8 +108,13 @@ def texts_of(value: str | list[str]) -> list[str]:
 
 
 def listing(problems: Iterable[Problem]) -> str:
-    """Problems as one clause: how many of each sort, and up to ten of each by name."""
+    """Problems as one clause: how many of each sort, and up to ten of each by name, fewer where names are long."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(KINDS[problem.kind], []).append(problem)
-    return "; ".join(f"{len(group)} {what}: {shortened(group)}" for what, group in groups.items())
+    clause = ""
+    for most in range(LISTED, 0, -1):
+        clause = "; ".join(f"{len(group)} {what}: {shortened(group, most)}" for what, group in groups.items())
+        if len(clause) <= LONGEST_LIST:
+            break
+    return clause

@@ -5,7 +5,6 @@ separated by zero bytes, which no path can hold. It is called a member path here
 """
 
 import io
-import json
 import os
 import posixpath
 import tarfile
@@ -14,10 +13,16 @@ from typing import IO, Any, NamedTuple
 
 from training_utils.base.errors import reason_of
 from training_utils.data import files
+from training_utils.data.caption_files import (
+    CaptionFiles,
+    FoundCaption,
+    first_caption,
+    is_caption_ending,
+    read_caption,
+)
 from training_utils.data.left_out import LeftOut
 
 BLOCK = 512  # bytes; headers and contents fill complete blocks, and a block of zeros ends the file
-CAPTION_ENDINGS = (*files.CAPTION_ENDINGS, ".json")
 
 
 class Member(NamedTuple):
@@ -97,31 +102,33 @@ class _Member(io.RawIOBase):
 
 def index_shard(
     shard: str, caption_column: str | None, malformed: list[str], left_out: LeftOut
-) -> list[tuple[str, Any]]:
-    """(member path, caption) of each image of a shard, in its order; None where an image has no caption, and "" for
-    all with `caption_column` None. What is wrong with the shard is added to `malformed`, and what is not trained to
-    `left_out`.
+) -> list[tuple[str, FoundCaption | None]]:
+    """(member path, what its caption files hold) of each image of a shard, in its order; None where an image has no
+    caption file, and "" for all with `caption_column` None. What is wrong with the shard is added to `malformed`, and
+    what is not trained to `left_out`.
 
-    An image and its caption have the same name up to the last dot. The caption is what a `.json` has in that column,
-    or else the content of a `.txt` or `.caption`.
+    A later member replaces an earlier one of the same name, as when the shard is unpacked; tar's -r and -u add such.
     """
-    images: list[tuple[str, str]] = []
-    texts: dict[str, Any] = {}
-    missing: dict[str, str] = {}
+    images: dict[str, str] = {}
+    captions: CaptionFiles[FoundCaption] = CaptionFiles()
     for member in members(shard, malformed, left_out, with_texts=caption_column is not None):
-        if files.is_image(member.name):
-            images.append((member.stem, f"{shard}\0{member.name}\0{member.offset}\0{member.size}"))
+        name = unpacked_name(member.name)
+        stem, ending = os.path.splitext(name)
+        if files.is_image(name):
+            images.pop(name, None)  # it has the place of the later one
+            images[name] = f"{shard}\0{member.name}\0{member.offset}\0{member.size}"
         elif member.text is not None and caption_column is not None:
-            where = f"{shard}/{member.name}"
-            ending = files.ending_of(member.name)
-            fault = read_caption(where, member.stem, ending, member.text, caption_column, texts, missing)
-            malformed += [] if fault is None else [fault]
+            captions.add(stem, ending, read_caption(f"{shard}/{member.name}", ending, member.text, caption_column))
     if caption_column is None:
-        return [(path, "") for _, path in images]
-    for stem in sorted((texts.keys() | missing.keys()) - {stem for stem, _ in images}):
+        return [(path, FoundCaption("")) for path in images.values()]
+    for stem in captions.without_image(images):
         left_out.add("caption", f"{shard}/{stem}")
-    malformed += [sentence for stem, sentence in missing.items() if stem not in texts]
-    return [(path, texts.get(stem)) for stem, path in images]
+    return [(path, first_caption(captions.of(os.path.splitext(name)[0]))) for name, path in images.items()]
+
+
+def unpacked_name(name: str) -> str:
+    """The path, inside the folder into which a shard is unpacked, of the member with this name."""
+    return posixpath.normpath(name).lstrip("/")
 
 
 def members(
@@ -154,7 +161,7 @@ def members(
                     if reason is not None:
                         left_out.add(reason, f"{shard}/{info.name}")
                 else:
-                    is_text = with_texts and files.ending_of(info.name) in CAPTION_ENDINGS
+                    is_text = with_texts and is_caption_ending(files.ending_of(info.name))
                     text = tar.extractfile(content) if is_text else None
                     yield Member(
                         name=info.name,
@@ -193,7 +200,7 @@ def _is_read(name: str) -> bool:
     """Whether a member of this name is an image or a caption."""
     if os.path.basename(name).startswith("."):
         return False
-    return files.is_image(name) or files.ending_of(name) in CAPTION_ENDINGS
+    return files.is_image(name) or is_caption_ending(files.ending_of(name))
 
 
 def _reason_left_out(info: tarfile.TarInfo, content: tarfile.TarInfo | None) -> str | None:
@@ -205,36 +212,3 @@ def _reason_left_out(info: tarfile.TarInfo, content: tarfile.TarInfo | None) -> 
     if info.issym() or info.islnk():
         return "shard link"
     return "other" if info.sparse is None else "sparse"
-
-
-def read_caption(
-    where: str,
-    stem: str,
-    ending: str,
-    content: bytes,
-    caption_column: str,
-    texts: dict[str, Any],
-    missing: dict[str, str],
-) -> str | None:
-    """Put the caption of a text member, which is called `where`, into `texts` under its stem.
-
-    A `.json` without the column adds a sentence to `missing` instead. Returns a sentence where the member is
-    malformed, else None.
-    """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8"
-    if ending != ".json":
-        texts.setdefault(stem, text.strip())
-        return None
-    try:
-        entry = json.loads(text)
-    except (RecursionError, ValueError) as error:
-        return f"{where} is not JSON: {reason_of(error)}"
-    if isinstance(entry, dict) and caption_column in entry:
-        texts[stem] = entry[caption_column]
-    else:
-        have = ", ".join(entry) if isinstance(entry, dict) and entry else "nothing"
-        missing[stem] = f"{where} has no caption column '{caption_column}' (--caption_column); it has {have}"
-    return None

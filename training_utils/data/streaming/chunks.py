@@ -70,17 +70,31 @@ class ChunkContent:
 
 
 @dataclass
+class Apart:
+    """What of a chunk's samples lies in other chunks of a shard.
+
+    `captions` are the contents of their caption files there, a byte a character, by the name of the member; `replaced`
+    are the bytes of the shard at which images begin that a later member replaces.
+    """
+
+    captions: dict[str, str] = field(default_factory=dict)
+    replaced: list[int] = field(default_factory=list)
+
+
+@dataclass
 class Listing:
     """What is known of a file before the run.
 
     `chunks` are lists [begin, end, rows, bytes], `images` is how many images the file has, `uncaptioned` are the names
-    of those without a caption, and `left_out` is what else it holds.
+    of those without a caption, `left_out` is what else it holds. `apart` has, by the `begin` of a chunk, what of its
+    samples lies elsewhere.
     """
 
     chunks: list[list[int]] = field(default_factory=list)
     images: int = 0
     uncaptioned: list[str] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
+    apart: dict[int, Apart] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """What is remembered for later runs. The keys are a file format."""
@@ -89,6 +103,7 @@ class Listing:
             "pictures": self.images,
             "unnamed": self.uncaptioned,
             "left_out": self.left_out.as_json(),
+            "apart": {str(begin): [elsewhere.captions, elsewhere.replaced] for begin, elsewhere in self.apart.items()},
         }
 
     @classmethod
@@ -98,7 +113,9 @@ class Listing:
             chunks=facts["chunks"],
             images=facts["pictures"],
             uncaptioned=facts["unnamed"],
-            left_out=LeftOut.from_json(facts.get("left_out", [{}, {}])),  # not in those of earlier releases
+            # Neither is in those of earlier releases.
+            left_out=LeftOut.from_json(facts.get("left_out", [{}, {}])),
+            apart={int(begin): Apart(*elsewhere) for begin, elsewhere in facts.get("apart", {}).items()},
         )
 
 

@@ -24,9 +24,11 @@ from training_utils.data.streaming.chunks import Chunk, File, Listing, shown_byt
 from training_utils.data.streaming.dataset import StreamedDataset
 from training_utils.data.streaming.source import Source
 from training_utils.data.streaming.spool import cannot_be_kept, locked
+from training_utils.data.wildcards import without_wildcards
 
 LISTING_THREADS = 16  # that ask for files before the run; each of them waits for an answer
-LISTING_FORMAT = 1  # of what is remembered about a file
+# Of what is remembered about a file; a listing of another format is made anew.
+LISTING_FORMATS = {"tables": 1, "shards": 2}
 
 
 def open_stream(options: DataOptions) -> StreamedDataset:
@@ -44,19 +46,25 @@ def open_stream(options: DataOptions) -> StreamedDataset:
     findings = Findings()
     urls, kind = _find_urls(title, options, findings.left_out)
     files = list(parallel.read_ahead(remote.find_file, urls, LISTING_THREADS))
+    root = Path(folders.downloads(options.cache_dir)) / "text-to-image-streams"
     if kind == "tables":
         image_column, caption_column = parquet.find_columns(files[0], image_column, caption_column)
         columns = [column for column in (image_column, caption_column) if column is not None]
         lister = Lister(kind, columns, partial(parquet.list_table, columns=columns))
+        listings = lister.list_files(files, root)
         fetch = partial(parquet.fetch_from_table, image_column=image_column, caption_column=caption_column)
     else:
         captioned = caption_column is not None
         wanted = ["captions"] if captioned else []
         wanted += sorted(IMAGE_ENDINGS)  # which depend on the plug-ins that are installed
         lister = Lister(kind, wanted, partial(shards.list_shard, captioned=captioned))
-        fetch = partial(shards.fetch_from_shard, caption_column=caption_column)
-    root = Path(folders.downloads(options.cache_dir)) / "text-to-image-streams"
-    listings = lister.list_files(files, root)
+        listings = lister.list_files(files, root)
+        apart = {
+            (file.url, begin): elsewhere
+            for file, listing in zip(files, listings)
+            for begin, elsewhere in listing.apart.items()
+        }
+        fetch = partial(shards.fetch_from_shard, caption_column=caption_column, apart=apart)
     findings.images = sum(listing.images for listing in listings)
     findings.unnamed = [name for listing in listings for name in listing.uncaptioned]
     for listing in listings:
@@ -108,6 +116,11 @@ def _find_urls(title: str, options: DataOptions, left_out: LeftOut) -> tuple[lis
     """The addresses of the files of a dataset, paths or URLs, and "shards" or "tables"; what else a folder holds is
     added to `left_out`. Raises UserError."""
     config_name = options.config_name
+    name = options.dataset_name or options.folder
+    assert name is not None
+    saved = Path(name, options.folder or "") if options.dataset_name else Path(name)
+    if tables.is_saved_dataset(saved):
+        raise UserError(f"{title} was written by save_to_disk and is read in place as it is; leave --streaming out")
     if options.dataset_name is None:
         assert options.folder is not None
         found, kind = files_of(Path(options.folder), left_out)
@@ -138,6 +151,7 @@ def _find_splits(
     import yaml
 
     datasets.disable_progress_bars()
+    path, data_dir = without_wildcards(name, data_dir, cache_dir)
     # Names and configurations that are not there, a README whose settings are broken, a hub that does not answer.
     what_bad_input_raises = (
         datasets.exceptions.DatasetsError,
@@ -146,10 +160,14 @@ def _find_splits(
         *remote.network_errors(),
     )
     try:
-        builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, data_dir=data_dir)
+        builder = datasets.load_dataset_builder(path, config_name, cache_dir=cache_dir, data_dir=data_dir)
     except what_bad_input_raises as error:
-        raise UserError(f"{title} cannot be loaded: {reason_of(error)}") from error
-    return builder.config.data_files or {}
+        raise UserError(f"{title} cannot be loaded: {reason_of(error).replace(path, name)}") from error
+    splits = builder.config.data_files or {}
+    if path == name:
+        return splits
+    # The library found links, made for this reading alone.
+    return {split: [os.path.realpath(url) for url in urls] for split, urls in splits.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +204,7 @@ class Lister:
 
     def _list_once(self, folder: Path, file: File) -> Listing:
         """The listing of a file, from an earlier run where there is one."""
-        words = json.dumps([LISTING_FORMAT, chunks.CHUNK_BYTES, [self.kind, self.wanted], file])
+        words = json.dumps([LISTING_FORMATS[self.kind], chunks.CHUNK_BYTES, [self.kind, self.wanted], file])
         path = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.json"
         # One that is not there, or damaged, is made again.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pyarrow
 
 from training_utils.base.errors import UserError, reason_of
+from training_utils.base.formats import cut
 from training_utils.data import tables
 from training_utils.data.streaming import chunks, remote
 from training_utils.data.streaming.chunks import Chunk, ChunkContent, File, Listing
@@ -37,7 +38,10 @@ def find_columns(file: File, image_column: str, caption_column: str | None) -> t
     if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
-        raise UserError(f"--image_column {image_column} holds {kind}, not images; there are {schema.names}")
+        raise UserError(
+            f"--image_column {image_column} holds {cut(kind)}, not images; there are "
+            f"{tables.shown_columns(schema.names)}"
+        )
     return image_column, caption_column
 
 

@@ -1,6 +1,7 @@
 """Files read from elsewhere: over the network, by ranges of bytes, tried again when that fails."""
 
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -56,6 +57,9 @@ def _file_system(url: str) -> tuple:
     """fsspec's file system for an address, and the path in it. Raises UserError."""
     import fsspec
 
+    if os.path.isabs(url):
+        # Its name may hold what would be part of a URL.
+        return fsspec.filesystem("file"), url
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError, OSError) as error:
