@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from broken_models import add_safety_checker
 from conftest import ROOT, logged, relative_difference, result_bytes, result_weights
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
@@ -626,11 +627,8 @@ def test_a_variant_a_safety_checker_and_a_changed_scheduler(run_flax, plain, tmp
     """The weights of the variant under their plain names, what is not run copied, and a sampler that fits."""
     base, out = tmp_path / "base", tmp_path / "out"
     StableDiffusionPipeline.from_pretrained(sd).save_pretrained(base, variant="fp16")
-    (base / "safety_checker").mkdir()
-    (base / "safety_checker" / "config.json").write_text("{}")
+    add_safety_checker(base)
     index = json.loads((base / "model_index.json").read_text())
-    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-    (base / "model_index.json").write_text(json.dumps(index))
     shutil.copytree(plain / "checkpoint-1", out / "checkpoint-1")  # its last step, so that none need be compiled
     flags = ["--pretrained_model_name_or_path", base, "--variant", "fp16", "--max_train_steps", "1"]
     flags += ["--resume_from_checkpoint", "latest"]
