@@ -140,8 +140,10 @@ class ImageDataset:
             return str(tar.display_name(path))
         number = int(self.row_numbers[index])
         name = f"row {number}" if source is None else f"row {number - source.first_row} of {source.title}"
-        # Rows of a table may all have the same path, or a text that is none.
-        return f"{name}: {cut(path)}" if path else name
+        # Rows of a table may all have the same path, or a text that is none, which may be long.
+        if not path:
+            return name
+        return f"{name}: {path if os.path.isfile(path) else cut(path)}"
 
     def stored_image(self, index: int) -> StoredImage:
         """The image of a row as it is stored: what `open_image` opens."""
